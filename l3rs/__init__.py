@@ -1,0 +1,24 @@
+"""L3RS: a learned optimizer for fine-tuning, as an ordinary optax transformation.
+
+tx = l3rs.load("checkpoints/digits-mlp", total_steps=200)
+updates, state = tx.update(grads, state, params, value=loss)
+"""
+
+from l3rs.checkpoint import describe, load, restore, save
+from l3rs.network import init
+from l3rs.optimizer import L3RSState, l3rs
+from l3rs.spec import Direction, L3RSError, Layer, Spec
+
+__all__ = [
+    "Direction",
+    "L3RSError",
+    "L3RSState",
+    "Layer",
+    "Spec",
+    "describe",
+    "init",
+    "l3rs",
+    "load",
+    "restore",
+    "save",
+]

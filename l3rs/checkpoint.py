@@ -1,0 +1,165 @@
+"""A meta-trained optimizer on disk: one folder that explains itself.
+
+    NAME/l3rs.json   format, spec (features, directions, layers), digest, and what is known of its making
+    NAME/theta/      the meta-parameters (Orbax)
+
+Nothing in it is code, and nothing is unpickled. What is read is checked against the spec: names,
+shapes, dtypes and a digest of the values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from l3rs import network
+from l3rs.optimizer import l3rs
+from l3rs.spec import FEATURE_VERSION, L3RSError, Spec, Theta, layer_path
+
+FORMAT_VERSION = 1
+_MANIFEST = "l3rs.json"
+_THETA = "theta"
+
+
+def save(
+    path: str | os.PathLike[str],
+    theta: Theta,
+    spec: Spec,
+    info: Mapping[str, Any] | None = None,
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write a deployable optimizer; it is there whole, or not at all.
+
+    Args:
+      path: the folder to make.
+      theta: meta-parameters.
+      spec: what they belong to.
+      info: anything JSON can hold that a user should know: task, horizon, config, results.
+      overwrite: replace a folder that exists.
+
+    Raises:
+      L3RSError: the folder exists, or `theta` does not fit `spec`.
+    """
+    import orbax.checkpoint as ocp  # here, not above: `import l3rs` stays as light as `import optax`
+
+    target = Path(path).absolute()
+    if target.exists() and not overwrite:
+        raise L3RSError(f"{target} exists; choose another folder or pass overwrite=True")
+    theta = jax.tree.map(np.asarray, theta)
+    _check(theta, spec, "theta")
+    manifest = {
+        "format": FORMAT_VERSION,
+        "features": FEATURE_VERSION,
+        "spec": spec.to_json(),
+        "sha256": _digest(theta),
+        "info": dict(info or {}),
+    }
+    text = json.dumps(manifest, indent=1, allow_nan=False) + "\n"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(scratch / "new" / _THETA, theta)
+        (scratch / "new" / _MANIFEST).write_text(text)
+        if target.exists():
+            target.rename(scratch / "old")
+        (scratch / "new").rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The checkpoint's manifest: format, features, spec, sha256, info.
+
+    Raises:
+      L3RSError: not a checkpoint, a damaged one, or one of a newer version.
+    """
+    file = Path(path) / _MANIFEST
+    try:
+        manifest = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise L3RSError(f"{Path(path)} is not an L3RS checkpoint: it has no {_MANIFEST}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise L3RSError(f"{file} is damaged: {error}") from None
+    missing = {"format", "features", "spec", "sha256", "info"} - set(manifest if isinstance(manifest, dict) else ())
+    if missing:
+        raise L3RSError(f"{file} is damaged: it lacks {', '.join(sorted(missing))}")
+    for key, known in (("format", FORMAT_VERSION), ("features", FEATURE_VERSION)):
+        if manifest[key] not in range(1, known + 1):
+            raise L3RSError(f"{file} has {key} version {manifest[key]}; this release reads 1 to {known}: update l3rs")
+    return manifest
+
+
+def restore(path: str | os.PathLike[str]) -> tuple[Theta, Spec, dict[str, Any]]:
+    """Meta-parameters (numpy arrays), spec and info of a checkpoint.
+
+    Raises:
+      L3RSError: not a checkpoint, or a damaged one.
+    """
+    import orbax.checkpoint as ocp
+
+    manifest = describe(path)
+    try:
+        spec = Spec.from_json(manifest["spec"])
+    except (TypeError, KeyError, AttributeError) as error:
+        raise L3RSError(f"{Path(path) / _MANIFEST} is damaged: its spec cannot be read ({error!r})") from None
+    folder = Path(path).absolute() / _THETA
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            theta = checkpointer.restore(folder)
+    except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged folder
+        first_line = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise L3RSError(f"{folder} cannot be read: {first_line[:200]}") from None
+    theta = jax.tree.map(np.asarray, theta)
+    _check(theta, spec, str(folder))
+    if _digest(theta) != manifest["sha256"]:
+        raise L3RSError(f"{folder} is damaged: its values do not have the digest that {_MANIFEST} states")
+    return theta, spec, manifest["info"]
+
+
+def load(path: str | os.PathLike[str], total_steps: int | jax.Array) -> optax.GradientTransformationExtraArgs:
+    """A meta-trained optimizer, ready to use: see `l3rs` for its arguments and errors.
+
+    Args:
+      path: a checkpoint folder.
+      total_steps: the number of steps you are going to train.
+    """
+    theta, spec, _ = restore(path)
+    return l3rs(theta, spec, total_steps)
+
+
+def _named(theta: Theta) -> dict[str, Any]:
+    return {layer_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(theta)}
+
+
+def _check(theta: Theta, spec: Spec, where: str) -> None:
+    expected = _named(jax.eval_shape(lambda: network.init(jax.random.key(0), spec)))
+    found = _named(theta)
+    if set(found) != set(expected):
+        raise L3RSError(f"{where} holds {sorted(found)}; its spec needs {sorted(expected)}")
+    for name, array in found.items():
+        if array.shape != expected[name].shape or array.dtype != np.float32:
+            raise L3RSError(
+                f"{where}: {name} is {array.dtype}{list(array.shape)}; "
+                f"its spec needs float32{list(expected[name].shape)}"
+            )
+
+
+def _digest(theta: Theta) -> str:
+    digest = hashlib.sha256()
+    for name, array in sorted(_named(theta).items()):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(array, "<f4").tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,70 @@
+"""The MLP that maps a layer's features to direction weights μ and a step size λ."""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l3rs import features
+from l3rs.spec import Spec, Theta
+
+_OUTPUT_SCALE = 1e-2  # an output layer near zero: an untrained network follows the biases
+_STEP_LOG_LIMIT = 10.0  # λ stays within a factor e^±10 of its base
+
+
+class Decision(NamedTuple):
+    """What the network says for each of L layers."""
+
+    mix: jax.Array  # float32 [L, P], weights of the directions, on the simplex
+    log_step: jax.Array  # float32 [L], log of λ over its base
+
+
+def feature_sizes(spec: Spec) -> tuple[int, int]:
+    """How many features all layers share (time, loss), and how many each layer has (norms, embedding)."""
+    time = len(features.FRACTION_CENTERS) + spec.absolute_time * len(features.ABSOLUTE_SCALES)
+    return time + 2 * len(spec.loss_decays), 2 * (2 + len(spec.directions)) + spec.embedding_dim
+
+
+def init(key: jax.Array, spec: Spec) -> Theta:
+    """Meta-parameters whose optimizer already works: normalised steps of size `spec.step_scale`,
+    mostly along the first direction.
+
+    Args:
+      key: a PRNG key.
+      spec: the optimizer's spec.
+
+    Returns:
+      {"embedding": float32 [L, E], "dense_i": {"kernel": [in, out], "bias": [out]}}.
+    """
+    embedding_key, *keys = jax.random.split(key, len(spec.hidden) + 2)
+    widths = [sum(feature_sizes(spec)), *spec.hidden, len(spec.directions) + 1]
+    theta: Theta = {"embedding": 0.5 * jax.random.normal(embedding_key, (len(spec.layers), spec.embedding_dim))}
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
+        scale = _OUTPUT_SCALE if i == len(spec.hidden) else 1.0
+        kernel = jax.random.normal(keys[i], (fan_in, fan_out)) * (scale / np.sqrt(fan_in))
+        theta[f"dense_{i}"] = {"kernel": kernel, "bias": jnp.zeros(fan_out)}
+    return theta
+
+
+def apply(theta: Theta, spec: Spec, shared: jax.Array, per_layer: jax.Array) -> Decision:
+    """One forward pass for all layers.
+
+    Args:
+      theta: as `init` makes them.
+      spec: the optimizer's spec.
+      shared: float32 [F], features common to all layers.
+      per_layer: float32 [L, G], features and embedding of each layer.
+    """
+    x = jnp.concatenate([jnp.broadcast_to(shared, (per_layer.shape[0], shared.shape[0])), per_layer], axis=1)
+    for i in range(len(spec.hidden) + 1):
+        dense = theta[f"dense_{i}"]
+        x = x @ dense["kernel"] + dense["bias"]
+        if i < len(spec.hidden):
+            x = jnp.tanh(x)
+    bias = spec.mix_bias * np.where(np.arange(len(spec.directions)) == 0, 1.0, -1.0).astype(np.float32)
+    log_step = jnp.clip(spec.step_gain * x[:, -1], -_STEP_LOG_LIMIT, _STEP_LOG_LIMIT)
+    return Decision(jax.nn.softmax(x[:, :-1] + bias), log_step)

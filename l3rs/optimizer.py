@@ -1,0 +1,195 @@
+"""L3RS as an optax transformation.
+
+Per layer l with directions d_p, and (μ, λ) from one MLP over the layer's features::
+
+    unit(x) = x / ‖x‖
+    Δθ_l    = -λ_l · unit( Σ_p μ_p unit(d_p) )
+    λ_l     = step_scale · √n_l · exp(step_gain · out)
+
+The norm of the mixture needs no pass of its own: with the Gram matrix G_pq = ⟨d_p, d_q⟩ it is
+√(aᵀGa). So a step is one pass of reductions over the parameters and one that updates them.
+
+Reference: Kristiansen et al., Narrowing the Focus: Learned Optimizers for Pretrained Models,
+arXiv 2408.09310. The form of μ, λ and the features is this project's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from l3rs import features, network
+from l3rs.directions import Lazy, make_direction
+from l3rs.layers import match_layers
+from l3rs.spec import L3RSError, Spec, Theta
+
+_MIN_MIX_NORM = 1e-3  # directions that cancel to less than this share of their length are not blown up
+_MIN_RELATIVE_RMS = 1e-3  # with step="relative", a layer of zeros still moves
+
+
+class L3RSState(NamedTuple):
+    """State of `l3rs`. L layers, P directions, S = 2 + P norms (gradient, parameters, directions)."""
+
+    count: jax.Array  # int32 [], steps taken
+    loss: features.LossState
+    log_norms: jax.Array  # float32 [2, L, S], fast and slow EMAs of the log norms
+    mix: jax.Array  # float32 [L, P], μ of the last step
+    step_norm: jax.Array  # float32 [L], λ of the last step
+    directions: tuple[optax.OptState, ...]  # the base optimizers' moments, float32
+
+
+def l3rs(theta: Theta, spec: Spec, total_steps: int | jax.Array) -> optax.GradientTransformationExtraArgs:
+    """The learned optimizer with meta-parameters `theta`.
+
+    Statistics are kept in float32, updates have the parameters' dtype. A layer whose gradient is not
+    finite (or so large that its squared norm is not) stays where it is for that step, and its
+    gradient counts as zero in the moments; a non-finite loss is left out of the loss features.
+
+    Args:
+      theta: meta-parameters, from `init`, a meta-training run or a checkpoint.
+      spec: what `theta` belongs to; its layers must contain those of the params.
+      total_steps: the horizon T ≥ 1, a number or a traced int32 scalar. Training may go past it.
+
+    Returns:
+      A transformation whose update needs the params and the loss:
+      `tx.update(grads, state, params, value=loss)`.
+
+    Raises:
+      L3RSError: params that do not match `spec.layers`; missing params or `value`; total_steps < 1.
+
+    Example:
+      >>> import jax, optax, l3rs
+      >>> params = {"w": jax.numpy.ones(3)}
+      >>> spec = l3rs.Spec.create(params)
+      >>> tx = l3rs.l3rs(l3rs.init(jax.random.key(0), spec), spec, total_steps=100)
+      >>> state = tx.init(params)
+      >>> loss, grads = jax.value_and_grad(lambda p: (p["w"] ** 2).sum())(params)
+      >>> updates, state = tx.update(grads, state, params, value=loss)
+      >>> params = optax.apply_updates(params, updates)
+    """
+    if not isinstance(total_steps, jax.core.Tracer) and not int(total_steps) >= 1:
+        raise L3RSError(f"total_steps is {total_steps}; it must be ≥ 1")
+    directions = [make_direction(direction) for direction in spec.directions]
+    n_norms = 2 + len(directions)
+
+    def init_fn(params: optax.Params) -> L3RSState:
+        n_layers = len(match_layers(spec.layers, params))
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
+        return L3RSState(
+            count=jnp.zeros([], jnp.int32),
+            loss=features.init_loss(spec.loss_decays),
+            log_norms=jnp.zeros((2, n_layers, n_norms), jnp.float32),
+            mix=jnp.zeros((n_layers, len(directions)), jnp.float32),
+            step_norm=jnp.zeros(n_layers, jnp.float32),
+            directions=tuple(direction.transform.init(zeros) for direction in directions),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: L3RSState,
+        params: optax.Params | None = None,
+        *,
+        value: jax.Array | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, L3RSState]:
+        del extra_args
+        if params is None or value is None:
+            raise L3RSError("L3RS reads the params and the loss: call update(grads, state, params, value=loss)")
+        rows = match_layers(spec.layers, params)
+        step = state.count + 1
+
+        leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(params)]
+        raw = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(updates)]
+        squared = [_squared_norm(gradient) for gradient in raw]
+        finite = [jnp.isfinite(x) for x in squared]
+        treedef = jax.tree.structure(updates)
+        # A NaN must not enter moments that would keep it for ever.
+        grads = treedef.unflatten([jnp.where(ok, g, 0.0) for ok, g in zip(finite, raw, strict=True)])
+
+        lazy, moments = [], []
+        for direction, moment in zip(directions, state.directions, strict=True):
+            moved, moment = direction.transform.update(grads, moment, treedef.unflatten(leaves))
+            lazy.append(direction.read(moved, moment, treedef.unflatten(raw)))
+            moments.append(moment)
+        layers = [list(layer) for layer in zip(*lazy, strict=True)]  # L lists of P
+
+        gram = jnp.stack([_gram(*layer) for layer in zip(raw, squared, layers, strict=True)])  # [L, P, P]
+        gradient_norm = jnp.sqrt(jnp.where(jnp.stack(finite), jnp.stack(squared), 0.0))
+        parameter_norm = jnp.sqrt(jnp.stack([_squared_norm(leaf) for leaf in leaves]))
+        direction_norm = jnp.sqrt(jnp.diagonal(gram, axis1=1, axis2=2))  # [L, P]
+
+        root_n = np.sqrt([max(p.size, 1) for p in jax.tree.leaves(params)]).astype(np.float32)
+        norms = jnp.concatenate([gradient_norm[:, None], parameter_norm[:, None], direction_norm], axis=1)
+        log_norms = features.safe_log(norms / root_n[:, None])
+        log_norms_ema = features.update_log_norms(state.log_norms, log_norms, spec.norm_decays)
+        loss = features.update_loss(state.loss, value, spec.loss_decays)
+
+        shared = jnp.concatenate(
+            [
+                features.time_features(step, jnp.asarray(total_steps), spec.absolute_time),
+                features.loss_features(loss, spec.loss_decays),
+            ]
+        )
+        seen = features.norm_features(log_norms, log_norms_ema, step, spec.norm_decays)
+        embedding = theta["embedding"] if rows == tuple(range(len(spec.layers))) else theta["embedding"][np.array(rows)]
+        decision = network.apply(theta, spec, shared, jnp.concatenate([seen, embedding], axis=1))
+
+        base = root_n if spec.step == "rms" else jnp.maximum(parameter_norm, _MIN_RELATIVE_RMS * root_n)
+        step_norm = spec.step_scale * base * jnp.exp(decision.log_step)
+        coefficients = _coefficients(decision.mix, step_norm, gram, direction_norm)  # [L, P]
+        new_updates = [
+            _mixture(ok, layer, coefficients[i]).astype(param.dtype)
+            for i, (ok, layer, param) in enumerate(zip(finite, layers, jax.tree.leaves(params), strict=True))
+        ]
+        new_state = L3RSState(step, loss, log_norms_ema, decision.mix, step_norm, tuple(moments))
+        return treedef.unflatten(new_updates), new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _squared_norm(x: jax.Array) -> jax.Array:
+    # The barrier keeps XLA from sharing the squares with Adam's second moment: it would store them.
+    return jnp.sum(x * jax.lax.optimization_barrier(x))
+
+
+def _gram(gradient: jax.Array, squared_norm: jax.Array, layer: Sequence[Lazy]) -> jax.Array:
+    """⟨d_p, d_q⟩ of one layer, float32 [P, P]; zeros where its gradient is not finite.
+
+    The branch also bounds memory: one layer's directions are stored at a time, not all of them.
+    """
+    n = len(layer)
+
+    def products(operands: list[tuple[jax.Array, ...]]) -> jax.Array:
+        d = [lazy.compute(*arrays) for lazy, arrays in zip(layer, operands, strict=True)]
+
+        def product(p: int, q: int) -> jax.Array:
+            both_gradient = layer[p].operands[0] is gradient and layer[q].operands[0] is gradient
+            return squared_norm if both_gradient else jnp.sum(d[p] * d[q])
+
+        upper = {(p, q): product(p, q) for p in range(n) for q in range(p, n)}
+        return jnp.stack([upper[min(p, q), max(p, q)] for p in range(n) for q in range(n)]).reshape(n, n)
+
+    operands = [lazy.operands for lazy in layer]
+    return jax.lax.cond(jnp.isfinite(squared_norm), products, lambda _: jnp.zeros((n, n)), operands)
+
+
+def _mixture(finite: jax.Array, layer: Sequence[Lazy], coefficients: jax.Array) -> jax.Array:
+    """-Σ_p c_p d_p of one layer; zero where its gradient is not finite."""
+    # Behind the barrier the directions are computed again: cheaper than to keep them in memory.
+    computed = [lazy.compute(*jax.lax.optimization_barrier(lazy.operands)) for lazy in layer]
+    return jnp.where(finite, -sum(c * d for c, d in zip(coefficients, computed, strict=True)), 0.0)
+
+
+def _coefficients(mix: jax.Array, step_norm: jax.Array, gram: jax.Array, norm: jax.Array) -> jax.Array:
+    """What each direction is multiplied by, [L, P]: λ μ_p / (‖d_p‖ ‖Σ_q μ_q unit(d_q)‖).
+
+    A direction of norm 0 has no unit vector: its coefficient is 0."""
+    inverse = jnp.where(norm > 0, 1.0 / jnp.where(norm > 0, norm, 1.0), 0.0)
+    cosine = gram * inverse[:, :, None] * inverse[:, None, :]
+    mixed_norm = jnp.sqrt(jnp.maximum(jnp.einsum("lp,lpq,lq->l", mix, cosine, mix), 0.0))
+    return mix * inverse * (step_norm / jnp.maximum(mixed_norm, _MIN_MIX_NORM))[:, None]

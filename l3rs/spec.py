@@ -1,0 +1,146 @@
+"""What an L3RS optimizer is made of, apart from its weights: types only."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+
+Theta = dict[str, Any]  # the meta-parameters: a pytree of float32 arrays (ψ in the papers)
+
+FEATURE_VERSION = 1  # a change of any formula in features.py is a new version
+
+
+class L3RSError(ValueError):
+    """The caller's input is wrong; the message is one sentence: what, where, what is allowed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One parameter tensor of the target network: where it is and how large."""
+
+    path: str  # "dense_0/kernel"
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Direction:
+    """A base optimizer's name (see `directions.py`) and its own options, e.g. `b2=0.99`."""
+
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def parse(cls, value: str | Mapping[str, Any] | Direction) -> Direction:
+        """`"adam"`, `{"name": "adam", "b2": 0.99}` or a `Direction`."""
+        if isinstance(value, Direction):
+            return value
+        if isinstance(value, str):
+            return cls(value)
+        options = dict(value)
+        if "name" not in options:
+            raise L3RSError(f"a direction needs a name, found {options}")
+        return cls(options.pop("name"), tuple(sorted(options.items())))
+
+    def to_json(self) -> str | dict[str, Any]:
+        return {"name": self.name, **dict(self.options)} if self.options else self.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Everything needed, beside the meta-parameters, to rebuild an L3RS optimizer.
+
+    Attributes:
+      layers: the target network's parameter tensors, one embedding row each.
+      directions: base optimizers that are mixed, at least one. The first is the one that an
+        untrained network favours.
+      hidden: widths of the MLP's hidden layers (tanh).
+      embedding_dim: length of a layer's embedding.
+      step: what λ is relative to: "rms" √n of the layer, "relative" the norm of its parameters.
+      step_scale: λ of an untrained network, per parameter ("rms") or relative to ‖θ_l‖.
+      step_gain: λ = step_scale · √n · exp(step_gain · out).
+      mix_bias: logit of the first direction, and minus that of the others, before training.
+      loss_decays: decays of the loss EMAs, fast to slow.
+      norm_decays: (fast, slow) decays of the EMAs of the log norms.
+      absolute_time: also show the network the step itself, not just the fraction of the horizon.
+    """
+
+    layers: tuple[Layer, ...]
+    directions: tuple[Direction, ...] = (Direction("adam"), Direction("sgd"))
+    hidden: tuple[int, ...] = (32, 32)
+    embedding_dim: int = 8
+    step: Literal["rms", "relative"] = "rms"
+    step_scale: float = 3e-3
+    step_gain: float = 2.0
+    mix_bias: float = 2.0
+    loss_decays: tuple[float, ...] = (0.8, 0.97)
+    norm_decays: tuple[float, float] = (0.8, 0.97)
+    absolute_time: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise L3RSError("spec.layers is empty: an optimizer needs at least one parameter tensor")
+        if not self.directions:
+            raise L3RSError("spec.directions is empty: at least one base optimizer is needed")
+        if len({layer.path for layer in self.layers}) < len(self.layers):
+            raise L3RSError("spec.layers: two layers have the same path")
+        if self.step not in ("rms", "relative"):
+            raise L3RSError(f"spec.step is {self.step!r}; allowed are 'rms' and 'relative'")
+        if not self.step_scale > 0:
+            raise L3RSError(f"spec.step_scale is {self.step_scale}; it must be > 0")
+        if len(self.loss_decays) < 2 or len(self.norm_decays) != 2:
+            raise L3RSError("spec.loss_decays needs two or more decays, spec.norm_decays exactly two")
+        if not all(0 <= d < 1 for d in (*self.loss_decays, *self.norm_decays)):
+            raise L3RSError("spec.loss_decays and spec.norm_decays must lie in [0, 1)")
+        if not all(w >= 1 for w in (*self.hidden, self.embedding_dim)):
+            raise L3RSError("spec.hidden and spec.embedding_dim must be ≥ 1")
+
+    @classmethod
+    def create(
+        cls, params: Any, directions: Sequence[str | Mapping[str, Any] | Direction] = ("adam", "sgd"), **fields: Any
+    ) -> Spec:
+        """The spec for a network's `params` (a pytree of arrays or shapes).
+
+        Args:
+          params: the target network's parameters; only paths and shapes are read.
+          directions: names, or mappings of a name and its options.
+          **fields: any other field of `Spec`.
+        """
+        return cls(layers_of(params), tuple(Direction.parse(d) for d in directions), **fields)
+
+    def to_json(self) -> dict[str, Any]:
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields["layers"] = [[layer.path, list(layer.shape)] for layer in self.layers]
+        fields["directions"] = [d.to_json() for d in self.directions]
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Spec:
+        known = {f.name for f in dataclasses.fields(cls)}
+        if set(data) != known:
+            raise L3RSError(f"spec has fields {sorted(data)}; expected are {sorted(known)}")
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        fields["layers"] = tuple(Layer(path, tuple(shape)) for path, shape in data["layers"])
+        fields["directions"] = tuple(Direction.parse(d) for d in data["directions"])
+        return cls(**fields)
+
+
+def layer_path(path: Sequence[Any]) -> str:
+    """A pytree key path as `a/b/0`. A trailing `value` (Flax NNX variables) is dropped."""
+    parts = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    if len(parts) > 1 and parts[-1] == "value":
+        parts.pop()
+    return "/".join(parts)
+
+
+def layers_of(params: Any) -> tuple[Layer, ...]:
+    """The layer table of a pytree of arrays, in leaf order."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return tuple(Layer(layer_path(path), tuple(leaf.shape)) for path, leaf in leaves)
