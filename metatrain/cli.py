@@ -1,0 +1,154 @@
+"""The command `metatrain`. Exit code 0: done; 2: the user's input is wrong; 1: anything else."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from metatrain.devices import use_all_cores
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+_console = Console(highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point: turns errors of the user's input into one sentence."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    use_all_cores()
+    from l3rs import L3RSError
+    from metatrain.config import UserError
+    from tasks import TaskError
+
+    try:
+        app()
+    except (UserError, L3RSError, TaskError) as error:
+        sys.exit(_refuse(str(error)))
+    except OSError as error:
+        # A folder that cannot be written and a full disk are the user's to mend; others are not.
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR):
+            raise
+        sys.exit(_refuse(f"{error.filename or 'a file'} cannot be written: {error.strerror}"))
+
+
+def _refuse(sentence: str) -> int:
+    print(f"metatrain: {sentence}", file=sys.stderr)
+    return 2
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="a YAML file, e.g. configs/digits.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. outer.sigma=0.1")] = None,
+    out: Annotated[Path | None, typer.Option(help="the run's folder; runs/NAME when not given")] = None,
+) -> None:
+    """Meta-train an optimizer."""
+    from metatrain import trainer
+    from metatrain.config import load_config
+
+    _conclude(trainer.run(load_config(config, overrides or ()), out))
+
+
+@app.command()
+def resume(folder: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
+    """Go on with an interrupted run."""
+    from metatrain import trainer
+
+    _conclude(trainer.resume(folder))
+
+
+def _conclude(run: object) -> None:
+    from metatrain.trainer import Run
+
+    assert isinstance(run, Run)
+    if run.finished:
+        _console.print(f"meta-trained for {run.generation} generations; the optimizer is in {run.optimizer}")
+
+
+@app.command()
+def evaluate(
+    optimizer: Annotated[Path, typer.Argument(help="a checkpoint folder")],
+    config: Annotated[Path, typer.Argument(help="the configuration whose task is used")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. task.target=uci")] = None,
+    horizons: Annotated[str, typer.Option(help="numbers of steps, separated by commas")] = "10,30,100",
+    seeds: Annotated[int, typer.Option(help="training runs of each optimizer and horizon")] = 6,
+    out: Annotated[Path | None, typer.Option(help="where the results go")] = None,
+) -> None:
+    """Compare an optimizer with tuned baselines."""
+    from metatrain import report
+    from metatrain.config import UserError, load_config
+    from metatrain.evaluate import evaluate as compare
+
+    try:
+        steps = sorted({int(horizon) for horizon in horizons.split(",")})
+    except ValueError:
+        raise UserError(f"--horizons is {horizons!r}; write numbers separated by commas, e.g. 10,30,100") from None
+    folder = out or Path("runs") / f"evaluation-{optimizer.name}"
+    if (folder / "results.json").exists():
+        raise UserError(f"{folder / 'results.json'} exists; choose another folder with --out")
+    results = compare(optimizer, load_config(config, overrides or ()), steps, seeds, _console.print)
+    saved = results.save(folder)
+    for i, setting in enumerate(results.settings()):
+        _console.print(report.table(results, setting))
+        _console.print(report.verdict(results, setting))
+        picture = report.figure(results, setting, folder / f"horizons{i or ''}.png")
+        _console.print(f"figure: {picture}\nresults: {saved}")
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="a run's folder")],
+    destination: Annotated[Path, typer.Argument(help="the folder to make")],
+) -> None:
+    """Write the optimizer of a run's newest checkpoint, finished or not."""
+    from metatrain import trainer
+
+    _console.print(f"the optimizer is in {trainer.export(folder, destination)}")
+
+
+@app.command()
+def inspect(optimizer: Annotated[Path, typer.Argument(help="a checkpoint folder")]) -> None:
+    """Say what a checkpoint is: how it was made, what it fits."""
+    import l3rs
+
+    theta, spec, info = l3rs.restore(optimizer)
+    size = sum(leaf.size for leaf in _leaves(theta))
+    _console.print(
+        f"{optimizer}: L3RS with {size:,} meta-parameters, directions {', '.join(d.name for d in spec.directions)}"
+    )
+    for key, value in info.items():
+        if key != "config":
+            _console.print(f"  {key}: {value}")
+    _console.print("  layers:")
+    for layer in spec.layers:
+        _console.print(f"    {layer.path}  {list(layer.shape)}")
+
+
+def _leaves(tree: object) -> list:
+    import jax
+
+    return jax.tree.leaves(tree)
+
+
+@app.command("list-tasks")
+def list_tasks() -> None:
+    """List the tasks and their options."""
+    import inspect as python_inspect
+
+    from tasks import TASKS
+
+    for name, builder in TASKS.items():
+        first_line = (builder.__doc__ or "").strip().splitlines()[0]
+        _console.print(f"[bold]{name}[/bold]  {first_line}")
+        for option in python_inspect.signature(builder).parameters.values():
+            _console.print(f"    {str(option).replace(': ', '  ', 1)}", markup=False)
+
+
+if __name__ == "__main__":
+    main()

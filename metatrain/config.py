@@ -1,0 +1,183 @@
+"""The one validated configuration of a meta-training run.
+
+A file is YAML; `key=value` overrides are merged into it (OmegaConf); pydantic checks the result.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from l3rs import Direction
+from l3rs.directions import make_direction
+
+
+class UserError(ValueError):
+    """The user's input is wrong; the message is one sentence: what, where, what is allowed."""
+
+
+class _Section(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class TaskConfig(pydantic.BaseModel):
+    """`name` is a name of `metatrain list-tasks` or `package.module:function`; the rest are its options."""
+
+    model_config = pydantic.ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class OptimizerConfig(_Section):
+    """The form of L3RS: the fields of `l3rs.Spec`."""
+
+    directions: tuple[str | dict[str, Any], ...] = ("adam", "sgd")
+    hidden: tuple[PositiveInt, ...] = (32, 32)
+    embedding_dim: PositiveInt = 8
+    step: Literal["rms", "relative"] = "rms"
+    step_scale: PositiveFloat = 3e-3
+    step_gain: PositiveFloat = 2.0
+    mix_bias: float = 2.0
+    absolute_time: bool = False
+
+    @pydantic.field_validator("directions")
+    @classmethod
+    def _known(cls, directions: tuple[str | dict[str, Any], ...]) -> tuple[str | dict[str, Any], ...]:
+        if not directions:
+            raise ValueError("at least one direction is needed")
+        for direction in directions:
+            make_direction(Direction.parse(direction))
+        return directions
+
+
+class HorizonConfig(_Section):
+    """Inner steps of a generation, drawn log-uniformly from min … max."""
+
+    min: PositiveInt = 10
+    max: PositiveInt = 200
+
+    @pydantic.model_validator(mode="after")
+    def _ordered(self) -> HorizonConfig:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is larger than max {self.max}")
+        return self
+
+
+class OuterConfig(_Section):
+    """The evolution strategy."""
+
+    steps: PositiveInt = 400  # generations
+    population: int = Field(32, ge=2)
+    sigma: PositiveFloat = 0.05
+    strategy: Literal["open_es", "snes", "pgpe"] = "open_es"
+    learning_rate: PositiveFloat = 0.03  # of Adam on the search gradient, decayed to 0 along a cosine
+    horizon: HorizonConfig = HorizonConfig()
+    max_failures: PositiveInt = 5  # generations in a row without a finite fitness before the run stops
+
+    @pydantic.model_validator(mode="after")
+    def _even(self) -> OuterConfig:
+        if self.population % 2:
+            raise ValueError(f"population is {self.population}; it must be even: members come in mirrored pairs")
+        return self
+
+
+class ExecutionConfig(_Section):
+    """Where candidates are evaluated."""
+
+    backend: Literal["local"] = "local"
+    members_per_call: PositiveInt | Literal["auto"] = "auto"  # candidates in one compiled call
+
+
+class CheckpointConfig(_Section):
+    every: PositiveInt = 25  # generations
+    keep: PositiveInt = 3
+
+
+class LoggingConfig(_Section):
+    tensorboard: bool = True
+
+
+class Config(_Section):
+    """A meta-training run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, ge=0, lt=2**31)
+    task: TaskConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    outer: OuterConfig = OuterConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read, merge and check a configuration.
+
+    Args:
+      path: a YAML file.
+      overrides: `key=value`, e.g. `outer.sigma=0.1`.
+
+    Raises:
+      UserError: unreadable, or a key or value that is not allowed.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), _parse(overrides))
+        data = OmegaConf.to_container(merged, resolve=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; a YAML file is needed") from None
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {_one_line(error)}") from None
+    except Exception as error:  # PyYAML's errors have no common base that is not Exception
+        raise UserError(f"{path} cannot be read as YAML: {_one_line(error)}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} must hold a mapping of sections, found {type(data).__name__}")
+    return check_config(data, str(path))
+
+
+def check_config(data: dict[Any, Any], where: str = "config") -> Config:
+    """A `Config` from plain dictionaries; errors name the key, what was found and what is allowed."""
+    try:
+        return Config.model_validate(data)
+    except pydantic.ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(_sentence(e) for e in error.errors())) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML, such that `load_config` gives it back."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def _parse(overrides: Sequence[str]) -> Any:
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"{override!r} is not an override; write key=value, e.g. outer.sigma=0.1")
+    return OmegaConf.from_dotlist(list(overrides))
+
+
+def _sentence(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("function-", "tuple[", "literal[")))
+    if error["type"] == "extra_forbidden":
+        section: Any = Config
+        for part in error["loc"][:-1]:
+            section = section.model_fields[part].annotation
+        return f"unknown key {key}; allowed here are {', '.join(section.model_fields)}"
+    message = re.sub(r"^Value error, ", "", error["msg"])
+    found = error["input"]
+    shown = "" if error["type"] in ("value_error", "missing") else f", found {found!r}"
+    return f"{key or 'config'}: {message[0].lower() + message[1:]}{shown}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,316 @@
+"""How good a meta-trained optimizer is, against baselines tuned with care.
+
+All optimizers see the same inits (which meta-training never used) and the same batches. A
+baseline's learning rate is tuned for each horizon on inner_valid; test is only read off at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import l3rs
+from metatrain.baselines import BASELINES, SCHEDULES, Tuned, make_baseline
+from metatrain.config import Config, UserError
+from metatrain.rollout import MakeOptimizer, fused_rollout
+from tasks import Task, TaskSample, make_task
+
+_log = logging.getLogger("metatrain")
+
+L3RS = "l3rs"
+_GRID = 11  # learning rates a factor 2 apart, around the baseline's own
+_GROW = 4  # added at an edge that holds the best value
+_GROWTHS = 3  # at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One training run."""
+
+    setting: str
+    optimizer: str  # "l3rs", "adam/cosine", …
+    horizon: int  # inner steps
+    seed: int
+    loss: float  # on test
+    accuracy: float  # on test
+    seconds: float  # wall time of the compiled call that held it, over the runs in that call
+    hparams: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Speedup:
+    """Steps that a baseline needs for the accuracy that L3RS has at `horizon`, over `horizon`."""
+
+    setting: str
+    baseline: str
+    horizon: int
+    steps_ratio: float | None  # None: not reached at the longest horizon
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What `evaluate` found; `results.json` holds its fields."""
+
+    optimizer: str
+    records: list[Record]
+    speedup: list[Speedup]
+    tuning: dict[str, Any]  # {setting: {baseline: {horizon: grid, inner_valid_loss, chosen}}}
+
+    def mean(self, setting: str, optimizer: str, horizon: int, field: str = "loss") -> float:
+        """Mean over seeds of `loss` or `accuracy`."""
+        return float(np.mean([getattr(r, field) for r in self.select(setting, optimizer, horizon)]))
+
+    def select(self, setting: str, optimizer: str, horizon: int) -> list[Record]:
+        return [r for r in self.records if (r.setting, r.optimizer, r.horizon) == (setting, optimizer, horizon)]
+
+    def optimizers(self) -> list[str]:
+        return list(dict.fromkeys(r.optimizer for r in self.records))
+
+    def horizons(self) -> list[int]:
+        return sorted({r.horizon for r in self.records})
+
+    def settings(self) -> list[str]:
+        return list(dict.fromkeys(r.setting for r in self.records))
+
+    def save(self, folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "results.json"
+        scratch = file.with_suffix(".tmp")
+        scratch.write_text(json.dumps(_finite(dataclasses.asdict(self)), indent=1, allow_nan=False) + "\n")
+        os.replace(scratch, file)
+        return file
+
+
+def evaluate(
+    optimizer: str | Path,
+    config: Config,
+    horizons: Sequence[int] = (10, 30, 100),
+    seeds: int = 6,
+    say: Callable[[str], None] = _log.info,
+) -> Results:
+    """Compare a deployed optimizer with tuned baselines on the configuration's task.
+
+    Args:
+      optimizer: a checkpoint folder.
+      config: whose task is used.
+      horizons: inner steps.
+      seeds: training runs of each optimizer and horizon; a seed is an init and its batches.
+      say: told what has been done.
+
+    Raises:
+      UserError, L3RSError, TaskError: bad input.
+    """
+    if not horizons or min(horizons) < 1 or seeds < 1:
+        raise UserError(f"horizons {list(horizons)} and seeds {seeds} must all be ≥ 1")
+    theta, spec, _ = l3rs.restore(optimizer)
+    task = make_task(config.task.name, config.task.options)
+    l3rs.l3rs(theta, spec, 1).init(task.params_shape())  # a mismatch is said before anything is computed
+    samples = held_out_samples(task, config.seed, seeds)
+    setting = task.name
+
+    jobs: dict[str, Callable[[jax.Device], _Part]] = {
+        L3RS: lambda device: _run_l3rs(task, spec, theta, samples, setting, horizons, device, say)
+    }
+    for name in BASELINES:
+        jobs[name] = lambda device, name=name: _tune(task, name, samples, setting, horizons, device, say)
+    parts = _on_devices(jobs.values())
+    records = [record for part in parts for record in part.records]
+    tuning = {setting: {name: grid for part in parts for name, grid in part.tuning.items()}}
+    return Results(str(optimizer), records, _speedups(records), tuning)
+
+
+def held_out_samples(task: Task, seed: int, count: int) -> TaskSample:
+    """`count` task samples with inits that meta-training never used; leading axis [count]."""
+    inits = task.pools["held_out"]
+    rows = np.array([inits[i % len(inits)] for i in range(count)], np.int32)
+    # 2**31 + i: never a generation's number, so never a batch stream of meta-training
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(
+        jnp.arange(count, dtype=jnp.uint32) + jnp.uint32(2**31)
+    )
+    return TaskSample(jnp.asarray(rows), jax.random.key_data(keys))
+
+
+class _Part(NamedTuple):
+    records: list[Record]
+    tuning: dict[str, Any]
+
+
+def _run_l3rs(
+    task: Task,
+    spec: l3rs.Spec,
+    theta: l3rs.spec.Theta,
+    samples: TaskSample,
+    setting: str,
+    horizons: Sequence[int],
+    device: jax.Device,
+    say: Callable[[str], None],
+) -> _Part:
+    run = _Runner(task, lambda theta, horizon: l3rs.l3rs(theta, spec, horizon), samples, device)
+    records = []
+    for horizon in horizons:
+        scores = run(jax.tree.map(lambda x: jnp.asarray(x)[None], theta), horizon)
+        records += scores.records(setting, L3RS, horizon, 0, {})
+        say(f"{setting}: l3rs, {horizon} steps")
+    return _Part(records, {})
+
+
+def _tune(
+    task: Task,
+    name: str,
+    samples: TaskSample,
+    setting: str,
+    horizons: Sequence[int],
+    device: jax.Device,
+    say: Callable[[str], None],
+) -> _Part:
+    run = _Runner(task, lambda hyper, horizon: make_baseline(name, hyper, horizon), samples, device)
+    records: list[Record] = []
+    tuning: dict[str, Any] = {}
+    for schedule in SCHEDULES:
+        label = f"{name}/{schedule}"
+        tuning[label] = {}
+        for horizon in horizons:
+            best, grid = _search(run, BASELINES[name].learning_rate, schedule, horizon)
+            records += best.scores.records(setting, label, horizon, best.row, {"learning_rate": best.learning_rate})
+            tuning[label][str(horizon)] = grid
+            say(f"{setting}: {label}, {horizon} steps, best of {len(grid['learning_rate'])} learning rates")
+    return _Part(records, tuning)
+
+
+class _Best(NamedTuple):
+    learning_rate: float
+    scores: _Scores
+    row: int
+
+
+def _search(run: _Runner, start: float, schedule: str, horizon: int) -> tuple[_Best, dict[str, Any]]:
+    """The learning rate with the lowest inner_valid loss, not at the edge of its grid."""
+    found: dict[float, tuple[float, _Scores, int]] = {}
+    exponents = list(range(-(_GRID // 2), _GRID - _GRID // 2))
+    for growth in range(_GROWTHS + 1):
+        rates = [start * 2.0**k for k in exponents]
+        hyper = Tuned(jnp.asarray(rates), jnp.full(len(rates), float(schedule == "cosine")))
+        scores = run(hyper, horizon)
+        found |= {rate: (_mean_or_inf(scores.valid_loss[i]), scores, i) for i, rate in enumerate(rates)}
+        ordered = sorted(found)
+        best = min(ordered, key=lambda rate: found[rate][0])
+        if growth == _GROWTHS or best not in (ordered[0], ordered[-1]):
+            break
+        edge = round(math.log2(best / start))
+        exponents = (
+            [edge - k for k in range(1, _GROW + 1)] if best == ordered[0] else [edge + k for k in range(1, _GROW + 1)]
+        )
+    grid = {
+        "learning_rate": ordered,
+        "inner_valid_loss": [found[rate][0] for rate in ordered],
+        "chosen": best,
+        "at_edge": best in (ordered[0], ordered[-1]),
+    }
+    return _Best(best, *found[best][1:]), grid
+
+
+class _Scores(NamedTuple):
+    """Of H hyper-parameters and S samples."""
+
+    valid_loss: np.ndarray  # [H, S]
+    test_loss: np.ndarray  # [H, S]
+    test_accuracy: np.ndarray  # [H, S]
+    seconds: float  # a run
+
+    def records(self, setting: str, optimizer: str, horizon: int, row: int, hparams: dict[str, float]) -> list[Record]:
+        pairs = zip(self.test_loss[row].tolist(), self.test_accuracy[row].tolist(), strict=True)
+        return [
+            Record(setting, optimizer, horizon, seed, loss, accuracy, self.seconds, hparams)
+            for seed, (loss, accuracy) in enumerate(pairs)
+        ]
+
+
+class _Runner:
+    """Rollouts of all hyper-parameters on all samples, in one compiled call on one device."""
+
+    def __init__(self, task: Task, make: MakeOptimizer, samples: TaskSample, device: jax.Device) -> None:
+        rollout = fused_rollout(task, make, ("inner_valid", "test"))
+        over_samples = jax.vmap(rollout, (None, None, 0, None))
+        self._call = jax.jit(jax.vmap(over_samples, (0, None, None, None)))
+        self._device = device
+        self._data, self._samples = jax.device_put((task.data, samples), device)
+
+    def __call__(self, hyper: Any, horizon: int) -> _Scores:
+        began = time.perf_counter()
+        hyper, steps = jax.device_put((hyper, np.int32(horizon)), self._device)
+        scores = jax.tree.map(np.asarray, self._call(hyper, self._data, self._samples, steps))
+        test = scores["test"]
+        return _Scores(
+            scores["inner_valid"].loss, test.loss, test.accuracy, (time.perf_counter() - began) / test.loss.size
+        )
+
+
+def _on_devices(jobs: Iterable[Callable[[jax.Device], _Part]]) -> list[_Part]:
+    """Each job on a device of its own, as far as there are devices; results in the jobs' order."""
+    devices = jax.local_devices()
+    with ThreadPoolExecutor(len(devices)) as pool:
+        futures = [pool.submit(job, devices[i % len(devices)]) for i, job in enumerate(jobs)]
+        return [future.result() for future in futures]
+
+
+def _speedups(records: list[Record]) -> list[Speedup]:
+    """From the baselines' accuracy at the evaluated horizons, linear in log steps between them."""
+    results = Results("", records, [], {})
+    horizons = results.horizons()
+    speedups = []
+    for setting in results.settings():
+        for baseline in results.optimizers():
+            if baseline == L3RS:
+                continue
+            curve = [results.mean(setting, baseline, horizon, "accuracy") for horizon in horizons]
+            for horizon in horizons:
+                target = results.mean(setting, L3RS, horizon, "accuracy")
+                steps = steps_to_reach(horizons, curve, target)
+                speedups.append(Speedup(setting, baseline, horizon, None if steps is None else steps / horizon))
+    return speedups
+
+
+def steps_to_reach(horizons: Sequence[int], curve: Sequence[float], target: float) -> float | None:
+    """The first number of steps at which `curve`, linear in log steps, reaches `target`.
+
+    Args:
+      horizons: increasing numbers of steps.
+      curve: the accuracy at each.
+      target: the accuracy to reach.
+
+    Returns:
+      Steps; the first horizon if that is enough already; None if none is.
+    """
+    for i, (steps, value) in enumerate(zip(horizons, curve, strict=True)):
+        if value >= target:
+            if i == 0 or value == target:
+                return float(steps)
+            share = (target - curve[i - 1]) / (value - curve[i - 1])
+            return math.exp(math.log(horizons[i - 1]) + share * math.log(steps / horizons[i - 1]))
+    return None
+
+
+def _mean_or_inf(losses: np.ndarray) -> float:
+    mean = float(np.mean(losses))
+    return mean if math.isfinite(mean) else math.inf
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,55 @@
+"""What a run shows while it goes: a live bar in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Display:
+    """Generation, meta-loss, horizon, rate and time left.
+
+    Args:
+      total: generations of the run.
+      start: generations done before.
+      console: where to show it.
+    """
+
+    def __init__(self, total: int, start: int, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._total, self._start, self._began, self._last_line = total, start, time.monotonic(), 0.0
+        self._bar: Bar | None = None
+        if self._console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Bar(*columns, TextColumn("{task.fields[line]}"), console=self._console)
+            self._task = self._bar.add_task("generation", total=total, completed=start, line="compiling …")
+            self._bar.start()
+        else:
+            self._console.print(f"generation {start}/{total}: compiling …")
+
+    def update(self, metrics: dict[str, Any]) -> None:
+        done = metrics["generation"] + 1
+        mean = metrics["meta_loss_mean"]
+        line = (
+            f"meta-loss {'not finite' if mean is None else format(mean, '.4f')}  horizon {metrics['horizon']:>4}  "
+            f"{metrics['candidate_steps_per_s']:,.0f} candidate-steps/s"
+        )
+        if self._bar:
+            self._bar.update(self._task, completed=done, line=line)
+        elif done == self._total or time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            left = (self._last_line - self._began) / max(done - self._start, 1) * (self._total - done)
+            self._console.print(f"generation {done}/{self._total}  {line}  {left:,.0f} s left")
+
+    def say(self, sentence: str) -> None:
+        self._console.print(sentence)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()

@@ -1,0 +1,107 @@
+"""The state of a run on disk: what is needed to go on as if it had never stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from metatrain.config import UserError
+from metatrain.strategy import State
+
+_log = logging.getLogger("metatrain")
+
+
+class Progress(NamedTuple):
+    """Everything that changes in a run."""
+
+    generation: int  # generations done; the random streams are functions of it and the seed
+    failures: int  # generations in a row without a finite fitness
+    candidate_steps: int  # inner steps done by all candidates
+    seconds: float  # time spent in generations, over all sessions
+    strategy: State
+
+
+class StateStore:
+    """Checkpoints of a run, written atomically by Orbax.
+
+    A save that was interrupted leaves nothing behind that counts. A checkpoint that cannot be read,
+    or whose values do not have the digest stored with them, is reported, and the one before is used.
+
+    Args:
+      folder: `state/` of the run.
+      keep: how many checkpoints to keep.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        self._folder = folder.absolute()
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def save(self, progress: Progress) -> None:
+        if progress.generation in self._manager.all_steps():
+            return
+        leaves = {f"{i:04d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(progress.strategy))}
+        counters = {name: value for name, value in progress._asdict().items() if name != "strategy"}
+        items = ocp.args.Composite(
+            strategy=ocp.args.PyTreeSave(leaves),
+            counters=ocp.args.JsonSave({**counters, "sha256": _digest(leaves)}),
+        )
+        self._manager.save(progress.generation, args=items)
+
+    def restore(self, like: State) -> Progress | None:
+        """The newest good checkpoint; None when there is none at all.
+
+        Args:
+          like: a strategy state, for its structure.
+
+        Raises:
+          UserError: there are checkpoints, and none of them can be read.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                progress = self._read(step, like)
+            except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
+                reason = " ".join(str(error).split())[:200]
+                _log.warning("checkpoint %s is damaged and not used: %s", self._folder / str(step), reason)
+                continue
+            for newer in steps[: steps.index(step)]:
+                # Set aside, not deleted: the run is going to write this step again.
+                (self._folder / str(newer)).rename(self._folder.parent / f"damaged-state-{newer}")
+            self._manager.reload()
+            return progress
+        if steps:
+            raise UserError(f"{self._folder}: none of the {len(steps)} checkpoints can be read")
+        return None
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _read(self, step: int, like: State) -> Progress:
+        items = ocp.args.Composite(strategy=ocp.args.PyTreeRestore(), counters=ocp.args.JsonRestore())
+        restored: Any = self._manager.restore(step, args=items)
+        leaves = {name: np.asarray(leaf) for name, leaf in restored["strategy"].items()}
+        counters = dict(restored["counters"])
+        if counters.pop("sha256") != _digest(leaves):
+            raise ValueError("its values do not have the digest stored with them")
+        expected = [(x.shape, x.dtype) for x in jax.tree.leaves(like)]
+        found = [(leaves[name].shape, leaves[name].dtype) for name in sorted(leaves)]
+        if found != expected:
+            raise ValueError("it belongs to another strategy or another network")
+        strategy = jax.tree.structure(like).unflatten([leaves[name] for name in sorted(leaves)])
+        return Progress(strategy=jax.tree.map(jax.numpy.asarray, strategy), **counters)
+
+
+def _digest(leaves: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(leaves):
+        array = leaves[name]
+        digest.update(f"{name}{array.dtype.str}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,67 @@
+"""Evolution strategies, from evosax, as two pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from l3rs.spec import Theta
+from metatrain.config import OuterConfig
+
+State = Any  # the strategy's own state, a pytree of arrays
+
+
+class Strategy(NamedTuple):
+    """A strategy over pytrees of meta-parameters. It minimises."""
+
+    init: Callable[[jax.Array, Theta], State]  # (key, mean) -> state
+    ask: Callable[[jax.Array, State], Theta]  # (key, state) -> population, leading axis [population]
+    tell: Callable[[jax.Array, State, jax.Array], State]  # (key of ask, state, fitness [population]) -> state
+    mean: Callable[[State], Theta]  # what is deployed: the distribution's mean, not a lucky member
+
+
+def make_strategy(config: OuterConfig, theta: Theta) -> Strategy:
+    """Build a strategy; all of its functions are pure and can be jitted.
+
+    Non-finite fitness ranks worst. The state holds arrays only, of the same types after every
+    `tell`, so that nothing is compiled twice and everything is saved.
+
+    Args:
+      config: the `outer` section.
+      theta: meta-parameters, for their structure.
+    """
+    # Here, not above: evosax computes with JAX when imported, and after that the number of devices is fixed.
+    import evosax.algorithms as es
+
+    schedule = optax.cosine_decay_schedule(config.learning_rate, config.steps)
+    optimizer = optax.adam(schedule)
+    algorithm: Any
+    if config.strategy == "open_es":
+        spread = optax.constant_schedule(config.sigma)
+        algorithm = es.Open_ES(config.population, theta, optimizer=optimizer, std_schedule=spread)
+        params = algorithm.default_params
+    else:
+        algorithm = {"snes": es.SNES, "pgpe": es.PGPE}[config.strategy](config.population, theta, optimizer=optimizer)
+        params = algorithm.default_params.replace(std_init=config.sigma)
+
+    def init(key: jax.Array, mean: Theta) -> State:
+        return _strong(algorithm.init(key, mean, params))
+
+    def ask(key: jax.Array, state: State) -> Theta:
+        return algorithm.ask(key, state, params)[0]
+
+    def tell(key: jax.Array, state: State, fitness: jax.Array) -> State:
+        population = ask(key, state)
+        fitness = jnp.where(jnp.isfinite(fitness), fitness, jnp.nan)
+        return _strong(algorithm.tell(key, population, fitness, state, params)[0])
+
+    return Strategy(jax.jit(init), jax.jit(ask), jax.jit(tell), jax.jit(algorithm.get_mean))
+
+
+def _strong(state: State) -> State:
+    """Arrays without weak types: a weakly typed scalar would compile everything a second time."""
+    return jax.tree.map(lambda x: jax.lax.convert_element_type(x, jnp.asarray(x).dtype), state)

@@ -1,0 +1,285 @@
+"""The outer loop: a run from its configuration to a deployable optimizer.
+
+runs/NAME/config.yaml   the resolved configuration
+runs/NAME/metrics.jsonl one object a generation
+runs/NAME/tensorboard/
+runs/NAME/state/        to resume (Orbax)
+runs/NAME/optimizer/    to deploy (`l3rs.load`)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+import l3rs
+from metatrain.config import Config, UserError, dump_config, load_config
+from metatrain.population import Evaluator, GenerationSpec, LocalEvaluator, default_members_per_call
+from metatrain.progress import Display
+from metatrain.state import Progress, StateStore
+from metatrain.strategy import Strategy, make_strategy
+from tasks import Task, make_task, sample
+
+_log = logging.getLogger("metatrain")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished or interrupted run."""
+
+    folder: Path
+    generation: int  # generations done
+    finished: bool
+    optimizer: Path | None  # the deployable optimizer, once the run is finished
+
+
+def run(config: Config, out: str | Path | None = None) -> Run:
+    """Meta-train from the start.
+
+    Args:
+      config: the run's configuration, from `load_config`.
+      out: the run's folder; `runs/NAME` when not given.
+
+    Raises:
+      UserError: the folder exists, or the configuration asks for what cannot be had.
+    """
+    folder = Path(out) if out is not None else Path("runs") / config.name
+    setup = _Setup.build(config)
+    if folder.exists():
+        raise UserError(f"{folder} exists; resume it with `metatrain resume {folder}` or choose another with --out")
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump_config(setup.config))
+    return _train(folder, setup)
+
+
+def resume(folder: str | Path) -> Run:
+    """Go on with an interrupted run, from its newest good checkpoint: the result is that of a run
+    that was never interrupted.
+
+    Raises:
+      UserError: not a run's folder, or none of its checkpoints can be read.
+    """
+    folder = Path(folder)
+    return _train(folder, _Setup.build(_run_config(folder)))
+
+
+def export(folder: str | Path, destination: str | Path) -> Path:
+    """Write the optimizer of a run's newest checkpoint, finished or not.
+
+    Raises:
+      UserError: not a run's folder, or it has no checkpoint yet.
+      L3RSError: the destination exists.
+    """
+    folder = Path(folder)
+    setup = _Setup.build(_run_config(folder))
+    store = StateStore(folder / "state", setup.config.checkpoint.keep)
+    try:
+        progress = store.restore(setup.fresh().strategy)
+    finally:
+        store.close()
+    if progress is None:
+        raise UserError(f"{folder} has no checkpoint yet")
+    return _save_optimizer(setup, progress, Path(destination))
+
+
+def _run_config(folder: Path) -> Config:
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is not a run: it has no config.yaml")
+    return load_config(folder / "config.yaml")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setup:
+    """What a configuration stands for."""
+
+    config: Config
+    task: Task
+    spec: l3rs.Spec
+    strategy: Strategy
+
+    @classmethod
+    def build(cls, config: Config) -> _Setup:
+        task = make_task(config.task.name, config.task.options)
+        spec = l3rs.Spec.create(task.params_shape(), **config.optimizer.model_dump())
+        if config.execution.members_per_call == "auto":
+            members = default_members_per_call(config.outer.population, jax.local_device_count())
+            execution = config.execution.model_copy(update={"members_per_call": members})
+            config = config.model_copy(update={"execution": execution})
+        strategy = make_strategy(config.outer, l3rs.init(jax.random.key(0), spec))
+        return cls(config, task, spec, strategy)
+
+    def evaluator(self) -> Evaluator:
+        members = self.config.execution.members_per_call
+        assert isinstance(members, int)
+        return LocalEvaluator(self.task, self.spec, self.strategy, self.config.outer.population, members)
+
+    def fresh(self) -> Progress:
+        theta_key, strategy_key = jax.random.split(jax.random.key(self.config.seed))
+        state = self.strategy.init(strategy_key, l3rs.init(theta_key, self.spec))
+        return Progress(generation=0, failures=0, candidate_steps=0, seconds=0.0, strategy=state)
+
+    def generation(self, number: int) -> GenerationSpec:
+        """A function of the seed and the number alone: nothing to save, nothing to replay."""
+        key = jax.random.fold_in(jax.random.key(self.config.seed), number)
+        ask_key, sample_key, horizon_key = jax.random.split(key, 3)
+        low, high = math.log(self.config.outer.horizon.min), math.log(self.config.outer.horizon.max)
+        horizon = round(math.exp(low + float(jax.random.uniform(horizon_key)) * (high - low)))
+        return GenerationSpec(number, jax.random.key_data(ask_key), sample(self.task, sample_key), horizon)
+
+
+def _train(folder: Path, setup: _Setup) -> Run:
+    config = setup.config
+    store = StateStore(folder / "state", config.checkpoint.keep)
+    progress = store.restore(setup.fresh().strategy) or setup.fresh()
+    metrics = _Metrics(folder, progress.generation, config.logging.tensorboard)
+    display = Display(config.outer.steps, progress.generation)
+    evaluator = setup.evaluator()
+    try:
+        with _stop_signals():
+            while progress.generation < config.outer.steps:
+                progress, line = _generation(setup, evaluator, progress)
+                metrics.write(line)
+                display.update(line)
+                if progress.failures:
+                    display.say(f"generation {line['generation']}: no candidate has a finite loss; the state stays")
+                if progress.failures >= config.outer.max_failures:
+                    store.save(progress)
+                    raise UserError(
+                        f"{folder}: {progress.failures} generations in a row without a finite loss; stopped, and the "
+                        f"last good state is saved: try a smaller optimizer.step_scale or outer.sigma"
+                    )
+                if progress.generation % config.checkpoint.every == 0:
+                    store.save(progress)
+        store.save(progress)
+    except KeyboardInterrupt:
+        store.save(progress)
+        display.say(
+            f"stopped after {progress.generation} of {config.outer.steps} generations and saved; "
+            f"go on with: metatrain resume {folder}"
+        )
+        return Run(folder, progress.generation, False, None)
+    finally:
+        evaluator.close()
+        display.close()
+        metrics.close()
+        store.close()
+    optimizer = _save_optimizer(setup, progress, folder / "optimizer", overwrite=True)
+    return Run(folder, progress.generation, True, optimizer)
+
+
+def _generation(setup: _Setup, evaluator: Evaluator, progress: Progress) -> tuple[Progress, dict[str, Any]]:
+    """One generation: (progress, evaluator) -> (progress, a line of metrics.jsonl)."""
+    began = time.perf_counter()
+    spec = setup.generation(progress.generation)
+    fitness = evaluator.evaluate(progress.strategy, spec)
+    finite = fitness[np.isfinite(fitness)]
+    strategy = progress.strategy
+    if finite.size:
+        strategy = setup.strategy.tell(jax.random.wrap_key_data(spec.key), strategy, fitness)
+    psi_norm = float(optax.tree.norm(setup.strategy.mean(strategy)))
+    seconds = time.perf_counter() - began
+    steps = setup.config.outer.population * spec.horizon
+    line = {
+        "generation": spec.generation,
+        "horizon": spec.horizon,
+        "init": int(spec.sample.init),
+        "meta_loss_mean": float(finite.mean()) if finite.size else None,
+        "meta_loss_best": float(finite.min()) if finite.size else None,
+        "finite": int(finite.size),
+        "psi_norm": psi_norm,
+        "candidate_steps_per_s": steps / seconds,
+        "seconds": seconds,
+    }
+    progress = Progress(
+        generation=progress.generation + 1,
+        failures=0 if finite.size else progress.failures + 1,
+        candidate_steps=progress.candidate_steps + steps,
+        seconds=progress.seconds + seconds,
+        strategy=strategy,
+    )
+    return progress, line
+
+
+def _save_optimizer(setup: _Setup, progress: Progress, destination: Path, *, overwrite: bool = False) -> Path:
+    config = setup.config
+    info = {
+        "name": config.name,
+        "task": setup.task.name,
+        "horizon": config.outer.horizon.model_dump(),
+        "generations": progress.generation,
+        "candidate_steps": progress.candidate_steps,
+        "seconds": round(progress.seconds, 1),
+        "config": config.model_dump(mode="json"),
+    }
+    return l3rs.save(destination, setup.strategy.mean(progress.strategy), setup.spec, info, overwrite=overwrite)
+
+
+class _Metrics:
+    """`metrics.jsonl` and TensorBoard. A resumed run drops the lines it is going to write again."""
+
+    def __init__(self, folder: Path, generation: int, tensorboard: bool) -> None:
+        path = folder / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _before(line, generation)]
+            with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as scratch:
+                scratch.writelines(line + "\n" for line in kept)
+            os.replace(scratch.name, path)
+        self._file = path.open("a")
+        self._board = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=generation or None)
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._board:
+            for name, value in line.items():
+                if name != "generation" and value is not None:
+                    self._board.add_scalar(name, value, line["generation"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board:
+            self._board.close()
+
+
+def _before(line: str, generation: int) -> bool:
+    try:
+        return bool(json.loads(line)["generation"] < generation)
+    except json.JSONDecodeError:  # the process was killed while it wrote this line
+        return False
+
+
+@contextmanager
+def _stop_signals() -> Iterator[None]:
+    """SIGTERM is treated as Ctrl-C: save, and say how to go on."""
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread: the caller's process decides about signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,105 @@
+"""What gets optimized: types only.
+
+A task is a set of pure functions over arrays. Its data has four splits that are never mixed:
+inner_train gives gradients, inner_valid tunes baselines, outer_valid is the meta-loss, test is
+for reports.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+SPLITS = ("inner_train", "inner_valid", "outer_valid", "test")
+POOLS = ("meta_train", "held_out")
+
+Params = Any  # a pytree of float arrays
+Stats = Any  # a pytree of model state that has no gradient (batch-norm statistics), maybe empty
+Batch = Any  # a pytree of arrays with a leading batch axis
+Data = Mapping[str, Any]  # {split: Batch of all its examples}, and whatever `init` needs
+
+
+class TaskError(ValueError):
+    """The caller's input is wrong; the message is one sentence: what, where, what is allowed."""
+
+
+class TaskSample(NamedTuple):
+    """What one inner training run starts from; the members of a generation share it."""
+
+    init: jax.Array  # int32 [], which member of the init distribution
+    key: jax.Array  # uint32 [2], decides the batches
+
+
+class Aux(NamedTuple):
+    """What a loss returns beside the loss."""
+
+    stats: Stats  # the model's state after this batch
+    accuracy: jax.Array  # float32 [], the mean over the batch
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """A training problem: data, a model's loss, and where its parameters start.
+
+    Attributes:
+      name: for people.
+      data: the four splits and whatever else the functions below read; numpy arrays.
+      init: (data, init index) -> (params, stats).
+      batch: (data, key) -> one training batch, drawn from inner_train.
+      loss: (params, stats, batch, train) -> (mean loss over the batch, Aux).
+      pools: init indices for meta-training, and others that it never uses.
+    """
+
+    name: str
+    data: Data
+    init: Callable[[Data, jax.Array], tuple[Params, Stats]]
+    batch: Callable[[Data, jax.Array], Batch]
+    loss: Callable[[Params, Stats, Batch, bool], tuple[jax.Array, Aux]]
+    pools: Mapping[str, Sequence[int]]
+
+    def __post_init__(self) -> None:
+        for split in SPLITS:
+            if split not in self.data:
+                raise TaskError(f"task {self.name!r} has no split {split!r}; a task needs {', '.join(SPLITS)}")
+            if size(self.data[split]) == 0:
+                raise TaskError(f"task {self.name!r}: split {split!r} is empty")
+        for pool in POOLS:
+            if not len(self.pools.get(pool, ())):
+                raise TaskError(f"task {self.name!r} has no inits in pool {pool!r}")
+
+    def params_shape(self) -> Params:
+        """The parameters as a pytree of `jax.ShapeDtypeStruct`."""
+        return jax.eval_shape(self.init, self.data, jnp.zeros([], jnp.int32))[0]
+
+
+def size(batch: Batch) -> int:
+    """The number of examples in a batch or split."""
+    return int(jax.tree.leaves(batch)[0].shape[0])
+
+
+def sample(task: Task, key: jax.Array, pool: str = "meta_train") -> TaskSample:
+    """A task sample: an init of the pool, and a key for the batches.
+
+    Args:
+      key: a typed PRNG key.
+      pool: "meta_train" or "held_out".
+    """
+    init_key, batch_key = jax.random.split(key)
+    inits = task.pools[pool]
+    row = int(jax.random.randint(init_key, (), 0, len(inits)))
+    return TaskSample(jnp.asarray(inits[row], jnp.int32), jax.random.key_data(batch_key))
+
+
+def uniform_batches(batch_size: int) -> Callable[[Data, jax.Array], Batch]:
+    """A `Task.batch` that draws examples of inner_train uniformly, with replacement."""
+
+    def batch(data: Data, key: jax.Array) -> Batch:
+        train = data["inner_train"]
+        rows = jax.random.randint(key, (batch_size,), 0, size(train))
+        return jax.tree.map(lambda x: x[rows], train)
+
+    return batch

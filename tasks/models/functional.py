@@ -1,0 +1,39 @@
+"""Flax NNX modules as pure functions over plain dictionaries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+
+from tasks.base import Params, Stats
+
+
+class Model(NamedTuple):
+    """A network as two pure functions."""
+
+    init: Callable[[jax.Array], tuple[Params, Stats]]  # key -> (params, stats)
+    apply: Callable[[Params, Stats, jax.Array, bool], tuple[jax.Array, Stats]]  # images -> (logits, stats)
+
+
+def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> Model:
+    """The functional form of a module: parameters and statistics are nested dictionaries.
+
+    Args:
+      make: builds the module from random streams.
+    """
+    graph, _, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param, ...)
+
+    def init(key: jax.Array) -> tuple[Params, Stats]:
+        _, params, stats = nnx.split(make(nnx.Rngs(key)), nnx.Param, ...)
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+
+    def apply(params: Params, stats: Stats, images: jax.Array, train: bool) -> tuple[jax.Array, Stats]:
+        module = nnx.merge(graph, params, stats)
+        module.set_attributes(deterministic=not train, use_running_average=not train, raise_if_not_found=False)
+        logits = module(images)
+        return logits, nnx.to_pure_dict(nnx.split(module, nnx.Param, ...)[2])
+
+    return Model(init, apply)

@@ -1,0 +1,50 @@
+"""Tasks by name; a user's own task is `package.module:function`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tasks.base import Task, TaskError
+from tasks.classification import digits
+
+TASKS: dict[str, Callable[..., Task]] = {"digits": digits}
+
+
+def make_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
+    """Build a task.
+
+    Args:
+      name: a name of `TASKS`, or `package.module:function` for any function that returns a `Task`.
+      options: its keyword arguments.
+
+    Raises:
+      TaskError: no such task, an option it does not have, or one that it refuses.
+    """
+    builder = _find(name)
+    options = dict(options or {})
+    allowed = inspect.signature(builder).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in allowed.values()):
+        for option in options:
+            if option not in allowed:
+                raise TaskError(f"task.{option} is not an option of task {name!r}; allowed are {', '.join(allowed)}")
+    task = builder(**options)
+    if not isinstance(task, Task):
+        raise TaskError(f"task {name!r} returned {type(task).__name__}, not a tasks.base.Task")
+    return task
+
+
+def _find(name: str) -> Callable[..., Task]:
+    if name in TASKS:
+        return TASKS[name]
+    module_name, _, function = name.partition(":")
+    if not function:
+        raise TaskError(f"unknown task {name!r}; allowed are {', '.join(TASKS)} and package.module:function")
+    try:
+        return getattr(importlib.import_module(module_name), function)
+    except ImportError as error:
+        raise TaskError(f"task {name!r}: {module_name} cannot be imported ({error})") from None
+    except AttributeError:
+        raise TaskError(f"task {name!r}: {module_name} has no function {function!r}") from None
