@@ -9,12 +9,14 @@ shapes, dtypes and a digest of the values.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +71,7 @@ def save(
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with ocp.PyTreeCheckpointer() as checkpointer, os_errors(target):
             checkpointer.save(scratch / "new" / _THETA, theta)
         (scratch / "new" / _MANIFEST).write_text(text)
         if target.exists():
@@ -78,6 +80,18 @@ def save(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+@contextlib.contextmanager
+def os_errors(path: Path) -> Iterator[None]:
+    """Give a full disk or a lost permission, which TensorStore raises as a ValueError, its own kind back."""
+    try:
+        yield
+    except ValueError as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def init_loss(decays: Sequence[float]) -> LossState:
 def update_loss(state: LossState, value: jax.Array, decays: Sequence[float]) -> LossState:
     """Take one loss (a scalar of any float dtype) into the averages."""
     value = jnp.asarray(value, jnp.float32)
-    decay = np.asarray(decays, np.float32)
+    decay = jnp.asarray(decays, jnp.float32)
     seen = LossState(
         state.observed + 1,
         jnp.where(state.observed == 0, value, state.first),
@@ -84,7 +84,7 @@ def loss_features(state: LossState, decays: Sequence[float]) -> jax.Array:
 
 def update_log_norms(ema: jax.Array, log_norms: jax.Array, decays: Sequence[float]) -> jax.Array:
     """EMAs of the log norms, not bias-corrected. [2, L, S] and [L, S] to [2, L, S]."""
-    decay = np.asarray(decays, np.float32)[:, None, None]
+    decay = jnp.asarray(decays, jnp.float32)[:, None, None]
     return decay * ema + (1 - decay) * log_norms
 
 

@@ -35,7 +35,7 @@ _MIN_RELATIVE_RMS = 1e-3  # with step="relative", a layer of zeros still moves
 class L3RSState(NamedTuple):
     """State of `l3rs`. L layers, P directions, S = 2 + P norms (gradient, parameters, directions)."""
 
-    count: jax.Array  # int32 [], steps taken
+    count: jax.Array  # type: ignore[assignment]  # int32 [], steps taken
     loss: features.LossState
     log_norms: jax.Array  # float32 [2, L, S], fast and slow EMAs of the log norms
     mix: jax.Array  # float32 [L, P], μ of the last step
@@ -109,12 +109,12 @@ def l3rs(theta: Theta, spec: Spec, total_steps: int | jax.Array) -> optax.Gradie
         finite = [jnp.isfinite(x) for x in squared]
         treedef = jax.tree.structure(updates)
         # A NaN must not enter moments that would keep it for ever.
-        grads = treedef.unflatten([jnp.where(ok, g, 0.0) for ok, g in zip(finite, raw, strict=True)])
+        grads = jax.tree.unflatten(treedef, [jnp.where(ok, g, 0.0) for ok, g in zip(finite, raw, strict=True)])
 
         lazy, moments = [], []
         for direction, moment in zip(directions, state.directions, strict=True):
-            moved, moment = direction.transform.update(grads, moment, treedef.unflatten(leaves))
-            lazy.append(direction.read(moved, moment, treedef.unflatten(raw)))
+            moved, moment = direction.transform.update(grads, moment, jax.tree.unflatten(treedef, leaves))
+            lazy.append(direction.read(moved, moment, jax.tree.unflatten(treedef, raw)))
             moments.append(moment)
         layers = [list(layer) for layer in zip(*lazy, strict=True)]  # L lists of P
 
@@ -139,7 +139,8 @@ def l3rs(theta: Theta, spec: Spec, total_steps: int | jax.Array) -> optax.Gradie
         embedding = theta["embedding"] if rows == tuple(range(len(spec.layers))) else theta["embedding"][np.array(rows)]
         decision = network.apply(theta, spec, shared, jnp.concatenate([seen, embedding], axis=1))
 
-        base = root_n if spec.step == "rms" else jnp.maximum(parameter_norm, _MIN_RELATIVE_RMS * root_n)
+        relative = jnp.maximum(parameter_norm, _MIN_RELATIVE_RMS * root_n)
+        base = jnp.asarray(root_n) if spec.step == "rms" else relative
         step_norm = spec.step_scale * base * jnp.exp(decision.log_step)
         coefficients = _coefficients(decision.mix, step_norm, gram, direction_norm)  # [L, P]
         new_updates = [
@@ -147,7 +148,7 @@ def l3rs(theta: Theta, spec: Spec, total_steps: int | jax.Array) -> optax.Gradie
             for i, (ok, layer, param) in enumerate(zip(finite, layers, jax.tree.leaves(params), strict=True))
         ]
         new_state = L3RSState(step, loss, log_norms_ema, decision.mix, step_norm, tuple(moments))
-        return treedef.unflatten(new_updates), new_state
+        return jax.tree.unflatten(treedef, new_updates), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

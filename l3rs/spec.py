@@ -126,7 +126,7 @@ class Spec:
         known = {f.name for f in dataclasses.fields(cls)}
         if set(data) != known:
             raise L3RSError(f"spec has fields {sorted(data)}; expected are {sorted(known)}")
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         fields["layers"] = tuple(Layer(path, tuple(shape)) for path, shape in data["layers"])
         fields["directions"] = tuple(Direction.parse(d) for d in data["directions"])
         return cls(**fields)

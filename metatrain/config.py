@@ -77,7 +77,7 @@ class OuterConfig(_Section):
     """The evolution strategy."""
 
     steps: PositiveInt = 400  # generations
-    population: int = Field(32, ge=2)
+    population: int = Field(default=32, ge=2)
     sigma: PositiveFloat = 0.05
     strategy: Literal["open_es", "snes", "pgpe"] = "open_es"
     learning_rate: PositiveFloat = 0.03  # of Adam on the search gradient, decayed to 0 along a cosine
@@ -111,7 +111,7 @@ class Config(_Section):
     """A meta-training run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(default=0, ge=0, lt=2**31)
     task: TaskConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     outer: OuterConfig = OuterConfig()
@@ -131,18 +131,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
       UserError: unreadable, or a key or value that is not allowed.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), _parse(overrides))
-        data = OmegaConf.to_container(merged, resolve=True)
+        loaded = OmegaConf.load(path)
+        if not OmegaConf.is_dict(loaded):
+            raise UserError(f"{path} must hold a mapping of sections, found a list or a bare value")
+        data = OmegaConf.to_container(OmegaConf.merge(loaded, _parse(overrides)), resolve=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder; a YAML file is needed") from None
+    except UserError:
+        raise
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {_one_line(error)}") from None
     except Exception as error:  # PyYAML's errors have no common base that is not Exception
         raise UserError(f"{path} cannot be read as YAML: {_one_line(error)}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} must hold a mapping of sections, found {type(data).__name__}")
+    assert isinstance(data, dict)
     return check_config(data, str(path))
 
 

@@ -7,6 +7,7 @@ baseline's learning rate is tuned for each horizon on inner_valid; test is only 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -120,12 +121,10 @@ def evaluate(
     samples = held_out_samples(task, config.seed, seeds)
     setting = task.name
 
-    jobs: dict[str, Callable[[jax.Device], _Part]] = {
-        L3RS: lambda device: _run_l3rs(task, spec, theta, samples, setting, horizons, device, say)
-    }
-    for name in BASELINES:
-        jobs[name] = lambda device, name=name: _tune(task, name, samples, setting, horizons, device, say)
-    parts = _on_devices(jobs.values())
+    shared = (task, samples, setting, horizons, say)
+    jobs = [functools.partial(_run_l3rs, spec, theta, *shared)]
+    jobs += [functools.partial(_tune, name, *shared) for name in BASELINES]
+    parts = _on_devices(jobs)
     records = [record for part in parts for record in part.records]
     tuning = {setting: {name: grid for part in parts for name, grid in part.tuning.items()}}
     return Results(str(optimizer), records, _speedups(records), tuning)
@@ -148,14 +147,14 @@ class _Part(NamedTuple):
 
 
 def _run_l3rs(
-    task: Task,
     spec: l3rs.Spec,
     theta: l3rs.spec.Theta,
+    task: Task,
     samples: TaskSample,
     setting: str,
     horizons: Sequence[int],
-    device: jax.Device,
     say: Callable[[str], None],
+    device: jax.Device,
 ) -> _Part:
     run = _Runner(task, lambda theta, horizon: l3rs.l3rs(theta, spec, horizon), samples, device)
     records = []
@@ -167,13 +166,13 @@ def _run_l3rs(
 
 
 def _tune(
-    task: Task,
     name: str,
+    task: Task,
     samples: TaskSample,
     setting: str,
     horizons: Sequence[int],
-    device: jax.Device,
     say: Callable[[str], None],
+    device: jax.Device,
 ) -> _Part:
     run = _Runner(task, lambda hyper, horizon: make_baseline(name, hyper, horizon), samples, device)
     records: list[Record] = []

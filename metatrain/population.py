@@ -7,7 +7,6 @@ regenerates its members from (strategy state, key). A member's fitness is a pure
 
 from __future__ import annotations
 
-import functools
 import math
 import queue
 from collections.abc import Sequence
@@ -105,7 +104,7 @@ def candidate_losses(task: Task, spec: l3rs.Spec, strategy: Strategy) -> Any:
     ) -> jax.Array:
         population = strategy.ask(jax.random.wrap_key_data(key), state)
         candidates = jax.tree.map(lambda x: x[members], population)
-        scores = jax.vmap(functools.partial(rollout, data=data, sample=sample, horizon=horizon))(candidates)
+        scores = jax.vmap(rollout, (0, None, None, None))(candidates, data, sample, horizon)
         return scores["outer_valid"].loss.astype(jnp.float32)
 
     return jax.jit(losses)

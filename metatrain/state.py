@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from l3rs.checkpoint import os_errors
 from metatrain.config import UserError
 from metatrain.strategy import State
 
@@ -52,7 +53,8 @@ class StateStore:
             strategy=ocp.args.PyTreeSave(leaves),
             counters=ocp.args.JsonSave({**counters, "sha256": _digest(leaves)}),
         )
-        self._manager.save(progress.generation, args=items)
+        with os_errors(self._folder):
+            self._manager.save(progress.generation, args=items)
 
     def restore(self, like: State) -> Progress | None:
         """The newest good checkpoint; None when there is none at all.
@@ -94,7 +96,7 @@ class StateStore:
         found = [(leaves[name].shape, leaves[name].dtype) for name in sorted(leaves)]
         if found != expected:
             raise ValueError("it belongs to another strategy or another network")
-        strategy = jax.tree.structure(like).unflatten([leaves[name] for name in sorted(leaves)])
+        strategy = jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in sorted(leaves)])
         return Progress(strategy=jax.tree.map(jax.numpy.asarray, strategy), **counters)
 
 

@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -190,7 +191,7 @@ def _generation(setup: _Setup, evaluator: Evaluator, progress: Progress) -> tupl
     finite = fitness[np.isfinite(fitness)]
     strategy = progress.strategy
     if finite.size:
-        strategy = setup.strategy.tell(jax.random.wrap_key_data(spec.key), strategy, fitness)
+        strategy = setup.strategy.tell(jax.random.wrap_key_data(spec.key), strategy, jnp.asarray(fitness))
     psi_norm = float(optax.tree.norm(setup.strategy.mean(strategy)))
     seconds = time.perf_counter() - began
     steps = setup.config.outer.population * spec.horizon

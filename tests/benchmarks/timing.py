@@ -1,0 +1,30 @@
+"""Timing of two or more things in turn, so that drift of the machine falls on all of them alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+_PAUSE = 0.2  # XLA gives large scratch memory back late
+
+
+def in_turn(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
+    """Seconds of each call, [rounds], after one warm-up."""
+    for call in calls.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            time.sleep(_PAUSE)
+            began = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def ratio(seconds: Mapping[str, np.ndarray], a: str, b: str) -> str:
+    """Median and range of a / b over the rounds."""
+    r = seconds[a] / seconds[b]
+    return f"{np.median(r):.2f} ({r.min():.2f} … {r.max():.2f})"

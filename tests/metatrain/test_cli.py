@@ -1,0 +1,148 @@
+"""The command line in real processes: exit codes, one sentence, nothing overwritten."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import l3rs
+from metatrain.config import dump_config
+from tests.metatrain.common import small_config
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+COMMAND = [sys.executable, "-m", "metatrain.cli"]
+
+
+def metatrain(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *map(str, words)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+
+
+def refused(done: subprocess.CompletedProcess[str]) -> str:
+    """The one sentence of a refusal."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("config") / "small.yaml"
+    file.write_text(dump_config(small_config()))
+    return file
+
+
+@pytest.fixture(scope="module")
+def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    done = metatrain("run", config, "outer.steps=3", "--out", folder)
+    assert done.returncode == 0, done.stderr
+    assert "generation 3/3" in done.stdout  # plain lines without a terminal
+    assert "\x1b" not in done.stdout
+    assert f"the optimizer is in {folder}/optimizer" in done.stdout
+    return folder
+
+
+def test_inspect_and_export(finished: Path, tmp_path: Path) -> None:
+    done = metatrain("inspect", finished / "optimizer")
+    assert done.returncode == 0
+    for words in ("meta-parameters", "adam, sgd", "task: regression", "w  [4]"):
+        assert words in done.stdout
+    assert metatrain("export", finished, tmp_path / "x").returncode == 0
+    assert (tmp_path / "x" / "l3rs.json").is_file()
+
+
+def test_evaluate_prints_a_table_and_where_the_figure_is(finished: Path, config: Path, tmp_path: Path) -> None:
+    words = ("evaluate", finished / "optimizer", config, "--horizons", "1,8", "--seeds", "2", "--out", tmp_path / "e")
+    done = metatrain(*words)
+    assert done.returncode == 0, done.stderr
+    assert "adam/cosine" in done.stdout
+    assert f"figure: {tmp_path / 'e' / 'horizons.png'}" in done.stdout
+    assert (tmp_path / "e" / "horizons.png").read_bytes().startswith(b"\x89PNG")
+    assert "exists; choose another folder" in refused(metatrain(*words))
+
+
+def test_list_tasks() -> None:
+    done = metatrain("list-tasks")
+    assert done.returncode == 0
+    assert "digits" in done.stdout
+    assert "batch_size" in done.stdout
+
+
+def test_refusals(finished: Path, config: Path, tmp_path: Path) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
+    assert "resume it with" in refused(metatrain("run", config, "--out", finished))
+    assert (finished / "metrics.jsonl").read_bytes() == before
+    assert "no such file" in refused(metatrain("run", tmp_path / "none.yaml"))
+    assert "outer.sigmma" in refused(metatrain("run", config, "outer.sigmma=1"))
+    assert "unknown task 'digitz'" in refused(metatrain("run", config, "task.name=digitz"))
+    assert "task.colour is not an option" in refused(metatrain("run", config, "task.colour=red"))
+    assert "is empty" in refused(metatrain("run", config, "task.examples=0", "--out", tmp_path / "r"))
+    assert "not a run" in refused(metatrain("resume", tmp_path))
+    assert "not an L3RS checkpoint" in refused(metatrain("inspect", tmp_path))
+    assert "--horizons" in refused(metatrain("evaluate", finished / "optimizer", config, "--horizons", "ten"))
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_place_that_cannot_be_written(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    sentence = refused(metatrain("run", config, "--out", tmp_path / "file" / "run"))
+    assert "cannot be written" in sentence
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 300 kB."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_is_said_and_what_was_saved_is_kept(config: Path, tiny_disk: Path) -> None:
+    folder = tiny_disk / "run"
+    done = metatrain("run", config, "outer.steps=500", "checkpoint.keep=1000", "--out", folder)
+    assert "No space left on device" in refused(done)
+    saved = max(int(p.name) for p in (folder / "state").iterdir() if p.name.isdigit())
+    subprocess.run(["mount", "-o", "remount,size=20m", tiny_disk], check=True)
+    assert metatrain("export", folder, tiny_disk / "optimizer").returncode == 0
+    assert l3rs.describe(tiny_disk / "optimizer")["info"]["generations"] == saved >= 1
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = ["run", str(config), "outer.steps=100000", "task.seconds=0.02", "--out", str(folder)]
+    process = subprocess.Popen(
+        [*COMMAND, *words], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for_metrics(folder, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert f"go on with: metatrain resume {folder}" in out
+    assert "Traceback" not in err
+    assert list((folder / "state").iterdir())
+
+
+def wait_for_metrics(folder: Path, process: subprocess.Popen[str]) -> None:
+    """Until the run has done a generation."""
+    for _ in range(600):
+        if (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size:
+            return
+        assert process.poll() is None
+        time.sleep(0.1)
+    raise TimeoutError("no generation in a minute")

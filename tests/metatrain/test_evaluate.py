@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import l3rs
+from metatrain import report
+from metatrain.baselines import BASELINES, Tuned, make_baseline
+from metatrain.config import UserError
+from metatrain.evaluate import Record, Results, evaluate, held_out_samples, steps_to_reach
+from tests.metatrain.common import REGRESSION, small_config
+from tests.metatrain.quadratic import regression
+
+
+@pytest.fixture(scope="module")
+def optimizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    spec = l3rs.Spec.create(regression().params_shape(), hidden=(4,), embedding_dim=2)
+    return l3rs.save(tmp_path_factory.mktemp("o") / "opt", l3rs.init(jax.random.key(0), spec), spec)
+
+
+@pytest.fixture(scope="module")
+def results(optimizer: Path) -> Results:
+    return evaluate(optimizer, small_config(), (1, 20), seeds=3)
+
+
+def test_every_optimizer_runs_every_horizon_and_seed(results: Results) -> None:
+    assert results.optimizers() == ["l3rs", "adam/constant", "adam/cosine", "sgdm/constant", "sgdm/cosine"]
+    assert len(results.records) == 5 * 2 * 3
+    assert all(math.isfinite(record.loss) and record.seconds > 0 for record in results.records)
+
+
+def test_the_choice_has_the_lowest_inner_valid_loss_of_a_grid_no_coarser_than_two(results: Results) -> None:
+    for baseline, horizons in results.tuning["regression"].items():
+        for grid in horizons.values():
+            rates, losses = grid["learning_rate"], grid["inner_valid_loss"]
+            assert np.allclose(np.diff(np.log2(rates)), 1)
+            assert grid["chosen"] == rates[int(np.argmin(losses))], baseline
+            assert grid["at_edge"] == (grid["chosen"] in (rates[0], rates[-1]))
+    # 20 steps of plain least squares want a larger rate than the grid starts with: it has to grow.
+    grown = results.tuning["regression"]["adam/constant"]["20"]
+    assert len(grown["learning_rate"]) > 11
+    assert not grown["at_edge"]
+
+
+def test_tuning_never_reads_test(optimizer: Path, results: Results) -> None:
+    poisoned = small_config(task={"name": REGRESSION, "poison": "test"})
+    found = evaluate(optimizer, poisoned, (1, 20), seeds=3)
+    assert found.tuning == results.tuning
+    assert all(math.isnan(record.loss) for record in found.records)
+
+
+def test_a_record_is_the_run_it_says(results: Results) -> None:
+    """An adam/cosine record is repeated with optax's own cosine schedule, step by step."""
+    task, horizon = regression(), 20
+    record = results.select("regression", "adam/cosine", horizon)[1]
+    samples = held_out_samples(task, 0, 3)
+    data = jax.tree.map(jnp.asarray, task.data)
+    params, stats = task.init(data, samples.init[1])
+    tx = optax.adam(optax.cosine_decay_schedule(record.hparams["learning_rate"], horizon))
+    state = tx.init(params)
+    gradient = jax.jit(jax.grad(lambda p, batch: task.loss(p, stats, batch, True)[0]))
+    for i in range(horizon):
+        key = jax.random.fold_in(jax.random.wrap_key_data(samples.key[1]), i)
+        updates, state = tx.update(gradient(params, task.batch(data, key)), state, params)
+        params = optax.apply_updates(params, updates)
+    loss, _ = task.loss(params, stats, data["test"], False)
+    assert record.loss == pytest.approx(float(loss), rel=1e-4)  # float32 over 20 steps, fused differently
+
+
+@pytest.mark.parametrize("name", list(BASELINES))
+def test_the_constant_schedule_is_constant(name: str) -> None:
+    params = {"w": jnp.ones(3)}
+    tx = make_baseline(name, Tuned(jnp.float32(0.1), jnp.float32(0.0)), 5)
+    plain = BASELINES[name].make(0.1)
+    state, expected_state = tx.init(params), plain.init(params)
+    for i in range(8):
+        grads = {"w": jnp.array([1.0, -2.0, i])}
+        updates, state = tx.update(grads, state, params, value=1.0)
+        expected, expected_state = plain.update(grads, expected_state, params)
+        np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-6)
+
+
+def test_held_out_samples_never_meet_meta_training() -> None:
+    task = regression()
+    samples = held_out_samples(task, 0, 6)
+    assert set(samples.init.tolist()) <= set(task.pools["held_out"])
+    assert not set(samples.init.tolist()) & set(task.pools["meta_train"])
+    assert len({tuple(key) for key in samples.key.tolist()}) == 6
+
+
+@pytest.mark.parametrize(
+    ("target", "steps"),
+    [(0.5, 10.0), (0.4, 10.0), (0.7, math.sqrt(10 * 40)), (0.9, 40.0), (0.95, None)],
+)
+def test_steps_to_reach_on_a_curve_drawn_by_hand(target: float, steps: float | None) -> None:
+    found = steps_to_reach([10, 40, 100], [0.5, 0.9, 0.9], target)
+    assert found == (None if steps is None else pytest.approx(steps))
+
+
+def test_speedup_is_the_baselines_steps_over_ours() -> None:
+    from metatrain.evaluate import _speedups
+
+    curves = {"l3rs": {10: 0.6, 100: 0.9}, "sgd": {10: 0.3, 100: 0.6}}
+    records = [
+        Record("s", name, horizon, 0, 1.0, value, 0.1, {})
+        for name, curve in curves.items()
+        for horizon, value in curve.items()
+    ]
+    assert [(s.horizon, s.steps_ratio) for s in _speedups(records)] == [(10, 10.0), (100, None)]
+
+
+def test_results_json_and_what_a_person_sees(results: Results, tmp_path: Path) -> None:
+    saved = json.loads(results.save(tmp_path).read_text())
+    assert set(saved) == {"optimizer", "records", "speedup", "tuning"}
+    fields = {"setting", "optimizer", "horizon", "seed", "loss", "accuracy", "seconds", "hparams"}
+    assert set(saved["records"][0]) == fields
+    assert set(saved["speedup"][0]) == {"setting", "baseline", "horizon", "steps_ratio"}
+    assert report.figure(results, "regression", tmp_path / "f.png").stat().st_size > 10_000
+    verdict = report.verdict(results, "regression")
+    ours = results.mean("regression", "l3rs", 20)
+    assert f"at 20 steps ({ours:.3f} / " in verdict
+    assert verdict.count("wins") + verdict.count("loses") == 2
+
+
+def test_diverged_runs_are_null_in_json_and_lose(results: Results, tmp_path: Path) -> None:
+    broken = [Record(**{**r.__dict__, "loss": math.nan}) if r.optimizer == "l3rs" else r for r in results.records]
+    bad = Results("o", broken, [], {})
+    assert json.loads(bad.save(tmp_path).read_text())["records"][0]["loss"] is None
+    assert "wins" not in report.verdict(bad, "regression")
+
+
+def test_bad_input(optimizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="≥ 1"):
+        evaluate(optimizer, small_config(), (0, 10))
+    with pytest.raises(UserError, match="≥ 1"):
+        evaluate(optimizer, small_config(), (10,), seeds=0)
+    with pytest.raises(l3rs.L3RSError, match="not an L3RS checkpoint"):
+        evaluate(tmp_path, small_config(), (10,))
+    with pytest.raises(l3rs.L3RSError, match="layer 'w' has shape"):
+        evaluate(optimizer, small_config(task={"name": REGRESSION, "dimension": 5}), (10,))

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import l3rs
+from metatrain import trainer
+from metatrain.config import UserError, dump_config
+from tests.metatrain.common import assert_same_theta, metrics, small_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("quiet") / "run"
+    assert trainer.run(small_config(), folder).finished
+    return folder
+
+
+def stopped_at(generation: int, folder: Path, **sections: dict) -> None:
+    """A run whose process ends right after the checkpoint of `generation`."""
+    config = small_config(**sections)
+    stop = KeyboardInterrupt("at the test's wish")
+    original = trainer._generation
+
+    def interrupted(setup, evaluator, progress):
+        if progress.generation == generation:
+            raise stop
+        return original(setup, evaluator, progress)
+
+    trainer._generation = interrupted
+    try:
+        done = trainer.run(config, folder)
+    finally:
+        trainer._generation = original
+    assert (done.finished, done.generation) == (False, generation)
+
+
+def test_a_run_leaves_what_it_promises(quiet: Path) -> None:
+    assert {"config.yaml", "metrics.jsonl", "state", "optimizer"} <= {p.name for p in quiet.iterdir()}
+    lines = [json.loads(line) for line in (quiet / "metrics.jsonl").read_text().splitlines()]
+    assert [line["generation"] for line in lines] == list(range(6))
+    for key in ("horizon", "meta_loss_mean", "meta_loss_best", "psi_norm", "candidate_steps_per_s", "seconds"):
+        assert all(line[key] is not None for line in lines)
+    assert all(2 <= line["horizon"] <= 9 for line in lines)
+    assert len({line["horizon"] for line in lines}) > 1
+    info = l3rs.describe(quiet / "optimizer")["info"]
+    assert info["generations"] == 6
+    assert info["horizon"] == {"min": 2, "max": 9}
+    assert info["candidate_steps"] == sum(4 * line["horizon"] for line in lines)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(quiet: Path, tmp_path: Path) -> None:
+    trainer.run(small_config(), tmp_path / "again")
+    assert metrics(tmp_path / "again") == metrics(quiet)
+    assert_same_theta(tmp_path / "again" / "optimizer", quiet / "optimizer")
+    trainer.run(small_config(seed=1), tmp_path / "other")
+    assert metrics(tmp_path / "other") != metrics(quiet)
+
+
+@pytest.mark.parametrize("generation", [1, 3, 5])
+def test_ctrl_c_saves_and_resume_gives_the_uninterrupted_run(
+    generation: int, quiet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Checkpoints far apart: only what Ctrl-C itself saves can be the ground of the resume.
+    stopped_at(generation, tmp_path / "run", checkpoint={"every": 100})
+    assert f"metatrain resume {tmp_path / 'run'}" in capsys.readouterr().out
+    assert trainer.resume(tmp_path / "run").finished
+    assert metrics(tmp_path / "run") == metrics(quiet)
+    assert_same_theta(tmp_path / "run" / "optimizer", quiet / "optimizer")
+
+
+def test_resume_of_a_finished_run_changes_nothing(quiet: Path, tmp_path: Path) -> None:
+    shutil.copytree(quiet, tmp_path / "run")
+    before = metrics(tmp_path / "run")
+    assert trainer.resume(tmp_path / "run").finished
+    assert metrics(tmp_path / "run") == before
+    assert_same_theta(tmp_path / "run" / "optimizer", quiet / "optimizer")
+
+
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
+    quiet: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, damage in (("truncated", b""), ("tampered", None)):
+        folder = tmp_path / name
+        stopped_at(4, folder)
+        victim = max((folder / "state" / "4" / "strategy" / "d").iterdir(), key=lambda f: f.stat().st_size)
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        victim.write_bytes(bytes(content) if damage is None else damage)
+        caplog.clear()
+        trainer.resume(folder)
+        assert "state/4 is damaged" in caplog.text
+        assert metrics(folder) == metrics(quiet)
+        assert_same_theta(folder / "optimizer", quiet / "optimizer")
+        assert (folder / "damaged-state-4").is_dir()  # set aside, not lost
+
+
+def test_when_no_checkpoint_can_be_read_nothing_is_overwritten(tmp_path: Path) -> None:
+    stopped_at(2, tmp_path / "run")
+    for file in (tmp_path / "run" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match=r"none of the \d+ checkpoints can be read"):
+        trainer.resume(tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == lines
+
+
+def test_a_half_written_line_of_metrics_is_written_again(quiet: Path, tmp_path: Path) -> None:
+    stopped_at(3, tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"generation": 3, "hori')
+    trainer.resume(tmp_path / "run")
+    assert metrics(tmp_path / "run") == metrics(quiet)
+
+
+def test_export_of_an_interrupted_run(quiet: Path, tmp_path: Path) -> None:
+    stopped_at(3, tmp_path / "run")
+    trainer.export(tmp_path / "run", tmp_path / "exported")
+    assert l3rs.describe(tmp_path / "exported")["info"]["generations"] == 3
+    with pytest.raises(l3rs.L3RSError, match="exists"):
+        trainer.export(tmp_path / "run", tmp_path / "exported")
+    trainer.export(quiet, tmp_path / "whole")
+    assert_same_theta(tmp_path / "whole", quiet / "optimizer")
+
+
+def test_refusals(quiet: Path, tmp_path: Path) -> None:
+    before = sorted(p.name for p in quiet.iterdir())
+    with pytest.raises(UserError, match="exists; resume it with"):
+        trainer.run(small_config(), quiet)
+    assert sorted(p.name for p in quiet.iterdir()) == before
+    with pytest.raises(UserError, match=r"not a run: it has no config\.yaml"):
+        trainer.resume(tmp_path)
+    (tmp_path / "config.yaml").write_text(dump_config(small_config()))
+    with pytest.raises(UserError, match="no checkpoint yet"):
+        trainer.export(tmp_path, tmp_path / "x")
+
+
+def test_generations_without_a_finite_loss_leave_the_state_and_stop_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(task={"name": "tests.metatrain.quadratic:diverging"}, outer={"max_failures": 3})
+    with pytest.raises(UserError, match="3 generations in a row without a finite loss"):
+        trainer.run(config, tmp_path / "run")
+    assert "generation 0: no candidate has a finite loss; the state stays" in capsys.readouterr().out
+    assert [line["meta_loss_mean"] for line in metrics(tmp_path / "run")] == [None] * 3
+    trainer.export(tmp_path / "run", tmp_path / "optimizer")
+    setup = trainer._Setup.build(config)
+    expected = setup.strategy.mean(setup.fresh().strategy)
+    np.testing.assert_array_equal(l3rs.restore(tmp_path / "optimizer")[0]["embedding"], expected["embedding"])
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_at_random_points(tmp_path: Path) -> None:
+    """Real processes, killed for real, every other time while a checkpoint is being written."""
+    # Slowed down, with a checkpoint every generation: a kill is likely to hit a save.
+    config = small_config(outer={"steps": 40}, task={"seconds": 0.02})
+    trainer.run(config, tmp_path / "quiet")
+    folder, rng = tmp_path / "run", random.Random(0)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "metatrain.cli"]
+    kills = saves_hit = 0
+    for attempt in range(30):
+        started = (folder / "config.yaml").exists()
+        words = ["resume", str(folder)] if started else ["run", str(tmp_path / "config.yaml"), "--out", str(folder)]
+        process = subprocess.Popen([*command, *words], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+        try:
+            lines = count_lines(folder)
+            while process.poll() is None and count_lines(folder) <= lines:
+                time.sleep(0.01)
+            time.sleep(rng.random())
+            while attempt % 2 and process.poll() is None and not being_saved(folder):
+                time.sleep(0.0005)
+            saves_hit += being_saved(folder)
+            if process.poll() is not None:
+                assert process.returncode == 0
+                break
+            kills += 1
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    assert kills >= 3
+    assert saves_hit >= 1
+    assert metrics(folder) == metrics(tmp_path / "quiet")
+    assert_same_theta(folder / "optimizer", tmp_path / "quiet" / "optimizer")
+
+
+def count_lines(folder: Path) -> int:
+    file = folder / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def being_saved(folder: Path) -> bool:
+    return any("tmp" in p.name for p in (folder / "state").glob("*"))
