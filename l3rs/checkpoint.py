@@ -25,6 +25,7 @@ import numpy as np
 import optax
 
 from l3rs import network
+from l3rs.directions import make_direction
 from l3rs.optimizer import l3rs
 from l3rs.spec import FEATURE_VERSION, L3RSError, Spec, Theta, layer_path
 
@@ -59,7 +60,7 @@ def save(
     if target.exists() and not overwrite:
         raise L3RSError(f"{target} exists; choose another folder or pass overwrite=True")
     theta = jax.tree.map(np.asarray, theta)
-    _check(theta, spec, "theta")
+    network.check(theta, spec, "theta")
     manifest = {
         "format": FORMAT_VERSION,
         "features": FEATURE_VERSION,
@@ -74,9 +75,17 @@ def save(
         with ocp.PyTreeCheckpointer() as checkpointer, os_errors(target):
             checkpointer.save(scratch / "new" / _THETA, theta)
         (scratch / "new" / _MANIFEST).write_text(text)
+        # Whatever interrupts this, the old checkpoint is there: under its own name or under this one.
+        old = target.with_name(f"{target.name}.replaced")
         if target.exists():
-            target.rename(scratch / "old")
-        (scratch / "new").rename(target)
+            target.rename(old)
+        try:
+            (scratch / "new").rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
@@ -105,7 +114,9 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         manifest = json.loads(file.read_text())
     except FileNotFoundError:
         raise L3RSError(f"{Path(path)} is not an L3RS checkpoint: it has no {_MANIFEST}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise L3RSError(f"{Path(path)} is not an L3RS checkpoint: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise L3RSError(f"{file} is damaged: {error}") from None
     missing = {"format", "features", "spec", "sha256", "info"} - set(manifest if isinstance(manifest, dict) else ())
     if missing:
@@ -127,7 +138,11 @@ def restore(path: str | os.PathLike[str]) -> tuple[Theta, Spec, dict[str, Any]]:
     manifest = describe(path)
     try:
         spec = Spec.from_json(manifest["spec"])
-    except (TypeError, KeyError, AttributeError) as error:
+        for direction in spec.directions:
+            make_direction(direction)
+    except L3RSError as error:
+        raise L3RSError(f"{Path(path) / _MANIFEST} is damaged: {error}") from None
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise L3RSError(f"{Path(path) / _MANIFEST} is damaged: its spec cannot be read ({error!r})") from None
     folder = Path(path).absolute() / _THETA
     try:
@@ -137,7 +152,7 @@ def restore(path: str | os.PathLike[str]) -> tuple[Theta, Spec, dict[str, Any]]:
         first_line = (str(error).strip().splitlines() or [repr(error)])[0]
         raise L3RSError(f"{folder} cannot be read: {first_line[:200]}") from None
     theta = jax.tree.map(np.asarray, theta)
-    _check(theta, spec, str(folder))
+    network.check(theta, spec, str(folder))
     if _digest(theta) != manifest["sha256"]:
         raise L3RSError(f"{folder} is damaged: its values do not have the digest that {_MANIFEST} states")
     return theta, spec, manifest["info"]
@@ -154,26 +169,9 @@ def load(path: str | os.PathLike[str], total_steps: int | jax.Array) -> optax.Gr
     return l3rs(theta, spec, total_steps)
 
 
-def _named(theta: Theta) -> dict[str, Any]:
-    return {layer_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(theta)}
-
-
-def _check(theta: Theta, spec: Spec, where: str) -> None:
-    expected = _named(jax.eval_shape(lambda: network.init(jax.random.key(0), spec)))
-    found = _named(theta)
-    if set(found) != set(expected):
-        raise L3RSError(f"{where} holds {sorted(found)}; its spec needs {sorted(expected)}")
-    for name, array in found.items():
-        if array.shape != expected[name].shape or array.dtype != np.float32:
-            raise L3RSError(
-                f"{where}: {name} is {array.dtype}{list(array.shape)}; "
-                f"its spec needs float32{list(expected[name].shape)}"
-            )
-
-
 def _digest(theta: Theta) -> str:
     digest = hashlib.sha256()
-    for name, array in sorted(_named(theta).items()):
+    for name, array in sorted((layer_path(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(theta)):
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(array, "<f4").tobytes())
     return digest.hexdigest()

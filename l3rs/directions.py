@@ -99,7 +99,9 @@ def make_direction(direction: Direction) -> BaseOptimizer:
     if factory is None:
         raise L3RSError(f"unknown direction {direction.name!r}; allowed are {', '.join(DIRECTIONS)}")
     allowed = list(inspect.signature(factory).parameters)
-    for option, _ in direction.options:
+    for option, value in direction.options:
+        if type(value) not in (int, float, bool):
+            raise L3RSError(f"direction {direction.name!r}: {option} is {value!r}; it must be a number")
         if option not in allowed:
             raise L3RSError(
                 f"direction {direction.name!r} has no option {option!r}; allowed are {', '.join(allowed) or 'none'}"

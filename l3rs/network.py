@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from l3rs import features
-from l3rs.spec import Spec, Theta
+from l3rs.spec import L3RSError, Spec, Theta, layer_path
 
 _OUTPUT_SCALE = 1e-2  # an output layer near zero: an untrained network follows the biases
 _STEP_LOG_LIMIT = 10.0  # λ stays within a factor e^±10 of its base
@@ -42,12 +42,31 @@ def init(key: jax.Array, spec: Spec) -> Theta:
     """
     embedding_key, *keys = jax.random.split(key, len(spec.hidden) + 2)
     widths = [sum(feature_sizes(spec)), *spec.hidden, len(spec.directions) + 1]
-    theta: Theta = {"embedding": 0.5 * jax.random.normal(embedding_key, (len(spec.layers), spec.embedding_dim))}
+    rows = jax.random.normal(embedding_key, (len(spec.layers), spec.embedding_dim), jnp.float32)
+    theta: Theta = {"embedding": 0.5 * rows}
     for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
         scale = _OUTPUT_SCALE if i == len(spec.hidden) else 1.0
-        kernel = jax.random.normal(keys[i], (fan_in, fan_out)) * (scale / np.sqrt(fan_in))
-        theta[f"dense_{i}"] = {"kernel": kernel, "bias": jnp.zeros(fan_out)}
+        kernel = jax.random.normal(keys[i], (fan_in, fan_out), jnp.float32) * np.float32(scale / np.sqrt(fan_in))
+        theta[f"dense_{i}"] = {"kernel": kernel, "bias": jnp.zeros(fan_out, jnp.float32)}
     return theta
+
+
+def check(theta: Theta, spec: Spec, where: str) -> None:
+    """Raise L3RSError, naming `where`, unless `theta` has the names, shapes and dtypes that `spec` needs."""
+    expected = jax.eval_shape(lambda: init(jax.random.key(0), spec))
+    needed, found = _named(expected), _named(theta)
+    if str(jax.tree.structure(theta)) != str(jax.tree.structure(expected)):
+        raise L3RSError(f"{where} holds {sorted(found)}; its spec needs {sorted(needed)}, nested as `init` makes them")
+    for name, array in found.items():
+        shape, dtype = tuple(getattr(array, "shape", ())), getattr(array, "dtype", type(array).__name__)
+        if shape != needed[name].shape or dtype != jnp.float32:
+            raise L3RSError(
+                f"{where}: {name} is {dtype}{list(shape)}; its spec needs float32{list(needed[name].shape)}"
+            )
+
+
+def _named(theta: Theta) -> dict[str, Any]:
+    return {layer_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(theta)}
 
 
 def apply(theta: Theta, spec: Spec, shared: jax.Array, per_layer: jax.Array) -> Decision:

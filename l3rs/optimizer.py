@@ -72,8 +72,11 @@ def l3rs(theta: Theta, spec: Spec, total_steps: int | jax.Array) -> optax.Gradie
       >>> updates, state = tx.update(grads, state, params, value=loss)
       >>> params = optax.apply_updates(params, updates)
     """
-    if not isinstance(total_steps, jax.core.Tracer) and not int(total_steps) >= 1:
-        raise L3RSError(f"total_steps is {total_steps}; it must be ≥ 1")
+    if not isinstance(total_steps, jax.core.Tracer):
+        whole = np.ndim(total_steps) == 0 and np.issubdtype(np.asarray(total_steps).dtype, np.integer)
+        if not whole or not 1 <= int(total_steps) < 2**31:
+            raise L3RSError(f"total_steps is {total_steps}; it must be a whole number ≥ 1")
+    network.check(theta, spec, "theta")
     directions = [make_direction(direction) for direction in spec.directions]
     n_norms = 2 + len(directions)
 
@@ -101,6 +104,9 @@ def l3rs(theta: Theta, spec: Spec, total_steps: int | jax.Array) -> optax.Gradie
         if params is None or value is None:
             raise L3RSError("L3RS reads the params and the loss: call update(grads, state, params, value=loss)")
         rows = match_layers(spec.layers, params)
+        _check_call(updates, params, value)
+        if not rows:  # every layer is frozen
+            return updates, state
         step = state.count + 1
 
         leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(params)]
@@ -121,6 +127,8 @@ def l3rs(theta: Theta, spec: Spec, total_steps: int | jax.Array) -> optax.Gradie
         gram = jnp.stack([_gram(*layer) for layer in zip(raw, squared, layers, strict=True)])  # [L, P, P]
         gradient_norm = jnp.sqrt(jnp.where(jnp.stack(finite), jnp.stack(squared), 0.0))
         parameter_norm = jnp.sqrt(jnp.stack([_squared_norm(leaf) for leaf in leaves]))
+        moves = jnp.stack(finite) & jnp.isfinite(gram).all((1, 2))  # [L]; a direction's norm can overflow, too
+        gram = jnp.where(moves[:, None, None], gram, 0.0)
         direction_norm = jnp.sqrt(jnp.diagonal(gram, axis1=1, axis2=2))  # [L, P]
 
         root_n = np.sqrt([max(p.size, 1) for p in jax.tree.leaves(params)]).astype(np.float32)
@@ -144,13 +152,22 @@ def l3rs(theta: Theta, spec: Spec, total_steps: int | jax.Array) -> optax.Gradie
         step_norm = spec.step_scale * base * jnp.exp(decision.log_step)
         coefficients = _coefficients(decision.mix, step_norm, gram, direction_norm)  # [L, P]
         new_updates = [
-            _mixture(ok, layer, coefficients[i]).astype(param.dtype)
-            for i, (ok, layer, param) in enumerate(zip(finite, layers, jax.tree.leaves(params), strict=True))
+            _mixture(moves[i], layer, coefficients[i]).astype(param.dtype)
+            for i, (layer, param) in enumerate(zip(layers, jax.tree.leaves(params), strict=True))
         ]
         new_state = L3RSState(step, loss, log_norms_ema, decision.mix, step_norm, tuple(moments))
         return jax.tree.unflatten(treedef, new_updates), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_call(grads: optax.Updates, params: optax.Params, value: jax.Array) -> None:
+    found = [leaf.shape for leaf in jax.tree.leaves(grads)]
+    expected = [leaf.shape for leaf in jax.tree.leaves(params)]
+    if found != expected:
+        raise L3RSError(f"gradients have the shapes {found[:6]}; the params have {expected[:6]}")
+    if jnp.shape(value) != ():
+        raise L3RSError(f"value has shape {jnp.shape(value)}; it must be one number, the loss")
 
 
 def _squared_norm(x: jax.Array) -> jax.Array:
@@ -176,14 +193,14 @@ def _gram(gradient: jax.Array, squared_norm: jax.Array, layer: Sequence[Lazy]) -
         return jnp.stack([upper[min(p, q), max(p, q)] for p in range(n) for q in range(n)]).reshape(n, n)
 
     operands = [lazy.operands for lazy in layer]
-    return jax.lax.cond(jnp.isfinite(squared_norm), products, lambda _: jnp.zeros((n, n)), operands)
+    return jax.lax.cond(jnp.isfinite(squared_norm), products, lambda _: jnp.zeros((n, n), jnp.float32), operands)
 
 
-def _mixture(finite: jax.Array, layer: Sequence[Lazy], coefficients: jax.Array) -> jax.Array:
-    """-Σ_p c_p d_p of one layer; zero where its gradient is not finite."""
+def _mixture(moves: jax.Array, layer: Sequence[Lazy], coefficients: jax.Array) -> jax.Array:
+    """-Σ_p c_p d_p of one layer; zero where it does not move."""
     # Behind the barrier the directions are computed again: cheaper than to keep them in memory.
     computed = [lazy.compute(*jax.lax.optimization_barrier(lazy.operands)) for lazy in layer]
-    return jnp.where(finite, -sum(c * d for c, d in zip(coefficients, computed, strict=True)), 0.0)
+    return jnp.where(moves, -sum(c * d for c, d in zip(coefficients, computed, strict=True)), 0.0)
 
 
 def _coefficients(mix: jax.Array, step_norm: jax.Array, gram: jax.Array, norm: jax.Array) -> jax.Array:

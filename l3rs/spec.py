@@ -45,7 +45,7 @@ class Direction:
         if isinstance(value, str):
             return cls(value)
         options = dict(value)
-        if "name" not in options:
+        if type(options.get("name")) is not str:
             raise L3RSError(f"a direction needs a name, found {options}")
         return cls(options.pop("name"), tuple(sorted(options.items())))
 
@@ -85,22 +85,8 @@ class Spec:
     absolute_time: bool = False
 
     def __post_init__(self) -> None:
-        if not self.layers:
-            raise L3RSError("spec.layers is empty: an optimizer needs at least one parameter tensor")
-        if not self.directions:
-            raise L3RSError("spec.directions is empty: at least one base optimizer is needed")
-        if len({layer.path for layer in self.layers}) < len(self.layers):
-            raise L3RSError("spec.layers: two layers have the same path")
-        if self.step not in ("rms", "relative"):
-            raise L3RSError(f"spec.step is {self.step!r}; allowed are 'rms' and 'relative'")
-        if not self.step_scale > 0:
-            raise L3RSError(f"spec.step_scale is {self.step_scale}; it must be > 0")
-        if len(self.loss_decays) < 2 or len(self.norm_decays) != 2:
-            raise L3RSError("spec.loss_decays needs two or more decays, spec.norm_decays exactly two")
-        if not all(0 <= d < 1 for d in (*self.loss_decays, *self.norm_decays)):
-            raise L3RSError("spec.loss_decays and spec.norm_decays must lie in [0, 1)")
-        if not all(w >= 1 for w in (*self.hidden, self.embedding_dim)):
-            raise L3RSError("spec.hidden and spec.embedding_dim must be ≥ 1")
+        _check_types(self)
+        _check_values(self)
 
     @classmethod
     def create(
@@ -130,6 +116,37 @@ class Spec:
         fields["layers"] = tuple(Layer(path, tuple(shape)) for path, shape in data["layers"])
         fields["directions"] = tuple(Direction.parse(d) for d in data["directions"])
         return cls(**fields)
+
+
+def _check_types(spec: Spec) -> None:
+    for name, values in (("hidden", spec.hidden), ("embedding_dim", (spec.embedding_dim,))):
+        if any(type(value) is not int or value < 1 for value in values):
+            raise L3RSError(f"spec.{name} is {getattr(spec, name)!r}; it must hold whole numbers ≥ 1")
+    for name in ("step_scale", "step_gain", "mix_bias"):
+        if type(getattr(spec, name)) not in (int, float) or not math.isfinite(getattr(spec, name)):
+            raise L3RSError(f"spec.{name} is {getattr(spec, name)!r}; it must be a finite number")
+    if type(spec.absolute_time) is not bool:
+        raise L3RSError(f"spec.absolute_time is {spec.absolute_time!r}; it must be true or false")
+    for layer in spec.layers:
+        if type(layer.path) is not str or any(type(n) is not int or n < 0 for n in layer.shape):
+            raise L3RSError(f"spec.layers holds {layer}; a layer is a path and a shape of whole numbers")
+
+
+def _check_values(spec: Spec) -> None:
+    if not spec.layers:
+        raise L3RSError("spec.layers is empty: an optimizer needs at least one parameter tensor")
+    if not spec.directions:
+        raise L3RSError("spec.directions is empty: at least one base optimizer is needed")
+    if len({layer.path for layer in spec.layers}) < len(spec.layers):
+        raise L3RSError("spec.layers: two layers have the same path")
+    if spec.step not in ("rms", "relative"):
+        raise L3RSError(f"spec.step is {spec.step!r}; allowed are 'rms' and 'relative'")
+    if not spec.step_scale > 0:
+        raise L3RSError(f"spec.step_scale is {spec.step_scale}; it must be > 0")
+    if len(spec.loss_decays) < 2 or len(spec.norm_decays) != 2:
+        raise L3RSError("spec.loss_decays needs two or more decays, spec.norm_decays exactly two")
+    if not all(0 <= d < 1 for d in (*spec.loss_decays, *spec.norm_decays)):
+        raise L3RSError("spec.loss_decays and spec.norm_decays must lie in [0, 1)")
 
 
 def layer_path(path: Sequence[Any]) -> str:

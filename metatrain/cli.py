@@ -19,7 +19,7 @@ _console = Console(highlight=False, soft_wrap=True)
 
 def main() -> None:
     """Entry point: turns errors of the user's input into one sentence."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logging.getLogger("absl").setLevel(logging.ERROR)
     use_all_cores()
     from l3rs import L3RSError
@@ -110,6 +110,21 @@ def export(
     from metatrain import trainer
 
     _console.print(f"the optimizer is in {trainer.export(folder, destination)}")
+
+
+@app.command()
+def pretrain(
+    config: Annotated[Path, typer.Argument(help="the configuration whose task's init is pretrained")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. task.init.seeds=8")] = None,
+) -> None:
+    """Pretrain a task's init distribution and keep it in the resident cache; `run` does it by itself, too."""
+    from metatrain.config import load_config
+    from tasks import make_task
+
+    logging.getLogger("tasks").setLevel(logging.INFO)
+    task = load_config(config, overrides or ()).task
+    pools = make_task(task.name, task.options).pools
+    _console.print(f"{task.name}: {len(pools['meta_train'])} inits for meta-training, {len(pools['held_out'])} held out")
 
 
 @app.command()

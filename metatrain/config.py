@@ -95,6 +95,7 @@ class ExecutionConfig(_Section):
     """Where candidates are evaluated."""
 
     backend: Literal["local"] = "local"
+    plan: Literal["auto", "fused", "stepwise"] = "auto"  # see metatrain/rollout.py; auto measures both
     members_per_call: PositiveInt | Literal["auto"] = "auto"  # candidates in one compiled call
 
 

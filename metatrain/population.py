@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import optax
 
 import l3rs
-from metatrain.rollout import fused_rollout
+from metatrain.rollout import Plan, fused_rollout, stepwise_rollout
 from metatrain.strategy import State, Strategy
 from tasks import Task, TaskSample
 
@@ -51,6 +51,7 @@ class LocalEvaluator:
       strategy: makes the members.
       population: members of a generation.
       members_per_call: candidates in one compiled call; results may depend on it in the last bits.
+      plan: "fused", chunks of members in one compiled loop; "stepwise", a member at a time.
       devices: where; all local devices when not given.
     """
 
@@ -61,6 +62,7 @@ class LocalEvaluator:
         strategy: Strategy,
         population: int,
         members_per_call: int,
+        plan: Plan,
         devices: Sequence[jax.Device] | None = None,
     ) -> None:
         self._devices = list(devices or jax.local_devices())
@@ -68,7 +70,7 @@ class LocalEvaluator:
         self._population = population
         self._chunk = members_per_call
         self._pool = ThreadPoolExecutor(len(self._devices))
-        self._call = candidate_losses(task, spec, strategy)
+        self._call = candidate_losses(task, spec, strategy, plan)
 
     def evaluate(self, state: State, spec: GenerationSpec) -> np.ndarray:
         chunks: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
@@ -95,21 +97,33 @@ class LocalEvaluator:
         self._pool.shutdown(cancel_futures=True)
 
 
-def candidate_losses(task: Task, spec: l3rs.Spec, strategy: Strategy) -> Any:
-    """Compiled (state, key, sample, horizon, data, members int32 [m]) -> meta-losses float32 [m]."""
-    rollout = fused_rollout(task, lambda theta, horizon: l3rs.l3rs(theta, spec, horizon), ("outer_valid",))
+def candidate_losses(task: Task, spec: l3rs.Spec, strategy: Strategy, plan: Plan) -> Any:
+    """(state, key, sample, horizon, data, members int32 [m]) -> meta-losses float32 [m], compiled."""
 
-    def losses(
+    def candidate(theta: l3rs.spec.Theta, horizon: jax.Array) -> optax.GradientTransformationExtraArgs:
+        return l3rs.l3rs(theta, spec, horizon)
+
+    def chosen(state: State, key: jax.Array, members: jax.Array) -> l3rs.spec.Theta:
+        return jax.tree.map(lambda x: x[members], strategy.ask(jax.random.wrap_key_data(key), state))
+
+    def fused(
         state: State, key: jax.Array, sample: TaskSample, horizon: jax.Array, data: Any, members: jax.Array
     ) -> jax.Array:
-        population = strategy.ask(jax.random.wrap_key_data(key), state)
-        candidates = jax.tree.map(lambda x: x[members], population)
-        scores = jax.vmap(rollout, (0, None, None, None))(candidates, data, sample, horizon)
-        return scores["outer_valid"].loss.astype(jnp.float32)
+        rollout = jax.vmap(fused_rollout(task, candidate, ("outer_valid",)), (0, None, None, None))
+        return rollout(chosen(state, key, members), data, sample, horizon)["outer_valid"].loss
 
-    return jax.jit(losses)
+    rollout = stepwise_rollout(task, candidate, ("outer_valid",))
+    member = jax.jit(chosen)
+
+    def stepwise(
+        state: State, key: jax.Array, sample: TaskSample, horizon: jax.Array, data: Any, members: jax.Array
+    ) -> np.ndarray:
+        thetas = [member(state, key, m) for m in members]
+        return np.array([rollout(theta, data, sample, horizon)["outer_valid"].loss for theta in thetas])
+
+    return jax.jit(fused) if plan == "fused" else stepwise
 
 
-def default_members_per_call(population: int, n_devices: int) -> int:
-    """One call a device: fewest, largest calls that keep all of them busy."""
-    return math.ceil(population / n_devices)
+def default_members_per_call(population: int, n_devices: int, plan: Plan) -> int:
+    """Fused: one call a device, the largest that keep all of them busy. Stepwise: one member."""
+    return math.ceil(population / n_devices) if plan == "fused" else 1

@@ -30,6 +30,7 @@ import optax
 
 import l3rs
 from metatrain.config import Config, UserError, dump_config, load_config
+from metatrain.plan import choose_plan
 from metatrain.population import Evaluator, GenerationSpec, LocalEvaluator, default_members_per_call
 from metatrain.progress import Display
 from metatrain.state import Progress, StateStore
@@ -117,17 +118,21 @@ class _Setup:
     def build(cls, config: Config) -> _Setup:
         task = make_task(config.task.name, config.task.options)
         spec = l3rs.Spec.create(task.params_shape(), **config.optimizer.model_dump())
-        if config.execution.members_per_call == "auto":
-            members = default_members_per_call(config.outer.population, jax.local_device_count())
-            execution = config.execution.model_copy(update={"members_per_call": members})
-            config = config.model_copy(update={"execution": execution})
+        plan, members = config.execution.plan, config.execution.members_per_call
+        if plan == "auto":
+            plan = choose_plan(task, spec)
+        if members == "auto":
+            members = default_members_per_call(config.outer.population, jax.local_device_count(), plan)
+        execution = config.execution.model_copy(update={"plan": plan, "members_per_call": members})
+        config = config.model_copy(update={"execution": execution})
         strategy = make_strategy(config.outer, l3rs.init(jax.random.key(0), spec))
         return cls(config, task, spec, strategy)
 
     def evaluator(self) -> Evaluator:
-        members = self.config.execution.members_per_call
-        assert isinstance(members, int)
-        return LocalEvaluator(self.task, self.spec, self.strategy, self.config.outer.population, members)
+        plan, members = self.config.execution.plan, self.config.execution.members_per_call
+        assert plan != "auto"
+        assert members != "auto"
+        return LocalEvaluator(self.task, self.spec, self.strategy, self.config.outer.population, members, plan)
 
     def fresh(self) -> Progress:
         theta_key, strategy_key = jax.random.split(jax.random.key(self.config.seed))

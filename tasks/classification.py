@@ -1,101 +1,37 @@
-"""Image classification as a task: target data, a model, an init distribution."""
+"""What all image-classification tasks share: the loss, and random inits."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from tasks.base import Aux, Batch, Data, Params, Stats, Task, TaskError, uniform_batches
-from tasks.data import digits as digits_data
-from tasks.data.cache import cached
-from tasks.data.splits import cut
-from tasks.models.functional import Model, functional
-from tasks.models.mlp import MLP
-from tasks.pretrained import Loss, cached_inits, pretrain
+from tasks.base import Aux, Batch, Params, Stats
+from tasks.models import Model
+from tasks.pretrained import Loss
 
 _HELD_OUT = 1 << 20  # random inits of this index and above are never used in meta-training
+RANDOM_POOLS = {"meta_train": range(_HELD_OUT), "held_out": range(_HELD_OUT, 2 * _HELD_OUT)}
+
+# Of ImageNet's training images; what published weights expect.
+_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+_STD = np.array([0.229, 0.224, 0.225], np.float32)
+
+
+def normalized(images: jax.Array) -> jax.Array:
+    """uint8 RGB [..., 3] to float32 of about zero mean and unit variance; float images stay as they are."""
+    if images.dtype != jnp.uint8:
+        return images
+    return (images.astype(jnp.float32) / 255.0 - _MEAN) / _STD
 
 
 def classification_loss(model: Model) -> Loss:
-    """Mean cross-entropy over a batch {"image", "label"}."""
+    """Mean cross-entropy over a batch {"image": uint8 or float32 [B, H, W, C], "label": int32 [B]}."""
 
     def loss(params: Params, stats: Stats, batch: Batch, train: bool) -> tuple[jax.Array, Aux]:
-        logits, stats = model.apply(params, stats, batch["image"], train)
+        logits, stats = model.apply(params, stats, normalized(batch["image"]), train)
         value = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
         return value, Aux(stats, jnp.mean(jnp.argmax(logits, -1) == batch["label"]))
 
     return loss
-
-
-def digits(
-    target: Literal["mnist", "uci"] = "mnist",
-    init: Literal["mnist", "uci", "random"] = "uci",
-    hidden: Sequence[int] = (64, 64),
-    batch_size: int = 64,
-    inits: int = 10,
-    held_out_inits: int = 6,
-    pretrain_steps: tuple[int, int] = (150, 600),
-) -> Task:
-    """Fine-tune an MLP on 14 × 14 handwritten digits.
-
-    Args:
-      target: the digits to fine-tune on.
-      init: the digits that the MLPs were pretrained on, or random initialization.
-      hidden: widths of the hidden layers.
-      batch_size: examples a step.
-      inits: pretrained networks for meta-training; they differ in seed and in training length.
-      held_out_inits: further ones, never used in meta-training.
-      pretrain_steps: the shortest and the longest pretraining.
-    """
-    for name, value, allowed in (("target", target, ("mnist", "uci")), ("init", init, ("mnist", "uci", "random"))):
-        if value not in allowed:
-            raise TaskError(f"task.{name} is {value!r}; allowed are {', '.join(allowed)}")
-    for name, number in (("batch_size", batch_size), ("inits", inits), ("held_out_inits", held_out_inits)):
-        if number < 1:
-            raise TaskError(f"task.{name} is {number}; it must be ≥ 1")
-    splits = _digits_splits(target)
-    if batch_size > len(splits["inner_train"]["label"]):
-        raise TaskError(f"task.batch_size is {batch_size}; {target} has {len(splits['inner_train']['label'])} examples")
-
-    shape = splits["test"]["image"].shape[1:]
-    model = functional(lambda rngs: MLP(shape, hidden, 10, rngs=rngs))
-    loss = classification_loss(model)
-    name = f"digits({init} → {target})"
-    batch = uniform_batches(batch_size)
-
-    if init == "random":
-        pools = {"meta_train": range(_HELD_OUT), "held_out": range(_HELD_OUT, 2 * _HELD_OUT)}
-        return Task(name, splits, lambda _, i: model.init(jax.random.key(i)), batch, loss, pools)
-
-    count = inits + held_out_inits
-    # Interleaved, so that both pools hold short and long pretrainings.
-    low, high = pretrain_steps
-    steps = [low + (high - low) * (i * 7 % count) // max(count - 1, 1) for i in range(count)]
-    key = {"digits": init, "hidden": list(hidden), "steps": steps, "batch_size": 64}
-    stacked = cached_inits(
-        key,
-        jax.eval_shape(model.init, jax.random.key(0)),
-        lambda: pretrain(model, loss, _digits_splits(init), range(count), steps, 64),
-    )
-
-    def pretrained(data: Data, i: jax.Array) -> tuple[Params, Stats]:
-        return jax.tree.map(lambda x: x[i], data["inits"])
-
-    pools = {"meta_train": range(inits), "held_out": range(inits, count)}
-    return Task(name, {**splits, "inits": stacked}, pretrained, batch, loss, pools)
-
-
-def _digits_splits(name: str) -> dict[str, dict[str, jax.Array]]:
-    def build() -> dict[str, jax.Array]:
-        splits = cut(*digits_data.SOURCES[name]())
-        return {f"{split}/{field}": array for split, arrays in splits.items() for field, array in arrays.items()}
-
-    splits: dict[str, dict[str, jax.Array]] = {}
-    for path, array in cached({"digits": name}, build).items():
-        split, field = path.split("/")
-        splits.setdefault(split, {})[field] = array
-    return splits

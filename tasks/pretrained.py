@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import logging
+import queue
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -10,9 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tasks.base import Aux, Batch, Data, Params, Stats, uniform_batches
+from tasks.base import Aux, Batch, Data, Params, Stats, TaskError, size, uniform_batches
+from tasks.data.augment import random_crop_flip
 from tasks.data.cache import cached
 from tasks.models.functional import Model
+
+_log = logging.getLogger(__name__)
 
 Loss = Callable[[Params, Stats, Batch, bool], tuple[jax.Array, Aux]]
 
@@ -53,6 +61,101 @@ def pretrain(
     return jax.jit(jax.vmap(train, (None, 0, 0)))(source, jnp.asarray(seeds), jnp.asarray(steps))
 
 
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How an init distribution is pretrained: every seed, as it was after each of the `epochs`.
+
+    Attributes:
+      seeds: networks for meta-training.
+      held_out_seeds: further networks, never used in meta-training.
+      epochs: when a network is taken, increasing.
+      batch_size, learning_rate: of Adam; the rate decays to zero along a cosine.
+    """
+
+    seeds: int = 4
+    held_out_seeds: int = 2
+    epochs: tuple[int, ...] = (2,)
+    batch_size: int = 32
+    learning_rate: float = 2e-3
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any], where: str) -> Schedule:
+        """Check the keys and values of a configuration."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in options:
+            if key not in known:
+                raise TaskError(f"{where}.{key} is not a key of a pretraining; allowed are source, {', '.join(known)}")
+        epochs = tuple(options.get("epochs", cls.epochs))
+        schedule = cls(**{**options, "epochs": epochs})
+        if min(schedule.seeds, schedule.held_out_seeds, schedule.batch_size, len(epochs), *epochs) < 1:
+            raise TaskError(f"{where}: seeds, held_out_seeds, batch_size and epochs must all be ≥ 1")
+        if list(epochs) != sorted(set(epochs)):
+            raise TaskError(f"{where}.epochs is {list(epochs)}; it must increase")
+        return schedule
+
+
+def pretrain_stepwise(model: Model, loss: Loss, data: Data, schedule: Schedule, padding: int) -> tuple[Params, Stats]:
+    """Train networks on inner_train of `data`, augmented, driven from the host: for convolutional networks.
+
+    Args:
+      model, loss: the network, and its loss.
+      data: the source images; only inner_train is trained on. inner_valid is reported.
+      schedule: seeds, epochs and the optimizer.
+      padding: pixels, of the random crop.
+
+    Returns:
+      (params, stats), every array with a leading axis [seeds · epochs], a seed's epochs together.
+    """
+    count = size(data["inner_train"])
+    per_epoch = max(count // schedule.batch_size, 1)
+    total = per_epoch * schedule.epochs[-1]
+    tx = optax.adam(optax.cosine_decay_schedule(schedule.learning_rate, total))
+    draw = uniform_batches(schedule.batch_size)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(carry: tuple[Params, Stats, Any], source: Data, key: jax.Array, i: jax.Array) -> tuple[Params, Stats, Any]:
+        params, stats, state = carry
+        draw_key, augment_key = jax.random.split(jax.random.fold_in(key, i))
+        batch = draw(source, draw_key)
+        batch = {**batch, "image": random_crop_flip(augment_key, batch["image"], padding)}
+        grads, aux = jax.grad(loss, has_aux=True)(params, stats, batch, True)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), aux.stats, state
+
+    accuracy = jax.jit(lambda params, stats, batch: loss(params, stats, batch, False)[1].accuracy)
+
+    def train(seed: int, device: jax.Device) -> list[tuple[Params, Stats]]:
+        source, valid = jax.device_put(({"inner_train": data["inner_train"]}, data["inner_valid"]), device)
+        init_key, key = jax.device_put(jax.random.split(jax.random.key(seed)), device)
+        params, stats = model.init(init_key)
+        carry = (params, stats, tx.init(params))
+        taken = []
+        for epoch in range(1, schedule.epochs[-1] + 1):
+            for i in range(per_epoch * (epoch - 1), per_epoch * epoch):
+                carry = step(carry, source, key, np.int32(i))
+            right = float(accuracy(carry[0], carry[1], valid))
+            _log.info("pretraining, seed %d: epoch %d, accuracy %.3f on inner_valid", seed, epoch, right)
+            if epoch in schedule.epochs:
+                taken.append(jax.tree.map(np.asarray, carry[:2]))
+        return taken
+
+    devices = jax.local_devices()
+    with ThreadPoolExecutor(len(devices)) as pool:
+        free: queue.SimpleQueue[jax.Device] = queue.SimpleQueue()
+        for device in devices:
+            free.put(device)
+
+        def on_a_device(seed: int) -> list[tuple[Params, Stats]]:
+            device = free.get()
+            try:
+                return train(seed, device)
+            finally:
+                free.put(device)
+
+        networks = [n for seed in pool.map(on_a_device, range(schedule.seeds + schedule.held_out_seeds)) for n in seed]
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *networks)
+
+
 def cached_inits(
     key: Mapping[str, Any], shape: tuple[Params, Stats], build: Callable[[], tuple[Params, Stats]]
 ) -> tuple[Params, Stats]:
@@ -62,4 +165,4 @@ def cached_inits(
     def arrays() -> dict[str, np.ndarray]:
         return {f"{i:04d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(build()))}
 
-    return treedef.unflatten(list(cached({"inits": dict(key)}, arrays).values()))
+    return jax.tree.unflatten(treedef, list(cached({"inits": dict(key)}, arrays).values()))

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tasks.base import Task, TaskError
-from tasks.classification import digits
+from tasks.digits import digits
+from tasks.images import images
 
-TASKS: dict[str, Callable[..., Task]] = {"digits": digits}
+TASKS: dict[str, Callable[..., Task]] = {"digits": digits, "images": images}
 
 
 def make_task(name: str, options: Mapping[str, Any] | None = None) -> Task:

@@ -9,6 +9,7 @@ import numpy as np
 from tasks.base import SPLITS
 
 FRACTIONS = {"inner_train": 0.4, "inner_valid": 0.1, "outer_valid": 0.2, "test": 0.3}
+TRAIN_FRACTIONS = {"inner_train": 0.7, "inner_valid": 0.1, "outer_valid": 0.2}  # where the test set is given
 
 
 def cut(
@@ -31,3 +32,25 @@ def cut(
         split: {"image": images[rows], "label": labels[rows].astype(np.int32)}
         for split, rows in zip(SPLITS, parts, strict=True)
     }
+
+
+def stratified(labels: np.ndarray, fractions: Mapping[str, float]) -> dict[str, np.ndarray]:
+    """Shuffle with a fixed seed and cut so that every part has the classes in the same proportions.
+
+    Args:
+      labels: integers [N], from 0.
+      fractions: {part: its share}; they sum to one.
+
+    Returns:
+      {part: rows, integers [n]}. Classes take turns, so that a part's beginning is balanced too; a
+      part's size and a class's share of it are within one example of exact.
+    """
+    rng = np.random.default_rng(0)
+    # An example's place in its class's shuffled queue, as a fraction; queues are walked in step.
+    place = np.empty(len(labels))
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        place[rows] = (np.arange(len(rows)) + rng.random()) / len(rows)
+    order = np.argsort(place, kind="stable")
+    ends = np.rint(np.cumsum(list(fractions.values())) * len(labels)).astype(int)
+    return dict(zip(fractions, np.split(order, ends[:-1]), strict=True))

@@ -24,16 +24,20 @@ def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     Args:
       make: builds the module from random streams.
     """
-    graph, _, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param, ...)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
 
     def init(key: jax.Array) -> tuple[Params, Stats]:
-        _, params, stats = nnx.split(make(nnx.Rngs(key)), nnx.Param, ...)
-        return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+        module = make(nnx.Rngs(key))
+        return nnx.to_pure_dict(nnx.state(module, nnx.Param)), _stats(module)
 
     def apply(params: Params, stats: Stats, images: jax.Array, train: bool) -> tuple[jax.Array, Stats]:
         module = nnx.merge(graph, params, stats)
         module.set_attributes(deterministic=not train, use_running_average=not train, raise_if_not_found=False)
         logits = module(images)
-        return logits, nnx.to_pure_dict(nnx.split(module, nnx.Param, ...)[2])
+        return logits, _stats(module)
 
     return Model(init, apply)
+
+
+def _stats(module: nnx.Module) -> Stats:
+    return nnx.to_pure_dict(nnx.state(module, nnx.Not(nnx.Param)))

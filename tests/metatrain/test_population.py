@@ -5,19 +5,22 @@ import numpy as np
 
 import l3rs
 from metatrain.population import GenerationSpec, LocalEvaluator
+from metatrain.rollout import Plan
 from metatrain.strategy import make_strategy
 from tasks import sample
 from tests.metatrain.common import small_config
 from tests.metatrain.quadratic import regression
 
 
-def evaluator(devices: list[jax.Device], population: int = 8, members: int = 2) -> tuple[LocalEvaluator, object]:
+def evaluator(
+    devices: list[jax.Device], population: int = 8, members: int = 2, plan: Plan = "fused"
+) -> tuple[LocalEvaluator, object]:
     task = regression()
     spec = l3rs.Spec.create(task.params_shape(), hidden=(4,), embedding_dim=2)
     theta = l3rs.init(jax.random.key(0), spec)
     strategy = make_strategy(small_config(outer={"population": population}).outer, theta)
     state = strategy.init(jax.random.key(0), theta)
-    return LocalEvaluator(task, spec, strategy, population, members, devices), state
+    return LocalEvaluator(task, spec, strategy, population, members, plan, devices), state
 
 
 def generation(number: int = 0, horizon: int = 5) -> GenerationSpec:

