@@ -14,7 +14,8 @@ from rich.console import Console
 from metatrain.devices import use_all_cores
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-_console = Console(highlight=False, soft_wrap=True)
+# Tables are wider than the 80 columns that a pipe is taken for.
+_console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 
 
 def main() -> None:
@@ -105,11 +106,16 @@ def evaluate(
 def export(
     folder: Annotated[Path, typer.Argument(help="a run's folder")],
     destination: Annotated[Path, typer.Argument(help="the folder to make")],
+    results: Annotated[
+        Path | None, typer.Option(help="an evaluation's results.json, to go into the checkpoint")
+    ] = None,
 ) -> None:
     """Write the optimizer of a run's newest checkpoint, finished or not."""
     from metatrain import trainer
+    from metatrain.evaluate import Results
 
-    _console.print(f"the optimizer is in {trainer.export(folder, destination)}")
+    measured = None if results is None else Results.load(results).summary()
+    _console.print(f"the optimizer is in {trainer.export(folder, destination, measured)}")
 
 
 @app.command()
@@ -124,7 +130,9 @@ def pretrain(
     logging.getLogger("tasks").setLevel(logging.INFO)
     task = load_config(config, overrides or ()).task
     pools = make_task(task.name, task.options).pools
-    _console.print(f"{task.name}: {len(pools['meta_train'])} inits for meta-training, {len(pools['held_out'])} held out")
+    _console.print(
+        f"{task.name}: {len(pools['meta_train'])} inits for meta-training, {len(pools['held_out'])} held out"
+    )
 
 
 @app.command()
@@ -138,8 +146,12 @@ def inspect(optimizer: Annotated[Path, typer.Argument(help="a checkpoint folder"
         f"{optimizer}: L3RS with {size:,} meta-parameters, directions {', '.join(d.name for d in spec.directions)}"
     )
     for key, value in info.items():
-        if key != "config":
+        if key not in ("config", "results"):
             _console.print(f"  {key}: {value}")
+    for setting, optimizers in info.get("results", {}).items():
+        _console.print(f"  measured, {setting}: test loss after N steps")
+        for name, horizons in optimizers.items():
+            _console.print(f"    {name}: " + ", ".join(f"{steps}: {loss}" for steps, (loss, *_) in horizons.items()))
     _console.print("  layers:")
     for layer in spec.layers:
         _console.print(f"    {layer.path}  {list(layer.shape)}")

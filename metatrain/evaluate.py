@@ -85,6 +85,43 @@ class Results:
     def settings(self) -> list[str]:
         return list(dict.fromkeys(r.setting for r in self.records))
 
+    def summary(self) -> dict[str, Any]:
+        """{setting: {optimizer: {horizon: [mean test loss, mean test accuracy, seeds]}}}."""
+        return _finite(
+            {
+                setting: {
+                    optimizer: {
+                        str(horizon): [
+                            *(
+                                round(self.mean(setting, optimizer, horizon, field), 4)
+                                for field in ("loss", "accuracy")
+                            ),
+                            len(self.select(setting, optimizer, horizon)),
+                        ]
+                        for horizon in self.horizons()
+                    }
+                    for optimizer in self.optimizers()
+                }
+                for setting in self.settings()
+            }
+        )
+
+    @classmethod
+    def load(cls, file: str | Path) -> Results:
+        """Read a `results.json`.
+
+        Raises:
+          UserError: not one.
+        """
+        try:
+            data = json.loads(Path(file).read_text())
+            records = [Record(**_numbers(record)) for record in data["records"]]
+            return cls(data["optimizer"], records, [Speedup(**s) for s in data["speedup"]], data["tuning"])
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file} is not a results.json: {error!r}") from None
+
     def save(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "results.json"
@@ -304,6 +341,11 @@ def steps_to_reach(horizons: Sequence[int], curve: Sequence[float], target: floa
 def _mean_or_inf(losses: np.ndarray) -> float:
     mean = float(np.mean(losses))
     return mean if math.isfinite(mean) else math.inf
+
+
+def _numbers(record: dict[str, Any]) -> dict[str, Any]:
+    """Null, which stood for a loss that is no number, is NaN again."""
+    return {**record, **{key: math.nan for key in ("loss", "accuracy") if record.get(key) is None}}
 
 
 def _finite(value: Any) -> Any:

@@ -10,7 +10,7 @@ from rich.table import Table
 from metatrain.evaluate import L3RS, Results
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; L3RS is the strongest of them.
-_COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#F0E442", "#009E73", "#CC79A7", "#999999")
+_COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#999999")
 _MARKERS = "os^vD*P"
 
 
@@ -76,6 +76,8 @@ def figure(results: Results, setting: str, file: Path) -> Path:
         ax.set_ylabel(f"test {field}")
         ax.grid(alpha=0.25)
     axes[0].set_yscale("log")
+    for axis_formatter in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
+        axis_formatter("{x:.3g}")
     axes[1].legend(frameon=False)
     fig.suptitle(f"{setting}: baselines tuned for every horizon")
     file.parent.mkdir(parents=True, exist_ok=True)

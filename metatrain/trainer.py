@@ -17,7 +17,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -80,8 +80,13 @@ def resume(folder: str | Path) -> Run:
     return _train(folder, _Setup.build(_run_config(folder)))
 
 
-def export(folder: str | Path, destination: str | Path) -> Path:
+def export(folder: str | Path, destination: str | Path, results: Mapping[str, Any] | None = None) -> Path:
     """Write the optimizer of a run's newest checkpoint, finished or not.
+
+    Args:
+      folder: the run.
+      destination: the folder to make.
+      results: what was measured of the optimizer, to go into its `info`; see `Results.summary`.
 
     Raises:
       UserError: not a run's folder, or it has no checkpoint yet.
@@ -96,7 +101,7 @@ def export(folder: str | Path, destination: str | Path) -> Path:
         store.close()
     if progress is None:
         raise UserError(f"{folder} has no checkpoint yet")
-    return _save_optimizer(setup, progress, Path(destination))
+    return _save_optimizer(setup, progress, Path(destination), results)
 
 
 def _run_config(folder: Path) -> Config:
@@ -221,7 +226,14 @@ def _generation(setup: _Setup, evaluator: Evaluator, progress: Progress) -> tupl
     return progress, line
 
 
-def _save_optimizer(setup: _Setup, progress: Progress, destination: Path, *, overwrite: bool = False) -> Path:
+def _save_optimizer(
+    setup: _Setup,
+    progress: Progress,
+    destination: Path,
+    results: Mapping[str, Any] | None = None,
+    *,
+    overwrite: bool = False,
+) -> Path:
     config = setup.config
     info = {
         "name": config.name,
@@ -232,6 +244,8 @@ def _save_optimizer(setup: _Setup, progress: Progress, destination: Path, *, ove
         "seconds": round(progress.seconds, 1),
         "config": config.model_dump(mode="json"),
     }
+    if results is not None:
+        info["results"] = dict(results)
     return l3rs.save(destination, setup.strategy.mean(progress.strategy), setup.spec, info, overwrite=overwrite)
 
 

@@ -22,6 +22,7 @@ def small_config(**sections: Any) -> Config:
         "task": {"name": REGRESSION},
         "optimizer": {"hidden": [4], "embedding_dim": 2},
         "outer": {"steps": 6, "population": 4, "horizon": {"min": 2, "max": 9}},
+        "execution": {},
         "checkpoint": {"every": 1, "keep": 3},
         "logging": {"tensorboard": False},
     }

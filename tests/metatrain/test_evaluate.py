@@ -122,6 +122,10 @@ def test_results_json_and_what_a_person_sees(results: Results, tmp_path: Path) -
     fields = {"setting", "optimizer", "horizon", "seed", "loss", "accuracy", "seconds", "hparams"}
     assert set(saved["records"][0]) == fields
     assert set(saved["speedup"][0]) == {"setting", "baseline", "horizon", "steps_ratio"}
+    assert Results.load(tmp_path / "results.json") == results
+    loss, accuracy, seeds = results.summary()["regression"]["sgdm/cosine"]["20"]
+    assert (loss, seeds) == (round(results.mean("regression", "sgdm/cosine", 20), 4), 3)
+    assert accuracy == round(results.mean("regression", "sgdm/cosine", 20, "accuracy"), 4)
     assert report.figure(results, "regression", tmp_path / "f.png").stat().st_size > 10_000
     verdict = report.verdict(results, "regression")
     ours = results.mean("regression", "l3rs", 20)
@@ -134,6 +138,15 @@ def test_diverged_runs_are_null_in_json_and_lose(results: Results, tmp_path: Pat
     bad = Results("o", broken, [], {})
     assert json.loads(bad.save(tmp_path).read_text())["records"][0]["loss"] is None
     assert "wins" not in report.verdict(bad, "regression")
+
+
+def test_results_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        Results.load(tmp_path / "none.json")
+    for text in ("{", "[]", '{"records": [{}]}'):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(UserError, match=r"is not a results\.json"):
+            Results.load(tmp_path / "bad.json")
 
 
 def test_bad_input(optimizer: Path, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def resnet_pair(depth: int, width: int, folder: Path) -> tuple[Any, Model, Any, 
 def zeros(model: Model) -> tuple[Any, Any]:
     """Parameters and statistics of the right shapes; quicker than an init."""
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
 
 
 def logits(model: Model, params: Any, stats: Any, x: np.ndarray) -> np.ndarray:
@@ -202,9 +202,9 @@ STEPS: list[Any] = [
     ("mlp", {}),
     ("resnet8", {}),
     ("resnet8", {"norm": "group"}),
-    ("resnet8", {"norm": "none", "shortcut": "projection"}),
+    pytest.param("resnet8", {"norm": "none", "shortcut": "projection"}, marks=pytest.mark.slow),
     pytest.param("resnet8", {"norm": "frozen"}, marks=pytest.mark.slow),
-    ("vit_tiny", {"patch_size": 8, "depth": 2}),
+    ("vit_tiny", {"patch_size": 8, "depth": 1, "dim": 96}),
     *(pytest.param(name, {}, marks=pytest.mark.slow) for name in MODELS if name not in ("mlp", "resnet8")),
 ]
 
@@ -226,9 +226,11 @@ def test_every_model_learns_a_batch(name: str, options: dict[str, Any]) -> None:
     assert moved == (name.startswith("resnet") and options.get("norm", "batch") == "batch")
 
 
-@pytest.mark.parametrize("name", ["mlp", "resnet8", "resnet18", "resnet50", "vit_tiny"])
-def test_output_shapes(name: str) -> None:
-    model = make_model(name, (64, 32, 3), CLASSES)
+@pytest.mark.parametrize(
+    ("name", "options"), [("mlp", {}), ("resnet8", {}), ("resnet18", {}), ("vit_tiny", {"depth": 1})]
+)
+def test_output_shapes(name: str, options: dict[str, Any]) -> None:
+    model = make_model(name, (64, 32, 3), CLASSES, **options)
     x = jax.ShapeDtypeStruct((2, 64, 32, 3), jnp.float32)
     init = jax.eval_shape(model.init, jax.random.key(0))
     out, stats = jax.eval_shape(lambda init, x: model.apply(init[0], init[1], x, True), init, x)
@@ -240,16 +242,13 @@ def test_output_shapes(name: str) -> None:
     ("name", "parameters"),
     [
         ("resnet20", 269_722),  # akamaster's table, torchvision's and timm's documentation
-        ("resnet56", 853_018),
         ("resnet18", 11_689_512),
-        ("resnet34", 21_797_672),
         ("resnet50", 25_557_032),
         ("vit_tiny", 5_717_416),
-        ("vit_small", 22_050_664),
     ],
 )
 def test_parameters_are_as_many_as_published(name: str, parameters: int) -> None:
-    shape, classes = ((32, 32, 3), 10) if name in ("resnet20", "resnet56") else ((224, 224, 3), 1000)
+    shape, classes = ((32, 32, 3), 10) if name == "resnet20" else ((224, 224, 3), 1000)
     params, _ = jax.eval_shape(make_model(name, shape, classes).init, jax.random.key(0))
     assert sum(x.size for x in jax.tree.leaves(params)) == parameters
 

@@ -76,7 +76,7 @@ def model_of(name: str, classes: int = 5, **options: Any) -> tuple[Any, Any]:
     """Parameters and statistics, all 7."""
     sizes: dict[str, Any] = {"vit_tiny": {"patch_size": 8, "depth": 2, "dim": 12}, "resnet18": {"width": 8}}
     init = make_model(name, (32, 32, 3), classes, **sizes.get(name, {}), **options).init
-    return jax.tree.map(lambda x: jnp.full(x.shape, 7.0), jax.eval_shape(init, jax.random.key(0)))
+    return jax.tree.map(lambda x: np.full(x.shape, 7, np.float32), jax.eval_shape(init, jax.random.key(0)))
 
 
 def load(path: Path, tensors: Tensors, name: str, classes: int = 5, **options: Any) -> tuple[Any, Any]:
@@ -105,7 +105,7 @@ def test_resnet_of_torchvision(file: Path) -> None:
     np.testing.assert_array_equal(
         stats["stages"][3][1]["layers"][0]["norm"]["var"], tensors["layer4.1.bn1.running_var"]
     )
-    assert all(not np.any(leaf == 7) for leaf in jax.tree.leaves((params, stats)))
+    assert all(not np.any(np.asarray(leaf) == 7) for leaf in jax.tree.leaves((params, stats)))
     same(load(file, {f"module.{name}": tensor for name, tensor in tensors.items()}, "resnet18"), (params, stats))
 
 
@@ -120,7 +120,7 @@ def test_vit_of_timm_and_of_transformers(file: Path) -> None:
     params, stats = load(file, tensors, "vit_tiny")
     np.testing.assert_array_equal(params["patches"]["kernel"], tensors["patch_embed.proj.weight"].transpose(2, 3, 1, 0))
     np.testing.assert_array_equal(params["blocks"][1]["qkv"]["kernel"], tensors["blocks.1.attn.qkv.weight"].T)
-    assert all(not np.any(leaf == 7) for leaf in jax.tree.leaves(params))
+    assert all(not np.any(np.asarray(leaf) == 7) for leaf in jax.tree.leaves(params))
     assert stats == {}
     same(load(file, in_transformers_names(tensors), "vit_tiny"), (params, stats))
 
@@ -155,7 +155,7 @@ def in_transformers_names(timm: Tensors) -> Tensors:
 def test_a_head_for_other_classes_is_not_read(file: Path, name: str, tensors: Callable[[], Tensors]) -> None:
     params, stats = load(file, tensors(), name, classes=3)
     body, body_stats = load(file, tensors(), name)
-    assert all(np.all(leaf == 7) for leaf in jax.tree.leaves(params.pop("head")))
+    assert all(np.all(np.asarray(leaf) == 7) for leaf in jax.tree.leaves(params.pop("head")))
     body.pop("head")
     same((params, stats), (body, body_stats))
 

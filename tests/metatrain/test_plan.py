@@ -1,0 +1,94 @@
+"""The two execution plans: equal results, chosen by measurement."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import l3rs
+from metatrain.config import load_config
+from metatrain.plan import choose_plan
+from metatrain.rollout import fused_rollout, stepwise_rollout
+from metatrain.trainer import resume, run
+from tasks import Task, make_task, sample
+from tests.metatrain.common import metrics, small_config
+from tests.metatrain.quadratic import regression
+from tests.metatrain.test_population import evaluator, generation
+
+
+@pytest.fixture(scope="module")
+def convolutional() -> Task:
+    """A small ResNet with batch norm on made-up images: model state, convolutions, several chunks of a split."""
+    from tasks.base import uniform_batches
+    from tasks.classification import classification_loss
+    from tasks.models import make_model
+
+    rng = np.random.default_rng(0)
+
+    def split(n: int) -> dict[str, np.ndarray]:
+        images = rng.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8)
+        return {"image": images, "label": rng.integers(0, 4, n).astype(np.int32)}
+
+    model = make_model("resnet8", (8, 8, 3), 4, width=8, norm="batch")
+    data = {"inner_train": split(64), "inner_valid": split(300), "outer_valid": split(32), "test": split(32)}
+    pools = {"meta_train": range(8), "held_out": range(8, 16)}
+    return Task(
+        "convolutional",
+        data,
+        lambda _, i: model.init(jax.random.key(i)),
+        uniform_batches(16),
+        classification_loss(model),
+        pools,
+    )
+
+
+@pytest.mark.parametrize("name", ["regression", pytest.param("convolutional", marks=pytest.mark.slow)])
+def test_both_plans_agree_over_twenty_steps(name: str, convolutional: Task) -> None:
+    task = regression() if name == "regression" else convolutional
+    # Small steps: batch norm makes twenty large ones chaotic, and rounding differs between the plans.
+    spec = l3rs.Spec.create(task.params_shape(), step_scale=3e-4)
+    theta, chosen = l3rs.init(jax.random.key(0), spec), sample(task, jax.random.key(1))
+    splits = ("inner_valid", "outer_valid")
+    results = []
+    for plan in (fused_rollout, stepwise_rollout):
+        rollout = plan(task, lambda t, horizon: l3rs.l3rs(t, spec, horizon), splits)
+        rollout = jax.jit(rollout) if plan is fused_rollout else rollout
+        results.append(rollout(theta, jax.tree.map(jnp.asarray, task.data), chosen, jnp.int32(20)))
+    for split in splits:
+        np.testing.assert_allclose(results[0][split].loss, results[1][split].loss, rtol=1e-5)
+
+
+def test_evaluators_agree_and_stepwise_does_not_depend_on_devices() -> None:
+    fitness = {}
+    for plan, devices in (("fused", 1), ("stepwise", 1), ("stepwise", 2)):
+        local, state = evaluator(jax.devices()[:devices], plan=plan)  # type: ignore[arg-type]
+        fitness[plan, devices] = local.evaluate(state, generation(horizon=20))
+        local.close()
+    np.testing.assert_array_equal(fitness["stepwise", 1], fitness["stepwise", 2])
+    np.testing.assert_allclose(fitness["stepwise", 1], fitness["fused", 1], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_convolutions_on_a_cpu_are_run_stepwise_and_matrices_fused(convolutional: Task) -> None:
+    assert jax.default_backend() == "cpu"
+    # 10 times slower inside a loop: no noise turns that round.
+    assert choose_plan(convolutional, l3rs.Spec.create(convolutional.params_shape())) == "stepwise"
+    assert choose_plan(regression(), l3rs.Spec.create(regression().params_shape())) == "fused"
+
+
+def test_a_forced_plan_is_used_and_recorded(tmp_path) -> None:
+    run(small_config(execution={"plan": "stepwise"}), tmp_path / "s")
+    run(small_config(), tmp_path / "f")
+    assert load_config(tmp_path / "s" / "config.yaml").execution.plan == "stepwise"
+    assert load_config(tmp_path / "s" / "config.yaml").execution.members_per_call == 1
+    assert load_config(tmp_path / "f" / "config.yaml").execution.plan == "fused"
+    for one, two in zip(metrics(tmp_path / "s"), metrics(tmp_path / "f"), strict=True):
+        assert one["meta_loss_mean"] == pytest.approx(two["meta_loss_mean"], rel=1e-4)
+    assert resume(tmp_path / "s").finished
+
+
+def test_digits_have_no_convolutions() -> None:
+    task = make_task("digits", {"init": "random"})
+    assert choose_plan(task, l3rs.Spec.create(task.params_shape())) == "fused"

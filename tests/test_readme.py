@@ -1,0 +1,64 @@
+"""The README's own examples, run as they stand."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from metatrain import load_config, run
+from metatrain.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_first_example_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    widths = (196, 64, 64, 10)
+    layers = {
+        i: {"kernel": jnp.ones((a, b)) / a, "bias": jnp.zeros(b)} for i, (a, b) in enumerate(itertools.pairwise(widths))
+    }
+
+    def loss_fn(params: dict, batch: jax.Array) -> jax.Array:
+        x = batch
+        for i in range(3):
+            x = x @ params["layers"][i]["kernel"] + params["layers"][i]["bias"]
+        return jnp.mean(x**2)
+
+    names = {"params": {"layers": layers}, "batch": jnp.ones((4, 196)), "loss_fn": loss_fn}
+    before = loss_fn(names["params"], names["batch"])
+    exec(python_blocks()[0], names)
+    assert loss_fn(names["params"], names["batch"]) != before
+
+
+def test_the_users_own_task_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_task.py").write_text(python_blocks()[1])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    file = tmp_path / "my.yaml"
+    file.write_text("name: mine\ntask: {name: 'my_task:regression', examples: 64}\nlogging: {tensorboard: false}\n")
+    small = ["outer.steps=2", "outer.population=4", "outer.horizon.min=2", "outer.horizon.max=5"]
+    done = run(load_config(file, small), tmp_path / "run")
+    assert done.finished
+    sys.modules.pop("my_task")
+
+
+def test_every_command_of_the_readme_exists() -> None:
+    commands = {info.name or info.callback.__name__ for info in app.registered_commands if info.callback}
+    named = set(re.findall(r"^    metatrain ([a-z-]+)", README, re.MULTILINE))
+    assert named
+    assert named <= commands
+
+
+def test_every_file_the_readme_names_is_there() -> None:
+    for name in re.findall(r"\b(?:configs|checkpoints)/[\w./-]*\w", README):
+        assert (ROOT / name).exists(), name
