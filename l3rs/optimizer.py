@@ -28,6 +28,7 @@ from l3rs.directions import Lazy, make_direction
 from l3rs.layers import match_layers
 from l3rs.spec import L3RSError, Spec, Theta
 
+_CACHED = 1 << 16  # layers of fewer parameters stay in a processor's cache: to store their directions is cheap
 _MIN_MIX_NORM = 1e-3  # directions that cancel to less than this share of their length are not blown up
 _MIN_RELATIVE_RMS = 1e-3  # with step="relative", a layer of zeros still moves
 
@@ -172,13 +173,13 @@ def _check_call(grads: optax.Updates, params: optax.Params, value: jax.Array) ->
 
 def _squared_norm(x: jax.Array) -> jax.Array:
     # The barrier keeps XLA from sharing the squares with Adam's second moment: it would store them.
-    return jnp.sum(x * jax.lax.optimization_barrier(x))
+    return jnp.vdot(x, x if x.size < _CACHED else jax.lax.optimization_barrier(x))
 
 
 def _gram(gradient: jax.Array, squared_norm: jax.Array, layer: Sequence[Lazy]) -> jax.Array:
-    """⟨d_p, d_q⟩ of one layer, float32 [P, P]; zeros where its gradient is not finite.
+    """⟨d_p, d_q⟩ of one layer, float32 [P, P]; not finite, or zero, where its gradient is not finite.
 
-    The branch also bounds memory: one layer's directions are stored at a time, not all of them.
+    The branch bounds memory: one large layer's directions are stored at a time, not all of them.
     """
     n = len(layer)
 
@@ -193,13 +194,16 @@ def _gram(gradient: jax.Array, squared_norm: jax.Array, layer: Sequence[Lazy]) -
         return jnp.stack([upper[min(p, q), max(p, q)] for p in range(n) for q in range(n)]).reshape(n, n)
 
     operands = [lazy.operands for lazy in layer]
+    if gradient.size < _CACHED:
+        return products(operands)
     return jax.lax.cond(jnp.isfinite(squared_norm), products, lambda _: jnp.zeros((n, n), jnp.float32), operands)
 
 
 def _mixture(moves: jax.Array, layer: Sequence[Lazy], coefficients: jax.Array) -> jax.Array:
     """-Σ_p c_p d_p of one layer; zero where it does not move."""
-    # Behind the barrier the directions are computed again: cheaper than to keep them in memory.
-    computed = [lazy.compute(*jax.lax.optimization_barrier(lazy.operands)) for lazy in layer]
+    # Behind the barrier the directions are computed again: cheaper than to keep large ones in memory.
+    again = (lambda x: x) if layer[0].operands[0].size < _CACHED else jax.lax.optimization_barrier
+    computed = [lazy.compute(*again(lazy.operands)) for lazy in layer]
     return jnp.where(moves, -sum(c * d for c, d in zip(coefficients, computed, strict=True)), 0.0)
 
 
