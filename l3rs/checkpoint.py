@@ -10,6 +10,7 @@ shapes, dtypes and a digest of the values.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -32,6 +33,7 @@ from l3rs.spec import FEATURE_VERSION, L3RSError, Spec, Theta, layer_path
 FORMAT_VERSION = 1
 _MANIFEST = "l3rs.json"
 _THETA = "theta"
+_OVERHEAD = 1 << 17  # bytes of metadata in a small checkpoint, amply
 
 
 def save(
@@ -72,7 +74,10 @@ def save(
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer, os_errors(target):
+        with (
+            ocp.PyTreeCheckpointer() as checkpointer,
+            saving(target, sum(leaf.nbytes for leaf in jax.tree.leaves(theta))),
+        ):
             checkpointer.save(scratch / "new" / _THETA, theta)
         (scratch / "new" / _MANIFEST).write_text(text)
         # Whatever interrupts this, the old checkpoint is there: under its own name or under this one.
@@ -89,6 +94,19 @@ def save(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+@contextlib.contextmanager
+def saving(path: Path, n_bytes: int) -> Iterator[None]:
+    """A save by Orbax of `n_bytes` into `path`, whose errors of the disk are OSErrors.
+
+    Room is asked for before: a disk that fills up during a save makes Orbax print what its threads met.
+    """
+    folder = next(folder for folder in (path, *path.parents) if folder.exists())
+    if shutil.disk_usage(folder).free < 2 * n_bytes + _OVERHEAD:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    with os_errors(path):
+        yield
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ regenerates its members from (strategy state, key). A member's fitness is a pure
 
 from __future__ import annotations
 
+import contextlib
 import math
 import queue
 from collections.abc import Sequence
@@ -89,8 +90,13 @@ class LocalEvaluator:
                     return
                 fitness[members] = np.asarray(self._call(*arguments, data, jax.device_put(members, device)))
 
-        for done in [self._pool.submit(work, *place) for place in zip(self._devices, self._data, strict=True)]:
-            done.result()
+        try:
+            for done in [self._pool.submit(work, *place) for place in zip(self._devices, self._data, strict=True)]:
+                done.result()
+        finally:
+            while not chunks.empty():  # interrupted, or a device failed: the others need not go on
+                with contextlib.suppress(queue.Empty):
+                    chunks.get_nowait()
         return fitness
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from l3rs.checkpoint import os_errors
+from l3rs.checkpoint import saving
 from metatrain.config import UserError
 from metatrain.strategy import State
 
@@ -53,7 +53,7 @@ class StateStore:
             strategy=ocp.args.PyTreeSave(leaves),
             counters=ocp.args.JsonSave({**counters, "sha256": _digest(leaves)}),
         )
-        with os_errors(self._folder):
+        with saving(self._folder, sum(leaf.nbytes for leaf in leaves.values())):
             self._manager.save(progress.generation, args=items)
 
     def restore(self, like: State) -> Progress | None:

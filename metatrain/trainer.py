@@ -16,6 +16,7 @@ import math
 import os
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -160,30 +161,34 @@ def _train(folder: Path, setup: _Setup) -> Run:
     metrics = _Metrics(folder, progress.generation, config.logging.tensorboard)
     display = Display(config.outer.steps, progress.generation)
     evaluator = setup.evaluator()
+    interrupted = False
     try:
-        with _stop_signals():
-            while progress.generation < config.outer.steps:
-                progress, line = _generation(setup, evaluator, progress)
-                metrics.write(line)
-                display.update(line)
-                if progress.failures:
-                    display.say(f"generation {line['generation']}: no candidate has a finite loss; the state stays")
-                if progress.failures >= config.outer.max_failures:
-                    store.save(progress)
-                    raise UserError(
-                        f"{folder}: {progress.failures} generations in a row without a finite loss; stopped, and the "
-                        f"last good state is saved: try a smaller optimizer.step_scale or outer.sigma"
-                    )
-                if progress.generation % config.checkpoint.every == 0:
-                    store.save(progress)
-        store.save(progress)
-    except KeyboardInterrupt:
-        store.save(progress)
-        display.say(
-            f"stopped after {progress.generation} of {config.outer.steps} generations and saved; "
-            f"go on with: metatrain resume {folder}"
-        )
-        return Run(folder, progress.generation, False, None)
+        with _Interrupts() as interrupts:
+            try:
+                while progress.generation < config.outer.steps:
+                    progress, line = _generation(setup, evaluator, progress, interrupts)
+                    metrics.write(line)
+                    display.update(line)
+                    if progress.failures:
+                        display.say(f"generation {line['generation']}: no candidate has a finite loss; the state stays")
+                    if progress.failures >= config.outer.max_failures:
+                        break
+                    if progress.generation % config.checkpoint.every == 0:
+                        store.save(progress)
+            except KeyboardInterrupt:
+                interrupted = True
+            store.save(progress)
+        if progress.failures >= config.outer.max_failures:
+            raise UserError(
+                f"{folder}: {progress.failures} generations in a row without a finite loss; stopped, and the last good "
+                "state is saved: try a smaller optimizer.step_scale or outer.sigma"
+            )
+        if interrupted:
+            display.say(
+                f"stopped after {progress.generation} of {config.outer.steps} generations and saved; "
+                f"go on with: metatrain resume {folder}"
+            )
+            return Run(folder, progress.generation, False, None)
     finally:
         evaluator.close()
         display.close()
@@ -193,11 +198,14 @@ def _train(folder: Path, setup: _Setup) -> Run:
     return Run(folder, progress.generation, True, optimizer)
 
 
-def _generation(setup: _Setup, evaluator: Evaluator, progress: Progress) -> tuple[Progress, dict[str, Any]]:
+def _generation(
+    setup: _Setup, evaluator: Evaluator, progress: Progress, interrupts: _Interrupts
+) -> tuple[Progress, dict[str, Any]]:
     """One generation: (progress, evaluator) -> (progress, a line of metrics.jsonl)."""
     began = time.perf_counter()
     spec = setup.generation(progress.generation)
-    fitness = evaluator.evaluate(progress.strategy, spec)
+    with interrupts.allowed():
+        fitness = evaluator.evaluate(progress.strategy, spec)
     finite = fitness[np.isfinite(fitness)]
     strategy = progress.strategy
     if finite.size:
@@ -287,19 +295,35 @@ def _before(line: str, generation: int) -> bool:
         return False
 
 
-@contextmanager
-def _stop_signals() -> Iterator[None]:
-    """SIGTERM is treated as Ctrl-C: save, and say how to go on."""
+class _Interrupts:
+    """Ctrl-C and SIGTERM, which interrupt a generation at once, but nothing that is being written."""
 
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+    def __init__(self) -> None:
+        self._allowed = self._pending = False
+        self._before: dict[signal.Signals, Any] = {}
 
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not in the main thread: the caller's process decides about signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def __enter__(self) -> _Interrupts:
+        if threading.current_thread() is threading.main_thread():  # elsewhere signals are not ours
+            self._before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def allowed(self) -> Iterator[None]:
+        """Raise KeyboardInterrupt in here, also for a signal that came before."""
+        self._allowed = True
+        try:
+            if self._pending:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._allowed = self._pending = False
+
+    def _stop(self, _signal: int, _frame: FrameType | None) -> None:
+        if self._allowed:
+            self._allowed = False
+            raise KeyboardInterrupt
+        self._pending = True

@@ -104,10 +104,10 @@ def test_a_place_that_cannot_be_written(config: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 300 kB."""
+    """A file system of 600 kB."""
     folder = tmp_path / "tiny"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", folder], capture_output=True).returncode:
         pytest.skip("needs the right to mount a small file system")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
@@ -123,19 +123,23 @@ def test_a_full_disk_is_said_and_what_was_saved_is_kept(config: Path, tiny_disk:
     assert l3rs.describe(tiny_disk / "optimizer")["info"]["generations"] == saved >= 1
 
 
-def test_ctrl_c_saves_and_says_how_to_resume(config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_says_how_to_resume(config: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """A checkpoint a generation: the signal is likely to come while one is being written."""
     folder = tmp_path / "run"
     words = ["run", str(config), "outer.steps=100000", "task.seconds=0.02", "--out", str(folder)]
     process = subprocess.Popen(
         [*COMMAND, *words], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     wait_for_metrics(folder, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert f"go on with: metatrain resume {folder}" in out
     assert "Traceback" not in err
-    assert list((folder / "state").iterdir())
+    done = len((folder / "metrics.jsonl").read_text().splitlines())
+    assert f"stopped after {done} of 100000 generations" in out
+    assert str(done) in {p.name for p in (folder / "state").iterdir()}
 
 
 def wait_for_metrics(folder: Path, process: subprocess.Popen[str]) -> None:

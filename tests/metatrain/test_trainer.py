@@ -35,10 +35,10 @@ def stopped_at(generation: int, folder: Path, **sections: dict) -> None:
     stop = KeyboardInterrupt("at the test's wish")
     original = trainer._generation
 
-    def interrupted(setup, evaluator, progress):
+    def interrupted(setup, evaluator, progress, interrupts):
         if progress.generation == generation:
             raise stop
-        return original(setup, evaluator, progress)
+        return original(setup, evaluator, progress, interrupts)
 
     trainer._generation = interrupted
     try:
