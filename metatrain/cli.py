@@ -79,6 +79,9 @@ def evaluate(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. task.target=uci")] = None,
     horizons: Annotated[str, typer.Option(help="numbers of steps, separated by commas")] = "10,30,100",
     seeds: Annotated[int, typer.Option(help="training runs of each optimizer and horizon")] = 6,
+    tuning_seeds: Annotated[
+        int | None, typer.Option(help="how many of them tune the baselines; all if not given")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="where the results go")] = None,
 ) -> None:
     """Compare an optimizer with tuned baselines."""
@@ -93,7 +96,7 @@ def evaluate(
     folder = out or Path("runs") / f"evaluation-{optimizer.name}"
     if (folder / "results.json").exists():
         raise UserError(f"{folder / 'results.json'} exists; choose another folder with --out")
-    results = compare(optimizer, load_config(config, overrides or ()), steps, seeds, _console.print)
+    results = compare(optimizer, load_config(config, overrides or ()), steps, seeds, tuning_seeds, _console.print)
     saved = results.save(folder)
     for i, setting in enumerate(results.settings()):
         _console.print(report.table(results, setting))
@@ -116,6 +119,20 @@ def export(
 
     measured = None if results is None else Results.load(results).summary()
     _console.print(f"the optimizer is in {trainer.export(folder, destination, measured)}")
+
+
+@app.command()
+def prepare(
+    config: Annotated[Path, typer.Argument(help="the configuration whose data is needed")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. task.target.tfds=cifar100")] = None,
+) -> None:
+    """Download and prepare a task's data (TFDS; needs l3rs[prepare])."""
+    from metatrain.config import load_config
+    from tasks import prepare_task
+
+    task = load_config(config, overrides or ()).task
+    for place in prepare_task(task.name, task.options) or ["nothing to prepare"]:
+        _console.print(place)
 
 
 @app.command()

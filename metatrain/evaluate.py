@@ -25,7 +25,8 @@ import numpy as np
 import l3rs
 from metatrain.baselines import BASELINES, SCHEDULES, Tuned, make_baseline
 from metatrain.config import Config, UserError
-from metatrain.rollout import MakeOptimizer, fused_rollout
+from metatrain.plan import choose_plan
+from metatrain.rollout import MakeOptimizer, Plan, fused_rollout, stepwise_rollout
 from tasks import Task, TaskSample, make_task
 
 _log = logging.getLogger("metatrain")
@@ -136,6 +137,7 @@ def evaluate(
     config: Config,
     horizons: Sequence[int] = (10, 30, 100),
     seeds: int = 6,
+    tuning_seeds: int | None = None,
     say: Callable[[str], None] = _log.info,
 ) -> Results:
     """Compare a deployed optimizer with tuned baselines on the configuration's task.
@@ -145,25 +147,29 @@ def evaluate(
       config: whose task is used.
       horizons: inner steps.
       seeds: training runs of each optimizer and horizon; a seed is an init and its batches.
+      tuning_seeds: how many of them a baseline's learning rate is tuned on; all when not given.
       say: told what has been done.
 
     Raises:
       UserError, L3RSError, TaskError: bad input.
     """
-    if not horizons or min(horizons) < 1 or seeds < 1:
-        raise UserError(f"horizons {list(horizons)} and seeds {seeds} must all be ≥ 1")
+    tuning_seeds = seeds if tuning_seeds is None else tuning_seeds
+    if not horizons or min(horizons) < 1 or seeds < 1 or not 1 <= tuning_seeds <= seeds:
+        raise UserError(
+            f"horizons {list(horizons)}, seeds {seeds}, tuning seeds {tuning_seeds}: all ≥ 1, tuning ≤ seeds"
+        )
     theta, spec, _ = l3rs.restore(optimizer)
     task = make_task(config.task.name, config.task.options)
     l3rs.l3rs(theta, spec, 1).init(task.params_shape())  # a mismatch is said before anything is computed
     samples = held_out_samples(task, config.seed, seeds)
-    setting = task.name
-
-    shared = (task, samples, setting, horizons, say)
-    jobs = [functools.partial(_run_l3rs, spec, theta, *shared)]
-    jobs += [functools.partial(_tune, name, *shared) for name in BASELINES]
+    plan = config.execution.plan
+    plan = choose_plan(task, spec) if plan == "auto" else plan
+    comparison = _Comparison(task, samples, horizons, tuning_seeds, plan, say)
+    jobs = [functools.partial(_run_l3rs, spec, theta, comparison)]
+    jobs += [functools.partial(_tune, name, comparison) for name in BASELINES]
     parts = _on_devices(jobs)
     records = [record for part in parts for record in part.records]
-    tuning = {setting: {name: grid for part in parts for name, grid in part.tuning.items()}}
+    tuning = {task.name: {name: grid for part in parts for name, grid in part.tuning.items()}}
     return Results(str(optimizer), records, _speedups(records), tuning)
 
 
@@ -178,83 +184,80 @@ def held_out_samples(task: Task, seed: int, count: int) -> TaskSample:
     return TaskSample(jnp.asarray(rows), jax.random.key_data(keys))
 
 
+class _Comparison(NamedTuple):
+    """What all optimizers share."""
+
+    task: Task
+    samples: TaskSample
+    horizons: Sequence[int]
+    tuning_seeds: int
+    plan: Plan
+    say: Callable[[str], None]
+
+
 class _Part(NamedTuple):
     records: list[Record]
     tuning: dict[str, Any]
 
 
-def _run_l3rs(
-    spec: l3rs.Spec,
-    theta: l3rs.spec.Theta,
-    task: Task,
-    samples: TaskSample,
-    setting: str,
-    horizons: Sequence[int],
-    say: Callable[[str], None],
-    device: jax.Device,
-) -> _Part:
-    run = _Runner(task, lambda theta, horizon: l3rs.l3rs(theta, spec, horizon), samples, device)
+def _run_l3rs(spec: l3rs.Spec, theta: l3rs.spec.Theta, comparison: _Comparison, device: jax.Device) -> _Part:
+    task, horizons, say = comparison.task, comparison.horizons, comparison.say
+    run = _Runner(comparison, lambda theta, horizon: l3rs.l3rs(theta, spec, horizon), device)
     records = []
     for horizon in horizons:
         scores = run(jax.tree.map(lambda x: jnp.asarray(x)[None], theta), horizon)
-        records += scores.records(setting, L3RS, horizon, 0, {})
-        say(f"{setting}: l3rs, {horizon} steps")
+        records += scores.records(task.name, L3RS, horizon, {})
+        say(f"{task.name}: l3rs, {horizon} steps")
     return _Part(records, {})
 
 
-def _tune(
-    name: str,
-    task: Task,
-    samples: TaskSample,
-    setting: str,
-    horizons: Sequence[int],
-    say: Callable[[str], None],
-    device: jax.Device,
-) -> _Part:
-    run = _Runner(task, lambda hyper, horizon: make_baseline(name, hyper, horizon), samples, device)
+def _tune(name: str, comparison: _Comparison, device: jax.Device) -> _Part:
+    task, horizons, say = comparison.task, comparison.horizons, comparison.say
+    run = _Runner(comparison, lambda hyper, horizon: make_baseline(name, hyper, horizon), device)
     records: list[Record] = []
     tuning: dict[str, Any] = {}
     for schedule in SCHEDULES:
         label = f"{name}/{schedule}"
         tuning[label] = {}
         for horizon in horizons:
-            best, grid = _search(run, BASELINES[name].learning_rate, schedule, horizon)
-            records += best.scores.records(setting, label, horizon, best.row, {"learning_rate": best.learning_rate})
+            start = BASELINES[name].learning_rate
+            scores, grid = _search(run, start, schedule, horizon, comparison.tuning_seeds)
+            records += scores.records(task.name, label, horizon, {"learning_rate": grid["chosen"]})
             tuning[label][str(horizon)] = grid
-            say(f"{setting}: {label}, {horizon} steps, best of {len(grid['learning_rate'])} learning rates")
+            say(f"{task.name}: {label}, {horizon} steps, best of {len(grid['learning_rate'])} learning rates")
     return _Part(records, tuning)
 
 
-class _Best(NamedTuple):
-    learning_rate: float
-    scores: _Scores
-    row: int
-
-
-def _search(run: _Runner, start: float, schedule: str, horizon: int) -> tuple[_Best, dict[str, Any]]:
-    """The learning rate with the lowest inner_valid loss, not at the edge of its grid."""
-    found: dict[float, tuple[float, _Scores, int]] = {}
+def _search(
+    run: _Runner, start: float, schedule: str, horizon: int, tuning_seeds: int
+) -> tuple[_Scores, dict[str, Any]]:
+    """Test scores [1, S] at the learning rate with the lowest inner_valid loss over the first
+    `tuning_seeds` samples, which is not at the edge of its grid; and the grid."""
+    losses: dict[float, float] = {}
     exponents = list(range(-(_GRID // 2), _GRID - _GRID // 2))
     for growth in range(_GROWTHS + 1):
         rates = [start * 2.0**k for k in exponents]
-        hyper = Tuned(jnp.asarray(rates), jnp.full(len(rates), float(schedule == "cosine")))
-        scores = run(hyper, horizon)
-        found |= {rate: (_mean_or_inf(scores.valid_loss[i]), scores, i) for i, rate in enumerate(rates)}
-        ordered = sorted(found)
-        best = min(ordered, key=lambda rate: found[rate][0])
+        scores = run(_tuned(rates, schedule), horizon, tuning_seeds)
+        losses |= {rate: _mean_or_inf(loss) for rate, loss in zip(rates, scores.valid_loss, strict=True)}
+        ordered = sorted(losses)
+        best = min(ordered, key=lambda rate: losses[rate])
         if growth == _GROWTHS or best not in (ordered[0], ordered[-1]):
             break
         edge = round(math.log2(best / start))
-        exponents = (
-            [edge - k for k in range(1, _GROW + 1)] if best == ordered[0] else [edge + k for k in range(1, _GROW + 1)]
-        )
+        outwards = -1 if best == ordered[0] else 1
+        exponents = [edge + outwards * k for k in range(1, _GROW + 1)]
     grid = {
         "learning_rate": ordered,
-        "inner_valid_loss": [found[rate][0] for rate in ordered],
+        "inner_valid_loss": [losses[rate] for rate in ordered],
+        "seeds": tuning_seeds,
         "chosen": best,
         "at_edge": best in (ordered[0], ordered[-1]),
     }
-    return _Best(best, *found[best][1:]), grid
+    return run(_tuned([best], schedule), horizon), grid
+
+
+def _tuned(rates: Sequence[float], schedule: str) -> Tuned:
+    return Tuned(jnp.asarray(rates, jnp.float32), jnp.full(len(rates), float(schedule == "cosine"), jnp.float32))
 
 
 class _Scores(NamedTuple):
@@ -265,8 +268,9 @@ class _Scores(NamedTuple):
     test_accuracy: np.ndarray  # [H, S]
     seconds: float  # a run
 
-    def records(self, setting: str, optimizer: str, horizon: int, row: int, hparams: dict[str, float]) -> list[Record]:
-        pairs = zip(self.test_loss[row].tolist(), self.test_accuracy[row].tolist(), strict=True)
+    def records(self, setting: str, optimizer: str, horizon: int, hparams: dict[str, float]) -> list[Record]:
+        """Of the only hyper-parameters there are."""
+        pairs = zip(self.test_loss[0].tolist(), self.test_accuracy[0].tolist(), strict=True)
         return [
             Record(setting, optimizer, horizon, seed, loss, accuracy, self.seconds, hparams)
             for seed, (loss, accuracy) in enumerate(pairs)
@@ -274,23 +278,41 @@ class _Scores(NamedTuple):
 
 
 class _Runner:
-    """Rollouts of all hyper-parameters on all samples, in one compiled call on one device."""
+    """Rollouts of hyper-parameters on samples, on one device: all in one compiled call, or stepwise."""
 
-    def __init__(self, task: Task, make: MakeOptimizer, samples: TaskSample, device: jax.Device) -> None:
-        rollout = fused_rollout(task, make, ("inner_valid", "test"))
-        over_samples = jax.vmap(rollout, (None, None, 0, None))
-        self._call = jax.jit(jax.vmap(over_samples, (0, None, None, None)))
+    def __init__(self, comparison: _Comparison, make: MakeOptimizer, device: jax.Device) -> None:
+        self._plan = comparison.plan
         self._device = device
-        self._data, self._samples = jax.device_put((task.data, samples), device)
+        self._data, self._samples = jax.device_put((comparison.task.data, comparison.samples), device)
+        splits = ("inner_valid", "test")
+        if self._plan == "stepwise":
+            self._call: Any = stepwise_rollout(comparison.task, make, splits)
+        else:
+            over_samples = jax.vmap(fused_rollout(comparison.task, make, splits), (None, None, 0, None))
+            self._call = jax.jit(jax.vmap(over_samples, (0, None, None, None)))
 
-    def __call__(self, hyper: Any, horizon: int) -> _Scores:
+    def __call__(self, hyper: Any, horizon: int, seeds: int | None = None) -> _Scores:
+        """Scores of all of `hyper` (leading axis) on the first `seeds` samples."""
         began = time.perf_counter()
+        samples = jax.tree.map(lambda x: x[:seeds], self._samples)
         hyper, steps = jax.device_put((hyper, np.int32(horizon)), self._device)
-        scores = jax.tree.map(np.asarray, self._call(hyper, self._data, self._samples, steps))
+        if self._plan == "stepwise":
+            scores = _stack(
+                [_stack([self._call(h, self._data, s, steps) for s in _rows(samples)]) for h in _rows(hyper)]
+            )
+        else:
+            scores = jax.tree.map(np.asarray, self._call(hyper, self._data, samples, steps))
         test = scores["test"]
-        return _Scores(
-            scores["inner_valid"].loss, test.loss, test.accuracy, (time.perf_counter() - began) / test.loss.size
-        )
+        seconds = (time.perf_counter() - began) / test.loss.size
+        return _Scores(scores["inner_valid"].loss, test.loss, test.accuracy, seconds)
+
+
+def _rows(tree: Any) -> list[Any]:
+    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(jax.tree.leaves(tree)[0].shape[0])]
+
+
+def _stack(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *trees)
 
 
 def _on_devices(jobs: Iterable[Callable[[jax.Device], _Part]]) -> list[_Part]:

@@ -13,7 +13,8 @@ import numpy as np
 from tasks.base import Batch, Data, Params, Stats, Task, TaskError, uniform_batches
 from tasks.classification import RANDOM_POOLS, classification_loss
 from tasks.data.augment import random_crop_flip
-from tasks.data.images import Classes, ImageFolder, Source, Tfds, choose_classes, load_images
+from tasks.data.images import Classes, choose_classes, load_images
+from tasks.data.sources import ImageFolder, Source, Tfds, prepare
 from tasks.models import Model, make_model
 from tasks.pretrained import Schedule, cached_inits, pretrain_stepwise
 from tasks.trainable import TRAIN_MODES, train_only
@@ -126,6 +127,14 @@ def images(
 
     name = f"{options['name']}({origin} → {_short(chosen)})"
     return Task(name, data, start, batch, loss, pools)
+
+
+def prepare_images(target: Mapping[str, Any], init: Mapping[str, Any] | str = "random", **_: Any) -> list[str]:
+    """Download and prepare the image sets that `images` would read; returns where each of them is."""
+    sets = [ImageSet.parse(target, "task.target")]
+    if isinstance(init, Mapping) and "source" in init:
+        sets.append(ImageSet.parse(init["source"], "task.init.source"))
+    return [prepare(image_set.source()) for image_set in sets]
 
 
 def _network(options: Mapping[str, Any], size: int, classes: int) -> Model:

@@ -9,9 +9,23 @@ from typing import Any
 
 from tasks.base import Task, TaskError
 from tasks.digits import digits
-from tasks.images import images
+from tasks.images import images, prepare_images
 
 TASKS: dict[str, Callable[..., Task]] = {"digits": digits, "images": images}
+
+
+# Of tasks whose data has to be downloaded and prepared before.
+PREPARATIONS: dict[str, Callable[..., list[str]]] = {"images": prepare_images}
+
+
+def prepare_task(name: str, options: Mapping[str, Any] | None = None) -> list[str]:
+    """Download and prepare what a task reads; returns where it is, nothing for tasks that need none.
+
+    Raises:
+      TaskError: bad options, or a missing extra.
+    """
+    preparation = PREPARATIONS.get(name)
+    return preparation(**dict(options or {})) if preparation else []
 
 
 def make_task(name: str, options: Mapping[str, Any] | None = None) -> Task:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 
-BENCHMARKS = ("import_time", "generation", "update")
+BENCHMARKS = ("import_time", "generation", "stepwise", "update")
 
 
 def main() -> None:

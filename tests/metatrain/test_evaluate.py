@@ -49,6 +49,17 @@ def test_the_choice_has_the_lowest_inner_valid_loss_of_a_grid_no_coarser_than_tw
     assert not grown["at_edge"]
 
 
+def test_tuning_on_fewer_seeds_and_stepwise(optimizer: Path, results: Results) -> None:
+    config = small_config(execution={"plan": "stepwise"})
+    found = evaluate(optimizer, config, (3,), seeds=2, tuning_seeds=1)
+    whole = evaluate(optimizer, small_config(), (3,), seeds=2, tuning_seeds=1)
+    assert [r.hparams for r in found.records] == [r.hparams for r in whole.records]
+    for one, two in zip(found.records, whole.records, strict=True):
+        assert one.loss == pytest.approx(two.loss, rel=1e-4)
+    assert found.tuning["regression"]["sgdm/cosine"]["3"]["seeds"] == 1
+    assert results.tuning["regression"]["sgdm/cosine"]["20"]["seeds"] == 3
+
+
 def test_tuning_never_reads_test(optimizer: Path, results: Results) -> None:
     poisoned = small_config(task={"name": REGRESSION, "poison": "test"})
     found = evaluate(optimizer, poisoned, (1, 20), seeds=3)
@@ -154,6 +165,8 @@ def test_bad_input(optimizer: Path, tmp_path: Path) -> None:
         evaluate(optimizer, small_config(), (0, 10))
     with pytest.raises(UserError, match="≥ 1"):
         evaluate(optimizer, small_config(), (10,), seeds=0)
+    with pytest.raises(UserError, match="tuning ≤ seeds"):
+        evaluate(optimizer, small_config(), (10,), seeds=2, tuning_seeds=3)
     with pytest.raises(l3rs.L3RSError, match="not an L3RS checkpoint"):
         evaluate(tmp_path, small_config(), (10,))
     with pytest.raises(l3rs.L3RSError, match="layer 'w' has shape"):

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from tasks.base import SPLITS, TaskError
-from tasks.data import images
-from tasks.data.images import ImageFolder, Tfds, choose_classes, class_names, decode, load_images, prepare
+from tasks.data import images, sources
+from tasks.data.images import choose_classes, class_names, decode, load_images
+from tasks.data.sources import ImageFolder, Tfds, prepare
 from tasks.data.splits import stratified
 
 COLOURS = {"blue": (0, 0, 200), "green": (0, 200, 0), "red": (200, 0, 0)}  # in alphabetical order
@@ -315,7 +316,7 @@ def test_tfds_by_name_and_by_directory(tiny, monkeypatch):
     assert class_names(named) == list(COLOURS)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tiny))
     monkeypatch.setattr(
-        images, "_tfds_records", lambda *_: pytest.fail("read again")
+        sources, "_tfds_records", lambda *_: pytest.fail("read again")
     )  # a ready entry reads no record, and imports no TFDS
     for same in (Tfds("colours"), Tfds(directory=tiny / "colours" / "1.10.0")):
         np.testing.assert_array_equal(load_images(same, size=8)["test"]["image"], splits["test"]["image"])
@@ -400,7 +401,7 @@ def test_prepare_asks_tfds_for_array_record(tmp_path, monkeypatch):
                 raise AssertionError("put the archive here")
             write_tfds(self.folder, {"train": 30})
 
-    monkeypatch.setattr(images.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: name)
     with pytest.raises(TaskError, match=r"no builder 'cifar1000'; did you mean .*'cifar100'"):
         prepare(Tfds("cifar1000", data_dir=tmp_path))
     monkeypatch.setattr(tfds, "builder", Builder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tasks import TaskError, make_task
+from tasks import TaskError, make_task, prepare_task
 from tasks.base import Task
 
 MODEL = {"name": "resnet8", "norm": "group", "groups": 2, "width": 8}
@@ -151,3 +152,14 @@ def test_bad_pretraining_is_one_sentence(folder: Path, change: dict, words: str)
     with pytest.raises(TaskError) as error:
         images(folder, init=pretrained(folder, **change))
     assert words in str(error.value)
+
+
+def test_prepare_says_where_folders_are_and_what_a_name_needs(folder: Path, tmp_path: Path) -> None:
+    assert prepare_task("images", {"target": {"folder": str(folder)}, "init": pretrained(folder)}) == [str(folder)] * 2
+    assert prepare_task("digits", {}) == []
+    missing = {"tfds": "cifar100", "data_dir": str(tmp_path)}
+    with pytest.raises(TaskError, match=r"metatrain prepare CONFIG"):
+        images(folder, target=missing)
+    if importlib.util.find_spec("tensorflow") is None:
+        with pytest.raises(TaskError, match=r"needs TensorFlow: pip install 'l3rs\[prepare\]'"):
+            prepare_task("images", {"target": missing})

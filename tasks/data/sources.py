@@ -1,0 +1,315 @@
+"""Where labelled images come from: TensorFlow Datasets and folders.
+
+A source says where: `Tfds` (a data set of TensorFlow Datasets) or `ImageFolder` (a folder per class).
+Reading needs no TensorFlow; preparing a TFDS data set, once, does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from tasks.base import TaskError
+from tasks.data.cache import cached
+
+_LABELS_VERSION = 1  # a change of how labels are read is a new version
+TEST_NAMES = ("test", "validation", "valid", "val")  # the official split that becomes test: the first there is
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+_CHUNK = 1024  # records in flight
+
+_T = TypeVar("_T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Catalog:
+    """What a source holds, opened.
+
+    Attributes:
+      where: for messages.
+      identity: what the images depend on, as JSON.
+      classes: names; the position is the class id.
+      splits: the official splits that have images.
+      labelled: split -> whether its labels are published.
+      labels: split -> class ids, int32 [n].
+      read: (split, row) -> the record's name, and the encoded image.
+    """
+
+    where: str
+    identity: Mapping[str, Any]
+    classes: Sequence[str]
+    splits: Sequence[str]
+    labelled: Callable[[str], bool]
+    labels: Callable[[str], np.ndarray]
+    read: Callable[[str, int], tuple[str, bytes]]
+
+
+class Source(Protocol):
+    """Where labelled images come from."""
+
+    def open(self) -> Catalog:
+        """Look at what is there; reads no image. Raises TaskError when nothing is."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Tfds:
+    """A prepared image-classification data set of TensorFlow Datasets, in the array_record format.
+
+    Attributes:
+      name: a builder, `name[/config][:version]`, e.g. "imagenet_resized/64x64"; else give `directory`.
+      data_dir: where builders are prepared; `$TFDS_DATA_DIR`, else ~/tensorflow_datasets, when not given.
+      directory: of one prepared version, which holds its dataset_info.json.
+    """
+
+    name: str | None = None
+    data_dir: str | Path | None = None
+    directory: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.name is None) == (self.directory is None):
+            raise TaskError("a TFDS source needs either a name or a directory")
+        if self.data_dir is not None and self.name is None:
+            raise TaskError("a TFDS source with a directory has no data_dir")
+        if self.name is not None and not re.fullmatch(r"\w+(/[\w.+-]+)?(:\d+\.\d+\.\d+)?", self.name):
+            raise TaskError(f"{self.name!r} is no name of a TFDS builder; write name, name/config or name:1.2.3")
+
+    def folder(self) -> Path:
+        """Where the prepared data set is: of a name without a version, the newest prepared one."""
+        if self.directory is not None:
+            folder = Path(self.directory).expanduser()
+            if (folder / "dataset_info.json").is_file():
+                return folder
+            versions = _versions(folder)
+            hint = f"; did you mean {versions[-1]}?" if versions else ""
+            raise TaskError(f"{folder} is not a prepared TFDS data set: it has no dataset_info.json{hint}")
+        base, _, version = str(self.name).partition(":")
+        root = self.root() / base
+        versions = _versions(root)
+        if not versions and "/" not in base:
+            with contextlib.suppress(OSError, ValueError, KeyError):  # TFDS notes the default config here
+                config = json.loads((root / ".config" / "metadata.json").read_text())["default_config_name"]
+                versions = _versions(root / config)
+        found = [folder for folder in versions if version in ("", folder.name)]
+        if not found:
+            raise TaskError(
+                f"the TFDS data set {self.name!r} is not prepared in {self.root()}; "
+                "run `metatrain prepare CONFIG`, or give the data_dir where it is"
+            )
+        return found[-1]
+
+    def root(self) -> Path:
+        """The folder that all data sets of `data_dir` share."""
+        return Path(self.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+    def open(self) -> Catalog:
+        """Look at what is there, without importing TFDS: that alone takes a second."""
+        folder = self.folder()
+        try:
+            text = (folder / "dataset_info.json").read_bytes()
+            info = json.loads(text)
+            features = json.loads((folder / "features.json").read_text())["featuresDict"]["features"]
+            splits = [s["name"] for s in info["splits"] if sum(map(int, s["shardLengths"]))]
+        except (OSError, ValueError, KeyError) as error:
+            raise TaskError(f"the TFDS data set in {folder} is damaged or too old ({error})") from error
+        if "array_record" not in (info.get("fileFormat"), *info.get("alternativeFileFormats", ())):
+            raise TaskError(
+                f"the TFDS data set in {folder} is stored as {info.get('fileFormat', 'tfrecord')}, which needs "
+                "TensorFlow to read; run `metatrain prepare CONFIG` with another data_dir to have it as array_record"
+            )
+        keys = info.get("supervisedKeys", {}).get("tuple", {}).get("items", [])
+        preferred = [key.get("featureKey") for key in keys]
+        image = _feature(features, ".Image", preferred, folder)
+        label = _feature(features, ".ClassLabel", preferred, folder)
+        names = folder / f"{label}.labels.txt"
+        if names.is_file():
+            classes = [line.strip() for line in names.read_text().splitlines() if line.strip()]
+        else:
+            classes = [str(i) for i in range(int(features[label]["classLabel"]["numClasses"]))]
+        identity = {"tfds": str(folder.resolve()), "dataset_info": hashlib.sha256(text).hexdigest()}
+        records = functools.cache(functools.partial(_tfds_records, folder, image))
+
+        def labels(split: str) -> np.ndarray:
+            def build() -> dict[str, np.ndarray]:
+                count, record = records(split)
+                found = in_parallel(lambda row: record(row)[label], count, f"reading the labels of {folder} ({split})")
+                return {"labels": np.fromiter(found, np.int32, count)}
+
+            # An entry of its own: other classes and sizes need the same labels, and a big set is long to read.
+            return cached({"labels": _LABELS_VERSION, "source": identity, "split": split}, build)["labels"]
+
+        def read(split: str, row: int) -> tuple[str, bytes]:
+            record = records(split)[1](row)
+            names = (record[key] for key in ("id", "file_name", "image/filename", "filename") if key in record)
+            known = next((f" ({name.decode(errors='replace')})" for name in names if isinstance(name, bytes)), "")
+            return f"{split}[{row}]{known}", record[image]
+
+        return Catalog(
+            str(folder), identity, classes, splits, lambda split: records(split)[1](0)[label] >= 0, labels, read
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFolder:
+    """Image files in one folder per class: png, jpg, jpeg, bmp, webp.
+
+    The folder holds the class folders, or `train/` and `test/` (or `validation/`, `valid/`, `val/`)
+    that do. Names that begin with a dot are passed over.
+    """
+
+    directory: str | Path
+
+    def open(self) -> Catalog:
+        """List the files."""
+        root = Path(self.directory).expanduser()
+        if not root.is_dir():
+            raise TaskError(f"the image folder {root} does not exist")
+        splits = {"all": root}
+        if (root / "train").is_dir() and _folders(root / "train"):
+            test = [root / name for name in TEST_NAMES if (root / name).is_dir()]
+            splits = {folder.name: folder for folder in (root / "train", *test[:1])}
+        classes = [folder.name for folder in _folders(next(iter(splits.values())))]
+        files = {split: list(_labelled_files(folder, classes)) for split, folder in splits.items()}
+        if not files[next(iter(splits))]:
+            raise TaskError(f"the image folder {root} has no class folders with {', '.join(_SUFFIXES)} files")
+        listing = [
+            (str(file.relative_to(root)), stat.st_size, stat.st_mtime_ns)
+            for found in files.values()
+            for file, stat, _ in found
+        ]
+
+        def read(split: str, row: int) -> tuple[str, bytes]:
+            file = files[split][row][0]
+            try:
+                return str(file.relative_to(root)), file.read_bytes()
+            except OSError as error:
+                raise TaskError(f"the image {file} cannot be read ({error.strerror})") from error
+
+        return Catalog(
+            where=str(root),
+            identity={"image_folder": str(root.resolve()), "files": hashlib.sha256(repr(listing).encode()).hexdigest()},
+            classes=classes,
+            splits=[split for split in splits if files[split]],
+            labelled=lambda split: bool(files[split]),
+            labels=lambda split: np.array([label for _, _, label in files[split]], np.int32),
+            read=read,
+        )
+
+
+def prepare(source: Source) -> str:
+    """Download and prepare what is named and not there yet; says where it is.
+
+    Raises:
+      TaskError: no TensorFlow, no such builder, a download to be made by hand, or a directory
+        that holds no data set.
+    """
+    if isinstance(source, Tfds) and source.name is not None:
+        try:
+            source.folder()
+        except TaskError:
+            _download_and_prepare(source.name, source.root())
+    return source.open().where
+
+
+def _tfds_records(folder: Path, image: str, split: str) -> tuple[int, Callable[[int], dict[str, Any]]]:
+    """How many records a TFDS split has, and the record of a row; its image is left encoded, for `decode`."""
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder_from_directory(folder)
+        source = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
+    except (OSError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise TaskError(f"the TFDS data set in {folder} cannot be read ({error})") from error
+
+    def record(row: int) -> dict[str, Any]:
+        try:
+            return source[row]
+        except Exception as error:  # array_record's and protobuf's, when a file is missing, cut short or changed
+            raise TaskError(f"the TFDS data set in {folder} is damaged at {split}[{row}] ({error})") from error
+
+    return len(source), record
+
+
+def _download_and_prepare(name: str, root: Path) -> None:
+    if importlib.util.find_spec("tensorflow") is None:
+        raise TaskError(f"preparing {name!r} needs TensorFlow: pip install 'l3rs[prepare]'")
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=root, file_format="array_record")
+    except tfds.core.registered.DatasetNotFoundError:
+        names = tfds.list_builders(with_community_datasets=False)
+        raise TaskError(f"TFDS has no builder {name!r}{similar(name, names)}") from None
+    try:
+        builder.download_and_prepare()
+    except AssertionError as error:  # how TFDS asks for files that only a person may download
+        raise TaskError(f"TFDS cannot download {name!r} by itself: {error}") from error
+
+
+def _versions(folder: Path) -> list[Path]:
+    """The prepared versions of a TFDS data set, oldest first."""
+    found = [file.parent for file in folder.glob("*/dataset_info.json") if re.fullmatch(r"[\d.]+", file.parent.name)]
+    return sorted(found, key=lambda version: [int(number) for number in version.name.split(".") if number])
+
+
+def _feature(features: Mapping[str, Any], kind: str, preferred: Sequence[str], folder: Path) -> str:
+    """The feature of a kind that is meant: one of the supervised keys, else the only one."""
+    found = [key for key, feature in features.items() if feature.get("pythonClassName", "").endswith(kind)]
+    named = [key for key in found if key in preferred]
+    if len(named or found) != 1:
+        raise TaskError(f"the TFDS data set in {folder} is not image classification: it has {len(found)} {kind[1:]}s")
+    return (named or found)[0]
+
+
+def _folders(parent: Path) -> list[Path]:
+    return sorted(folder for folder in parent.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+
+
+def _labelled_files(parent: Path, classes: Sequence[str]) -> Iterator[tuple[Path, os.stat_result, int]]:
+    """The image files of each class folder, their sizes and times, and the position of the class."""
+    for folder in _folders(parent):
+        if folder.name not in classes:
+            raise TaskError(f"the class {folder.name!r} of {parent} has no training images; rename or remove it")
+        label = classes.index(folder.name)
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            if entry.name.lower().endswith(_SUFFIXES) and not entry.name.startswith("."):
+                yield Path(entry.path), entry.stat(), label
+
+
+def in_parallel(work: Callable[[int], _T], count: int, description: str) -> Iterator[_T]:
+    """The results of work(0 … count - 1) in that order, from a thread per core; a bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    executor = ThreadPoolExecutor(os.cpu_count())
+
+    def results() -> Iterator[_T]:
+        for start in range(0, count, _CHUNK):
+            yield from executor.map(work, range(start, min(start + _CHUNK, count)))
+
+    try:
+        yield from track(
+            results(), description, count, console=console, disable=not console.is_terminal, transient=True
+        )
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def similar(name: str, names: Iterable[str]) -> str:
+    """The end of a sentence about a name that does not exist."""
+    by_lower = {other.lower(): other for other in names}
+    close = [by_lower[other] for other in difflib.get_close_matches(name.lower(), by_lower)]
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else f"; there are {len(by_lower)} others"
