@@ -79,6 +79,8 @@ def save(
             saving(target, sum(leaf.nbytes for leaf in jax.tree.leaves(theta))),
         ):
             checkpointer.save(scratch / "new" / _THETA, theta)
+        # Orbax's mark for stores without renaming; it names the folder that was written to.
+        (scratch / "new" / _THETA / "commit_success.txt").unlink(missing_ok=True)
         (scratch / "new" / _MANIFEST).write_text(text)
         # Whatever interrupts this, the old checkpoint is there: under its own name or under this one.
         old = target.with_name(f"{target.name}.replaced")

@@ -138,12 +138,8 @@ def l3rs(theta: Theta, spec: Spec, total_steps: int | jax.Array) -> optax.Gradie
         log_norms_ema = features.update_log_norms(state.log_norms, log_norms, spec.norm_decays)
         loss = features.update_loss(state.loss, value, spec.loss_decays)
 
-        shared = jnp.concatenate(
-            [
-                features.time_features(step, jnp.asarray(total_steps), spec.absolute_time),
-                features.loss_features(loss, spec.loss_decays),
-            ]
-        )
+        time = features.time_features(step, jnp.asarray(total_steps), spec.absolute_time)
+        shared = jnp.concatenate([time, features.loss_features(loss, spec.loss_decays)])
         seen = features.norm_features(log_norms, log_norms_ema, step, spec.norm_decays)
         embedding = theta["embedding"] if rows == tuple(range(len(spec.layers))) else theta["embedding"][np.array(rows)]
         decision = network.apply(theta, spec, shared, jnp.concatenate([seen, embedding], axis=1))

@@ -484,3 +484,18 @@ def test_missing_values(checkpoint):
 
 def test_load_checks_the_horizon(original):
     assert sentence_of(l3rs.load, original, 0) == "total_steps is 0; it must be a whole number ≥ 1"
+
+
+def test_nothing_in_a_checkpoint_names_the_machine_it_was_made_on(original):
+    for file in original.rglob("*"):
+        if file.is_file():
+            assert str(original.parent).encode() not in file.read_bytes(), file
+
+
+def test_the_shipped_optimizers_load():
+    shipped = [path.parent for path in (Path(__file__).resolve().parents[2] / "checkpoints").glob("*/l3rs.json")]
+    assert shipped
+    for folder in shipped:
+        _, _, info = l3rs.restore(folder)
+        assert {"task", "horizon", "generations", "config", "results"} <= set(info)
+        assert (folder / "README.md").is_file()
