@@ -26,7 +26,7 @@ import l3rs
 from metatrain.baselines import BASELINES, SCHEDULES, Tuned, make_baseline
 from metatrain.config import Config, UserError
 from metatrain.plan import choose_plan
-from metatrain.rollout import MakeOptimizer, Plan, fused_rollout, stepwise_rollout
+from metatrain.rollout import MakeOptimizer, Plan, fused_rollout, learned, stepwise_rollout
 from tasks import Task, TaskSample, make_task
 
 _log = logging.getLogger("metatrain")
@@ -202,7 +202,7 @@ class _Part(NamedTuple):
 
 def _run_l3rs(spec: l3rs.Spec, theta: l3rs.spec.Theta, comparison: _Comparison, device: jax.Device) -> _Part:
     task, horizons, say = comparison.task, comparison.horizons, comparison.say
-    run = _Runner(comparison, lambda theta, horizon: l3rs.l3rs(theta, spec, horizon), device)
+    run = _Runner(comparison, learned(spec), device)
     records = []
     for horizon in horizons:
         scores = run(jax.tree.map(lambda x: jnp.asarray(x)[None], theta), horizon)

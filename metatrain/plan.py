@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import l3rs
-from metatrain.rollout import Plan, fused_rollout, stepwise_rollout
+from metatrain.rollout import Plan, fused_rollout, learned, stepwise_rollout
 from tasks import Task, sample
 
 _log = logging.getLogger("metatrain")
@@ -33,12 +33,9 @@ def choose_plan(task: Task, spec: l3rs.Spec) -> Plan:
     device = jax.local_devices()[0]
     theta, data, chosen = jax.device_put((theta, task.data, chosen), device)
 
-    def make(theta: l3rs.spec.Theta, horizon: jax.Array):  # type: ignore[no-untyped-def]
-        return l3rs.l3rs(theta, spec, horizon)
-
-    stepwise = stepwise_rollout(task, make, ("inner_valid",))
+    stepwise = stepwise_rollout(task, learned(spec), ("inner_valid",))
     members = jax.tree.map(lambda x: np.stack([x] * _MEMBERS), theta)
-    fused = jax.jit(jax.vmap(fused_rollout(task, make, ("inner_valid",)), (0, None, None, None)))
+    fused = jax.jit(jax.vmap(fused_rollout(task, learned(spec), ("inner_valid",)), (0, None, None, None)))
     seconds = {
         "stepwise": _seconds_a_step(lambda steps: stepwise(theta, data, chosen, jnp.int32(steps))),
         "fused": _seconds_a_step(lambda steps: fused(members, data, chosen, jnp.int32(steps))) / _MEMBERS,

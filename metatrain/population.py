@@ -16,10 +16,9 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
-import optax
 
 import l3rs
-from metatrain.rollout import Plan, fused_rollout, stepwise_rollout
+from metatrain.rollout import Plan, fused_rollout, learned, stepwise_rollout
 from metatrain.strategy import State, Strategy
 from tasks import Task, TaskSample
 
@@ -106,8 +105,7 @@ class LocalEvaluator:
 def candidate_losses(task: Task, spec: l3rs.Spec, strategy: Strategy, plan: Plan) -> Any:
     """(state, key, sample, horizon, data, members int32 [m]) -> meta-losses float32 [m], compiled."""
 
-    def candidate(theta: l3rs.spec.Theta, horizon: jax.Array) -> optax.GradientTransformationExtraArgs:
-        return l3rs.l3rs(theta, spec, horizon)
+    candidate = learned(spec)
 
     def chosen(state: State, key: jax.Array, members: jax.Array) -> l3rs.spec.Theta:
         return jax.tree.map(lambda x: x[members], strategy.ask(jax.random.wrap_key_data(key), state))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import l3rs
 from tasks import Task, TaskSample
 from tasks.base import Batch, Data, Params, Stats, size
 
@@ -26,6 +27,11 @@ class Score(NamedTuple):
 
     loss: jax.Array  # float32 []
     accuracy: jax.Array  # float32 []
+
+
+def learned(spec: l3rs.Spec) -> MakeOptimizer:
+    """L3RS of this form, as a function of its meta-parameters."""
+    return lambda theta, horizon: l3rs.l3rs(theta, spec, horizon)
 
 
 Rollout = Callable[[Any, Data, TaskSample, jax.Array], dict[str, Score]]
