@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import errno
+import inspect as python_inspect
 import logging
 import sys
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import typer
 from rich.console import Console
 
+import l3rs
+from l3rs import L3RSError
+from metatrain import report, trainer
+from metatrain.config import UserError, load_config
 from metatrain.devices import use_all_cores
+from metatrain.evaluate import Results
+from metatrain.evaluate import evaluate as compare
+from tasks import TASKS, TaskError, make_task, prepare_task
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 # Tables are wider than the 80 columns that a pipe is taken for.
@@ -23,10 +32,6 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logging.getLogger("absl").setLevel(logging.ERROR)
     use_all_cores()
-    from l3rs import L3RSError
-    from metatrain.config import UserError
-    from tasks import TaskError
-
     try:
         app()
     except (UserError, L3RSError, TaskError) as error:
@@ -50,24 +55,16 @@ def run(
     out: Annotated[Path | None, typer.Option(help="the run's folder; runs/NAME when not given")] = None,
 ) -> None:
     """Meta-train an optimizer."""
-    from metatrain import trainer
-    from metatrain.config import load_config
-
     _conclude(trainer.run(load_config(config, overrides or ()), out))
 
 
 @app.command()
 def resume(folder: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
     """Go on with an interrupted run."""
-    from metatrain import trainer
-
     _conclude(trainer.resume(folder))
 
 
-def _conclude(run: object) -> None:
-    from metatrain.trainer import Run
-
-    assert isinstance(run, Run)
+def _conclude(run: trainer.Run) -> None:
     if run.finished:
         _console.print(f"meta-trained for {run.generation} generations; the optimizer is in {run.optimizer}")
 
@@ -78,17 +75,14 @@ def evaluate(
     config: Annotated[Path, typer.Argument(help="the configuration whose task is used")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. task.target=uci")] = None,
     horizons: Annotated[str, typer.Option(help="numbers of steps, separated by commas")] = "10,30,100",
+    settings: Annotated[str | None, typer.Option(help="of evaluation.settings, e.g. A,B; all if not given")] = None,
     seeds: Annotated[int, typer.Option(help="training runs of each optimizer and horizon")] = 6,
     tuning_seeds: Annotated[
         int | None, typer.Option(help="how many of them tune the baselines; all if not given")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="where the results go")] = None,
 ) -> None:
-    """Compare an optimizer with tuned baselines."""
-    from metatrain import report
-    from metatrain.config import UserError, load_config
-    from metatrain.evaluate import evaluate as compare
-
+    """Compare an optimizer with tuned baselines, in each of the configuration's settings."""
     try:
         steps = sorted({int(horizon) for horizon in horizons.split(",")})
     except ValueError:
@@ -96,7 +90,9 @@ def evaluate(
     folder = out or Path("runs") / f"evaluation-{optimizer.name}"
     if (folder / "results.json").exists():
         raise UserError(f"{folder / 'results.json'} exists; choose another folder with --out")
-    results = compare(optimizer, load_config(config, overrides or ()), steps, seeds, tuning_seeds, _console.print)
+    chosen = settings.split(",") if settings else None
+    setup = load_config(config, overrides or ())
+    results = compare(optimizer, setup, steps, seeds, tuning_seeds, chosen, _console.print)
     saved = results.save(folder)
     for i, setting in enumerate(results.settings()):
         _console.print(report.table(results, setting))
@@ -114,9 +110,6 @@ def export(
     ] = None,
 ) -> None:
     """Write the optimizer of a run's newest checkpoint, finished or not."""
-    from metatrain import trainer
-    from metatrain.evaluate import Results
-
     measured = None if results is None else Results.load(results).summary()
     _console.print(f"the optimizer is in {trainer.export(folder, destination, measured)}")
 
@@ -127,9 +120,6 @@ def prepare(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. task.target.tfds=cifar100")] = None,
 ) -> None:
     """Download and prepare a task's data (TFDS; needs l3rs[prepare])."""
-    from metatrain.config import load_config
-    from tasks import prepare_task
-
     task = load_config(config, overrides or ()).task
     for place in prepare_task(task.name, task.options) or ["nothing to prepare"]:
         _console.print(place)
@@ -141,9 +131,6 @@ def pretrain(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. task.init.seeds=8")] = None,
 ) -> None:
     """Pretrain a task's init distribution and keep it in the resident cache; `run` does it by itself, too."""
-    from metatrain.config import load_config
-    from tasks import make_task
-
     logging.getLogger("tasks").setLevel(logging.INFO)
     task = load_config(config, overrides or ()).task
     pools = make_task(task.name, task.options).pools
@@ -155,10 +142,8 @@ def pretrain(
 @app.command()
 def inspect(optimizer: Annotated[Path, typer.Argument(help="a checkpoint folder")]) -> None:
     """Say what a checkpoint is: how it was made, what it fits."""
-    import l3rs
-
     theta, spec, info = l3rs.restore(optimizer)
-    size = sum(leaf.size for leaf in _leaves(theta))
+    size = sum(leaf.size for leaf in jax.tree.leaves(theta))
     _console.print(
         f"{optimizer}: L3RS with {size:,} meta-parameters, directions {', '.join(d.name for d in spec.directions)}"
     )
@@ -174,19 +159,9 @@ def inspect(optimizer: Annotated[Path, typer.Argument(help="a checkpoint folder"
         _console.print(f"    {layer.path}  {list(layer.shape)}")
 
 
-def _leaves(tree: object) -> list:
-    import jax
-
-    return jax.tree.leaves(tree)
-
-
 @app.command("list-tasks")
 def list_tasks() -> None:
     """List the tasks and their options."""
-    import inspect as python_inspect
-
-    from tasks import TASKS
-
     for name, builder in TASKS.items():
         first_line = (builder.__doc__ or "").strip().splitlines()[0]
         _console.print(f"[bold]{name}[/bold]  {first_line}")

@@ -104,6 +104,12 @@ class CheckpointConfig(_Section):
     keep: PositiveInt = 3
 
 
+class EvaluationConfig(_Section):
+    """Where an optimizer is judged: {setting: options that replace the task's}; the task itself when empty."""
+
+    settings: dict[str, dict[str, Any]] = {}
+
+
 class LoggingConfig(_Section):
     tensorboard: bool = True
 
@@ -119,6 +125,7 @@ class Config(_Section):
     execution: ExecutionConfig = ExecutionConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

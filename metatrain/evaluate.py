@@ -26,7 +26,7 @@ import l3rs
 from metatrain.baselines import BASELINES, SCHEDULES, Tuned, make_baseline
 from metatrain.config import Config, UserError
 from metatrain.plan import choose_plan
-from metatrain.rollout import MakeOptimizer, Plan, fused_rollout, learned, stepwise_rollout
+from metatrain.rollout import MakeOptimizer, Plan, Score, fused_rollout, learned, stepwise_rollout
 from tasks import Task, TaskSample, make_task
 
 _log = logging.getLogger("metatrain")
@@ -138,16 +138,18 @@ def evaluate(
     horizons: Sequence[int] = (10, 30, 100),
     seeds: int = 6,
     tuning_seeds: int | None = None,
+    settings: Sequence[str] | None = None,
     say: Callable[[str], None] = _log.info,
 ) -> Results:
-    """Compare a deployed optimizer with tuned baselines on the configuration's task.
+    """Compare a deployed optimizer with tuned baselines in the configuration's settings.
 
     Args:
       optimizer: a checkpoint folder.
-      config: whose task is used.
+      config: whose `evaluation.settings` are used; its task when it has none.
       horizons: inner steps.
       seeds: training runs of each optimizer and horizon; a seed is an init and its batches.
       tuning_seeds: how many of them a baseline's learning rate is tuned on; all when not given.
+      settings: which of the settings; all when not given.
       say: told what has been done.
 
     Raises:
@@ -159,18 +161,39 @@ def evaluate(
             f"horizons {list(horizons)}, seeds {seeds}, tuning seeds {tuning_seeds}: all ≥ 1, tuning ≤ seeds"
         )
     theta, spec, _ = l3rs.restore(optimizer)
-    task = make_task(config.task.name, config.task.options)
-    l3rs.l3rs(theta, spec, 1).init(task.params_shape())  # a mismatch is said before anything is computed
-    samples = held_out_samples(task, config.seed, seeds)
-    plan = config.execution.plan
-    plan = choose_plan(task, spec) if plan == "auto" else plan
-    comparison = _Comparison(task, samples, horizons, tuning_seeds, plan, say)
-    jobs = [functools.partial(_run_l3rs, spec, theta, comparison)]
-    jobs += [functools.partial(_tune, name, comparison) for name in BASELINES]
-    parts = _on_devices(jobs)
-    records = [record for part in parts for record in part.records]
-    tuning = {task.name: {name: grid for part in parts for name, grid in part.tuning.items()}}
+    records: list[Record] = []
+    tuning: dict[str, Any] = {}
+    for setting, options in _settings(config, settings).items():
+        task = make_task(config.task.name, options)
+        l3rs.l3rs(theta, spec, 1).init(task.params_shape())  # a mismatch is said before anything is computed
+        plan = config.execution.plan
+        comparison = _Comparison(
+            setting=f"{setting}: {task.name}" if setting else task.name,
+            task=task,
+            samples=held_out_samples(task, config.seed, seeds),
+            horizons=horizons,
+            tuning_seeds=tuning_seeds,
+            plan=choose_plan(task, spec) if plan == "auto" else plan,
+            say=say,
+        )
+        jobs = [functools.partial(_run_l3rs, spec, theta, comparison)]
+        jobs += [functools.partial(_tune, name, comparison) for name in BASELINES]
+        parts = _on_devices(jobs)
+        records += [record for part in parts for record in part.records]
+        tuning[comparison.setting] = {name: grid for part in parts for name, grid in part.tuning.items()}
     return Results(str(optimizer), records, _speedups(records), tuning)
+
+
+def _settings(config: Config, chosen: Sequence[str] | None) -> dict[str, dict[str, Any]]:
+    """{setting: the task's options in it}; the task as it is when the configuration has no settings."""
+    known = config.evaluation.settings
+    if unknown := [name for name in chosen or () if name not in known]:
+        raise UserError(
+            f"no setting {', '.join(unknown)} in evaluation.settings; allowed are {', '.join(known) or 'none'}"
+        )
+    if not known:
+        return {"": config.task.options}
+    return {name: {**config.task.options, **known[name]} for name in chosen or known}
 
 
 def held_out_samples(task: Task, seed: int, count: int) -> TaskSample:
@@ -187,6 +210,7 @@ def held_out_samples(task: Task, seed: int, count: int) -> TaskSample:
 class _Comparison(NamedTuple):
     """What all optimizers share."""
 
+    setting: str
     task: Task
     samples: TaskSample
     horizons: Sequence[int]
@@ -201,44 +225,42 @@ class _Part(NamedTuple):
 
 
 def _run_l3rs(spec: l3rs.Spec, theta: l3rs.spec.Theta, comparison: _Comparison, device: jax.Device) -> _Part:
-    task, horizons, say = comparison.task, comparison.horizons, comparison.say
     run = _Runner(comparison, learned(spec), device)
     records = []
-    for horizon in horizons:
-        scores = run(jax.tree.map(lambda x: jnp.asarray(x)[None], theta), horizon)
-        records += scores.records(task.name, L3RS, horizon, {})
-        say(f"{task.name}: l3rs, {horizon} steps")
+    for horizon in comparison.horizons:
+        scores, seconds = run(jax.tree.map(lambda x: jnp.asarray(x)[None], theta), horizon, "test")
+        records += _records(scores, seconds, comparison.setting, L3RS, horizon, {})
+        comparison.say(f"{comparison.setting}: l3rs, {horizon} steps")
     return _Part(records, {})
 
 
 def _tune(name: str, comparison: _Comparison, device: jax.Device) -> _Part:
-    task, horizons, say = comparison.task, comparison.horizons, comparison.say
     run = _Runner(comparison, lambda hyper, horizon: make_baseline(name, hyper, horizon), device)
     records: list[Record] = []
     tuning: dict[str, Any] = {}
     for schedule in SCHEDULES:
         label = f"{name}/{schedule}"
         tuning[label] = {}
-        for horizon in horizons:
-            start = BASELINES[name].learning_rate
-            scores, grid = _search(run, start, schedule, horizon, comparison.tuning_seeds)
-            records += scores.records(task.name, label, horizon, {"learning_rate": grid["chosen"]})
+        for horizon in comparison.horizons:
+            grid = _search(run, BASELINES[name].learning_rate, schedule, horizon, comparison.tuning_seeds)
+            chosen = grid["chosen"]
+            scores, seconds = run(_tuned([chosen], schedule), horizon, "test")
+            records += _records(scores, seconds, comparison.setting, label, horizon, {"learning_rate": chosen})
             tuning[label][str(horizon)] = grid
-            say(f"{task.name}: {label}, {horizon} steps, best of {len(grid['learning_rate'])} learning rates")
+            tried = len(grid["learning_rate"])
+            comparison.say(f"{comparison.setting}: {label}, {horizon} steps, best of {tried} learning rates")
     return _Part(records, tuning)
 
 
-def _search(
-    run: _Runner, start: float, schedule: str, horizon: int, tuning_seeds: int
-) -> tuple[_Scores, dict[str, Any]]:
-    """Test scores [1, S] at the learning rate with the lowest inner_valid loss over the first
-    `tuning_seeds` samples, which is not at the edge of its grid; and the grid."""
+def _search(run: _Runner, start: float, schedule: str, horizon: int, tuning_seeds: int) -> dict[str, Any]:
+    """The grid of learning rates, its mean inner_valid losses over the first `tuning_seeds` samples,
+    and its best, which is not at the edge. Test is not read."""
     losses: dict[float, float] = {}
     exponents = list(range(-(_GRID // 2), _GRID - _GRID // 2))
     for growth in range(_GROWTHS + 1):
         rates = [start * 2.0**k for k in exponents]
-        scores = run(_tuned(rates, schedule), horizon, tuning_seeds)
-        losses |= {rate: _mean_or_inf(loss) for rate, loss in zip(rates, scores.valid_loss, strict=True)}
+        scores, _ = run(_tuned(rates, schedule), horizon, "inner_valid", tuning_seeds)
+        losses |= {rate: _mean_or_inf(loss) for rate, loss in zip(rates, scores.loss, strict=True)}
         ordered = sorted(losses)
         best = min(ordered, key=lambda rate: losses[rate])
         if growth == _GROWTHS or best not in (ordered[0], ordered[-1]):
@@ -246,35 +268,28 @@ def _search(
         edge = round(math.log2(best / start))
         outwards = -1 if best == ordered[0] else 1
         exponents = [edge + outwards * k for k in range(1, _GROW + 1)]
-    grid = {
+    return {
         "learning_rate": ordered,
         "inner_valid_loss": [losses[rate] for rate in ordered],
         "seeds": tuning_seeds,
         "chosen": best,
         "at_edge": best in (ordered[0], ordered[-1]),
     }
-    return run(_tuned([best], schedule), horizon), grid
 
 
 def _tuned(rates: Sequence[float], schedule: str) -> Tuned:
     return Tuned(jnp.asarray(rates, jnp.float32), jnp.full(len(rates), float(schedule == "cosine"), jnp.float32))
 
 
-class _Scores(NamedTuple):
-    """Of H hyper-parameters and S samples."""
-
-    valid_loss: np.ndarray  # [H, S]
-    test_loss: np.ndarray  # [H, S]
-    test_accuracy: np.ndarray  # [H, S]
-    seconds: float  # a run
-
-    def records(self, setting: str, optimizer: str, horizon: int, hparams: dict[str, float]) -> list[Record]:
-        """Of the only hyper-parameters there are."""
-        pairs = zip(self.test_loss[0].tolist(), self.test_accuracy[0].tolist(), strict=True)
-        return [
-            Record(setting, optimizer, horizon, seed, loss, accuracy, self.seconds, hparams)
-            for seed, (loss, accuracy) in enumerate(pairs)
-        ]
+def _records(
+    scores: Score, seconds: float, setting: str, optimizer: str, horizon: int, hparams: dict[str, float]
+) -> list[Record]:
+    """Of scores [1, S]: one hyper-parameter on S samples."""
+    pairs = zip(scores.loss[0].tolist(), scores.accuracy[0].tolist(), strict=True)
+    return [
+        Record(setting, optimizer, horizon, seed, loss, accuracy, seconds, hparams)
+        for seed, (loss, accuracy) in enumerate(pairs)
+    ]
 
 
 class _Runner:
@@ -284,27 +299,30 @@ class _Runner:
         self._plan = comparison.plan
         self._device = device
         self._data, self._samples = jax.device_put((comparison.task.data, comparison.samples), device)
-        splits = ("inner_valid", "test")
         if self._plan == "stepwise":
-            self._call: Any = stepwise_rollout(comparison.task, make, splits)
+            self._call: Any = stepwise_rollout(comparison.task, make, ())
         else:
-            over_samples = jax.vmap(fused_rollout(comparison.task, make, splits), (None, None, 0, None))
-            self._call = jax.jit(jax.vmap(over_samples, (0, None, None, None)))
+            rollout = fused_rollout(comparison.task, make, ())
 
-    def __call__(self, hyper: Any, horizon: int, seeds: int | None = None) -> _Scores:
-        """Scores of all of `hyper` (leading axis) on the first `seeds` samples."""
+            def grid(hyper: Any, data: Any, samples: TaskSample, steps: jax.Array, splits: tuple[str, ...]) -> Any:
+                one = functools.partial(rollout, splits=splits)
+                return jax.vmap(jax.vmap(one, (None, None, 0, None)), (0, None, None, None))(
+                    hyper, data, samples, steps
+                )
+
+            self._call = jax.jit(grid, static_argnums=4)
+
+    def __call__(self, hyper: Any, horizon: int, split: str, seeds: int | None = None) -> tuple[Score, float]:
+        """Scores [H, S] on `split` of all H rows of `hyper` on the first S samples, and seconds a run."""
         began = time.perf_counter()
         samples = jax.tree.map(lambda x: x[:seeds], self._samples)
         hyper, steps = jax.device_put((hyper, np.int32(horizon)), self._device)
         if self._plan == "stepwise":
-            scores = _stack(
-                [_stack([self._call(h, self._data, s, steps) for s in _rows(samples)]) for h in _rows(hyper)]
-            )
+            runs = [[self._call(h, self._data, s, steps, (split,)) for s in _rows(samples)] for h in _rows(hyper)]
+            scores = _stack([_stack(row) for row in runs])[split]
         else:
-            scores = jax.tree.map(np.asarray, self._call(hyper, self._data, samples, steps))
-        test = scores["test"]
-        seconds = (time.perf_counter() - began) / test.loss.size
-        return _Scores(scores["inner_valid"].loss, test.loss, test.accuracy, seconds)
+            scores = jax.tree.map(np.asarray, self._call(hyper, self._data, samples, steps, (split,))[split])
+        return scores, (time.perf_counter() - began) / scores.loss.size
 
 
 def _rows(tree: Any) -> list[Any]:

@@ -1,23 +1,35 @@
-"""Which plan runs a task's inner loops faster on this machine: measured, because it depends on the model."""
+"""How candidates run on this machine: which plan is faster, and how many of them fit a device."""
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import l3rs
+from metatrain.config import UserError
+from metatrain.population import candidate_losses
 from metatrain.rollout import Plan, fused_rollout, learned, stepwise_rollout
+from metatrain.strategy import Strategy
 from tasks import Task, sample
 
 _log = logging.getLogger("metatrain")
 
+_SHARE = 0.8  # of a device's memory; the rest is fragmentation and what others hold
+
 _MEMBERS = 2  # enough for `vmap` to show what it makes of convolutions
 _STEPS = 4
+
+
+def device_memory(device: jax.Device) -> int | None:
+    """Bytes that this process may use on a device; None on a CPU, where the host's memory is shared."""
+    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def choose_plan(task: Task, spec: l3rs.Spec) -> Plan:
@@ -42,6 +54,51 @@ def choose_plan(task: Task, spec: l3rs.Spec) -> Plan:
     }
     _log.info("ms a candidate-step: %s", {plan: round(1e3 * s, 2) for plan, s in seconds.items()})
     return "stepwise" if seconds["stepwise"] < seconds["fused"] else "fused"
+
+
+def members_per_call(
+    task: Task,
+    spec: l3rs.Spec,
+    strategy: Strategy,
+    population: int,
+    plan: Plan,
+    devices: Sequence[jax.Device],
+    memory: Callable[[jax.Device], int | None] = device_memory,
+) -> int:
+    """How many candidates one compiled call holds.
+
+    Stepwise: one. Fused: as many as keep every device busy with one call, cut to what fits the
+    smallest device's memory. Their memory is what XLA says it allocates, without running anything.
+
+    Raises:
+      UserError: not even one candidate fits.
+    """
+    if plan == "stepwise":
+        return 1
+    wanted = math.ceil(population / len(devices))
+    free = [bytes_ for bytes_ in map(memory, devices) if bytes_ is not None]
+    if not free:
+        return wanted
+    lowered = functools.partial(_scratch, task, spec, strategy)
+    one, two = lowered(1), lowered(2)
+    each, shared = max(two - one, 1), max(2 * one - two, 0) + sum(x.nbytes for x in jax.tree.leaves(task.data))
+    fits = int(_SHARE * min(free) - shared) // each
+    if fits < 1:
+        raise UserError(
+            f"one candidate of {task.name} needs {(shared + each) / 2**20:,.0f} MiB, a device has "
+            f"{min(free) / 2**20:,.0f} MiB; use a smaller task.batch_size or model"
+        )
+    return min(wanted, fits)
+
+
+def _scratch(task: Task, spec: l3rs.Spec, strategy: Strategy, members: int) -> int:
+    """Bytes that XLA allocates for a fused call of so many members."""
+    state = jax.eval_shape(strategy.init, jax.random.key(0), l3rs.init(jax.random.key(0), spec))
+    key = jax.random.key_data(jax.random.key(0))
+    call = candidate_losses(task, spec, strategy, "fused")
+    chosen = sample(task, jax.random.key(0))
+    compiled = call.lower(state, key, chosen, np.int32(1), task.data, np.arange(members)).compile()
+    return int(compiled.memory_analysis().temp_size_in_bytes)
 
 
 def _seconds_a_step(run: Callable[[int], object]) -> float:

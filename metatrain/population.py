@@ -8,7 +8,6 @@ regenerates its members from (strategy state, key). A member's fitness is a pure
 from __future__ import annotations
 
 import contextlib
-import math
 import queue
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -126,8 +125,3 @@ def candidate_losses(task: Task, spec: l3rs.Spec, strategy: Strategy, plan: Plan
         return np.array([rollout(theta, data, sample, horizon)["outer_valid"].loss for theta in thetas])
 
     return jax.jit(fused) if plan == "fused" else stepwise
-
-
-def default_members_per_call(population: int, n_devices: int, plan: Plan) -> int:
-    """Fused: one call a device, the largest that keep all of them busy. Stepwise: one member."""
-    return math.ceil(population / n_devices) if plan == "fused" else 1

@@ -34,7 +34,7 @@ def learned(spec: l3rs.Spec) -> MakeOptimizer:
     return lambda theta, horizon: l3rs.l3rs(theta, spec, horizon)
 
 
-Rollout = Callable[[Any, Data, TaskSample, jax.Array], dict[str, Score]]
+Rollout = Callable[..., dict[str, Score]]
 Plan = Literal["fused", "stepwise"]
 
 
@@ -44,14 +44,16 @@ def fused_rollout(task: Task, make_optimizer: MakeOptimizer, splits: Sequence[st
     Args:
       task: what is trained.
       make_optimizer: what trains it.
-      splits: where the end result is judged.
+      splits: where the end result is judged, unless a call says otherwise.
 
     Returns:
-      (hyper-parameters, data, task sample, horizon int32 []) -> {split: Score}. It can be jitted,
-      and vmapped over hyper-parameters or samples.
+      (hyper-parameters, data, task sample, horizon int32 [], splits) -> {split: Score}. It can be
+      jitted, and vmapped over hyper-parameters or samples.
     """
 
-    def rollout(hyper: Any, data: Data, sample: TaskSample, horizon: jax.Array) -> dict[str, Score]:
+    def rollout(
+        hyper: Any, data: Data, sample: TaskSample, horizon: jax.Array, splits: Sequence[str] = splits
+    ) -> dict[str, Score]:
         optimizer = make_optimizer(hyper, horizon)
         start = _start(task, optimizer, data, sample)
         step = functools.partial(_step, task, optimizer, data, sample)
@@ -83,7 +85,9 @@ def stepwise_rollout(task: Task, make_optimizer: MakeOptimizer, splits: Sequence
         batch = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, count), data[split])
         return _score(task, carry.params, carry.stats, batch) * count
 
-    def rollout(hyper: Any, data: Data, sample: TaskSample, horizon: jax.Array) -> dict[str, Score]:
+    def rollout(
+        hyper: Any, data: Data, sample: TaskSample, horizon: jax.Array, splits: Sequence[str] = splits
+    ) -> dict[str, Score]:
         carry = start(hyper, data, sample, horizon)
         for _ in range(int(horizon)):
             carry = step(hyper, data, sample, horizon, carry)

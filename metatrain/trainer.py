@@ -31,8 +31,8 @@ import optax
 
 import l3rs
 from metatrain.config import Config, UserError, dump_config, load_config
-from metatrain.plan import choose_plan
-from metatrain.population import Evaluator, GenerationSpec, LocalEvaluator, default_members_per_call
+from metatrain.plan import choose_plan, members_per_call
+from metatrain.population import Evaluator, GenerationSpec, LocalEvaluator
 from metatrain.progress import Display
 from metatrain.state import Progress, StateStore
 from metatrain.strategy import Strategy, make_strategy
@@ -127,11 +127,12 @@ class _Setup:
         plan, members = config.execution.plan, config.execution.members_per_call
         if plan == "auto":
             plan = choose_plan(task, spec)
+        strategy = make_strategy(config.outer, l3rs.init(jax.random.key(0), spec))
         if members == "auto":
-            members = default_members_per_call(config.outer.population, jax.local_device_count(), plan)
+            population = config.outer.population
+            members = members_per_call(task, spec, strategy, population, plan, jax.local_devices())
         execution = config.execution.model_copy(update={"plan": plan, "members_per_call": members})
         config = config.model_copy(update={"execution": execution})
-        strategy = make_strategy(config.outer, l3rs.init(jax.random.key(0), spec))
         return cls(config, task, spec, strategy)
 
     def evaluator(self) -> Evaluator:

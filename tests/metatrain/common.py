@@ -27,7 +27,7 @@ def small_config(**sections: Any) -> Config:
         "logging": {"tensorboard": False},
     }
     for name, value in sections.items():
-        data[name] = {**data[name], **value} if isinstance(value, dict) else value
+        data[name] = {**data.get(name, {}), **value} if isinstance(value, dict) else value
     return check_config(data)
 
 

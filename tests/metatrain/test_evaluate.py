@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -65,6 +66,21 @@ def test_tuning_never_reads_test(optimizer: Path, results: Results) -> None:
     found = evaluate(optimizer, poisoned, (1, 20), seeds=3)
     assert found.tuning == results.tuning
     assert all(math.isnan(record.loss) for record in found.records)
+
+
+def test_settings_replace_options_of_the_task(optimizer: Path, results: Results) -> None:
+    settings = {"A": {}, "B": {"poison": "test"}}
+    config = small_config(evaluation={"settings": settings})
+    found = evaluate(optimizer, config, (1, 20), seeds=3)
+    assert found.settings() == ["A: regression", "B: regression"]
+    same = [
+        dataclasses.replace(record, setting="", seconds=0.0) for record in found.records if record.setting[0] == "A"
+    ]
+    assert same == [dataclasses.replace(record, setting="", seconds=0.0) for record in results.records]
+    assert all(math.isnan(record.loss) for record in found.records if record.setting[0] == "B")
+    assert evaluate(optimizer, config, (1,), seeds=1, settings=["B"]).settings() == ["B: regression"]
+    with pytest.raises(UserError, match=r"no setting Z in evaluation\.settings; allowed are A, B"):
+        evaluate(optimizer, config, (1,), settings=["A", "Z"])
 
 
 def test_a_record_is_the_run_it_says(results: Results) -> None:

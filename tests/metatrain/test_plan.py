@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import l3rs
-from metatrain.config import load_config
-from metatrain.plan import choose_plan
-from metatrain.rollout import fused_rollout, stepwise_rollout
+from metatrain.config import UserError, load_config
+from metatrain.plan import _scratch, choose_plan, members_per_call
+from metatrain.rollout import Plan, fused_rollout, stepwise_rollout
+from metatrain.strategy import make_strategy
 from metatrain.trainer import resume, run
 from tasks import Task, make_task, sample
 from tests.metatrain.common import metrics, small_config
@@ -92,3 +93,24 @@ def test_a_forced_plan_is_used_and_recorded(tmp_path) -> None:
 def test_digits_have_no_convolutions() -> None:
     task = make_task("digits", {"init": "random"})
     assert choose_plan(task, l3rs.Spec.create(task.params_shape())) == "fused"
+
+
+def test_a_call_holds_as_many_candidates_as_fit_the_memory() -> None:
+    task = regression()
+    spec = l3rs.Spec.create(task.params_shape(), hidden=(4,), embedding_dim=2)
+    strategy = make_strategy(small_config(outer={"population": 64}).outer, l3rs.init(jax.random.key(0), spec))
+    device = jax.devices()[:1]
+
+    def members(memory: int | None, plan: Plan = "fused", devices: int = 1) -> int:
+        return members_per_call(task, spec, strategy, 64, plan, device * devices, lambda _: memory)
+
+    assert members(None) == members(2**30) == 64  # no limit, and one that is far away
+    assert members(2**30, devices=4) == 16
+    assert members(2**30, "stepwise") == 1
+    need = {n: _scratch(task, spec, strategy, n) for n in (1, 8, 64)}
+    data = sum(x.nbytes for x in jax.tree.leaves(task.data))
+    assert need[64] > need[8] > need[1]
+    found = members(int((need[8] + data) / 0.8))
+    assert 4 <= found < 16  # the estimate is linear in the members, XLA's allocation nearly so
+    with pytest.raises(UserError, match=r"one candidate of regression needs .* MiB, a device has 0 MiB"):
+        members(1000)

@@ -1,0 +1,44 @@
+"""The recipes in configs/: valid, and their class lists are what TFDS calls them, without overlap."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tensorflow_datasets as tfds
+
+from metatrain.config import load_config
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+_LABELS = {"imagenet_resized/64x64": "imagenet_resized_labels.txt", "places365_small": "categories_places365.txt"}
+
+
+def _sets(options: dict[str, Any]) -> list[dict[str, Any]]:
+    init = options.get("init", "random")
+    return [options["target"], *([init["source"]] if isinstance(init, dict) else [])]
+
+
+@pytest.mark.parametrize("recipe", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_is_valid_and_says_its_command(recipe: Path) -> None:
+    load_config(recipe)
+    assert f"metatrain run configs/{recipe.name}" in recipe.read_text()
+
+
+@pytest.mark.parametrize("name", ["resnet8-imagenet25", "resnet8-places25"])
+def test_class_lists_exist_and_no_set_shares_a_class_with_another(name: str) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml")
+    settings = config.evaluation.settings.values()
+    images = [s for options in (config.task.options, *settings) if "target" in options for s in _sets(options)]
+    lists: dict[str, set[tuple[str, ...]]] = {}
+    for image_set in images:
+        lists.setdefault(image_set["tfds"], set()).add(tuple(image_set["classes"]))
+    for builder, sets in lists.items():
+        labels = (Path(tfds.__file__).parent / "image_classification" / _LABELS[builder]).read_text().split()
+        classes = [label for classes in sets for label in classes]
+        assert set(classes) <= set(labels)
+        assert len(classes) == len(set(classes)), "two sets share a class"
+    assert len(config.task.options["target"]["classes"]) == 25
+    for options in settings:
+        if "target" in options:
+            assert len(options["target"]["classes"]) == 25
