@@ -15,9 +15,9 @@ from rich.console import Console
 
 import l3rs
 from l3rs import L3RSError
-from metatrain import report, trainer
+from metatrain import jobs, report, trainer
 from metatrain.config import UserError, load_config
-from metatrain.devices import use_all_cores
+from metatrain.devices import use_cores
 from metatrain.evaluate import Results
 from metatrain.evaluate import evaluate as compare
 from tasks import TASKS, TaskError, make_task, prepare_task
@@ -31,7 +31,7 @@ def main() -> None:
     """Entry point: turns errors of the user's input into one sentence."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logging.getLogger("absl").setLevel(logging.ERROR)
-    use_all_cores()
+    use_cores()
     try:
         app()
     except (UserError, L3RSError, TaskError) as error:
@@ -53,15 +53,20 @@ def run(
     config: Annotated[Path, typer.Argument(help="a YAML file, e.g. configs/digits.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. outer.sigma=0.1")] = None,
     out: Annotated[Path | None, typer.Option(help="the run's folder; runs/NAME when not given")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the folder's run if there is one")] = False,
 ) -> None:
     """Meta-train an optimizer."""
-    _conclude(trainer.run(load_config(config, overrides or ()), out))
+    jobs.check_client()
+    _conclude(trainer.run(load_config(config, overrides or ()), out, resume_run=resume))
 
 
 @app.command()
-def resume(folder: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
+def resume(
+    folder: Annotated[Path, typer.Argument(help="a run's folder")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="of execution, e.g. execution.workers=8")] = None,
+) -> None:
     """Go on with an interrupted run."""
-    _conclude(trainer.resume(folder))
+    _conclude(trainer.resume(folder, overrides or ()))
 
 
 def _conclude(run: trainer.Run) -> None:
@@ -137,6 +142,68 @@ def pretrain(
     _console.print(
         f"{task.name}: {len(pools['meta_train'])} inits for meta-training, {len(pools['held_out'])} held out"
     )
+
+
+_Address = Annotated[str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="of the cluster's dashboard")]
+_Open = Annotated[
+    bool, typer.Option("--allow-unauthenticated", help="use a cluster that others can reach, without Ray's token")
+]
+_Name = Annotated[str, typer.Argument(help="of the run, or of the job")]
+_DASHBOARD = "http://127.0.0.1:8265"
+
+
+@app.command()
+def submit(
+    config: Annotated[Path, typer.Argument(help="a YAML file")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. execution.workers=64")] = None,
+    out: Annotated[str | None, typer.Option(help="the run's folder, as the cluster sees it")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run of that name")] = False,
+    address: _Address = _DASHBOARD,
+    allow_unauthenticated: _Open = False,
+) -> None:
+    """Start a run as a job of a Ray cluster."""
+    setup = load_config(config, overrides or ())
+    if allow_unauthenticated:
+        execution = setup.execution.model_copy(update={"allow_unauthenticated": True})
+        setup = setup.model_copy(update={"execution": execution})
+    folder = out or str(Path("runs").absolute() / setup.name)
+    job = jobs.submit(jobs.client(address, allow_unauthenticated), setup, folder, resume=resume, say=_console.print)
+    _console.print(f"{job.name} is {job.status.lower()}; see: metatrain status {job.name}")
+
+
+@app.command("list")
+def list_(address: _Address = _DASHBOARD, allow_unauthenticated: _Open = False) -> None:
+    """List the runs of a Ray cluster."""
+    for job in jobs.list_runs(jobs.client(address, allow_unauthenticated)):
+        _console.print(f"{job.id}  {job.status.lower()}  {job.folder}")
+
+
+@app.command()
+def status(name: _Name, address: _Address = _DASHBOARD, allow_unauthenticated: _Open = False) -> None:
+    """Say how far a run is."""
+    connected = jobs.client(address, allow_unauthenticated)
+    _console.print(jobs.status(connected, jobs.find(connected, name)))
+
+
+@app.command()
+def logs(
+    name: _Name,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on printing")] = False,
+    address: _Address = _DASHBOARD,
+    allow_unauthenticated: _Open = False,
+) -> None:
+    """Print what a run's driver printed."""
+    connected = jobs.client(address, allow_unauthenticated)
+    for text in jobs.logs(connected, jobs.find(connected, name), follow):
+        _console.print(text, end="", markup=False)
+
+
+@app.command()
+def stop(name: _Name, address: _Address = _DASHBOARD, allow_unauthenticated: _Open = False) -> None:
+    """Stop a run, with a last checkpoint."""
+    connected = jobs.client(address, allow_unauthenticated)
+    job = jobs.stop(connected, jobs.find(connected, name))
+    _console.print(f"{job.name} is {job.status.lower()}; go on with: metatrain submit … --resume")
 
 
 @app.command()

@@ -94,7 +94,12 @@ class OuterConfig(_Section):
 class ExecutionConfig(_Section):
     """Where candidates are evaluated."""
 
-    backend: Literal["local"] = "local"
+    backend: Literal["local", "ray"] = "local"
+    address: str | None = None  # of Ray: host:port or auto; null starts a Ray of this machine's own
+    workers: PositiveInt | Literal["auto"] = "auto"  # Ray actors; auto fills the cluster, also when it grows
+    resources_per_worker: dict[str, PositiveFloat] = {"CPU": 1.0}  # Ray's names: CPU, GPU, or a node's own
+    autoscaling: bool = False  # wait for nodes that can hold a worker, instead of refusing when there is none
+    allow_unauthenticated: bool = False  # use a cluster that others can reach, without Ray's token
     plan: Literal["auto", "fused", "stepwise"] = "auto"  # see metatrain/rollout.py; auto measures both
     members_per_call: PositiveInt | Literal["auto"] = "auto"  # candidates in one compiled call
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
@@ -34,8 +34,14 @@ class GenerationSpec(NamedTuple):
 class Evaluator(Protocol):
     """Evaluates a generation."""
 
-    def evaluate(self, state: State, spec: GenerationSpec) -> np.ndarray:
-        """The meta-loss of each member, float32 [population]; non-finite where it diverged."""
+    def evaluate(self, state: State, spec: GenerationSpec, waiting: Callable[[str], None] | None = None) -> np.ndarray:
+        """The meta-loss of each member, float32 [population]; non-finite where it diverged.
+
+        `waiting` is called once, when nobody is there to do it.
+        """
+
+    def report(self) -> dict[str, Any]:
+        """What a generation's metrics say of the workers: `workers`, how many there are, and more."""
 
     def close(self) -> None:
         """Free what it holds."""
@@ -71,11 +77,11 @@ class LocalEvaluator:
         self._pool = ThreadPoolExecutor(len(self._devices))
         self._call = candidate_losses(task, spec, strategy, plan)
 
-    def evaluate(self, state: State, spec: GenerationSpec) -> np.ndarray:
+    def evaluate(self, state: State, spec: GenerationSpec, waiting: Callable[[str], None] | None = None) -> np.ndarray:
+        del waiting  # this process is always there
         chunks: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
-        for first in range(0, self._population, self._chunk):
-            members = np.arange(first, first + self._chunk)
-            chunks.put(np.minimum(members, self._population - 1))  # the last chunk is filled up
+        for members in cut(self._population, self._chunk):
+            chunks.put(members)
 
         fitness = np.full(self._population, np.nan, np.float32)
 
@@ -86,7 +92,11 @@ class LocalEvaluator:
                     members = chunks.get_nowait()
                 except queue.Empty:
                     return
-                fitness[members] = np.asarray(self._call(*arguments, data, jax.device_put(members, device)))
+                fitness[members], self._chunk = fitness_by_halves(
+                    lambda part: np.asarray(self._call(*arguments, data, jax.device_put(part, device))),
+                    members,
+                    self._chunk,
+                )
 
         try:
             for done in [self._pool.submit(work, *place) for place in zip(self._devices, self._data, strict=True)]:
@@ -97,8 +107,46 @@ class LocalEvaluator:
                     chunks.get_nowait()
         return fitness
 
+    def report(self) -> dict[str, Any]:
+        return {"workers": len(self._devices)}
+
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
+
+
+def cut(population: int, chunk: int) -> list[np.ndarray]:
+    """Member numbers, int32 [chunk] each: one compiled shape. The last is filled up with the last member."""
+    return [
+        np.minimum(np.arange(first, first + chunk, dtype=np.int32), population - 1)
+        for first in range(0, population, chunk)
+    ]
+
+
+def fitness_by_halves(
+    call: Callable[[np.ndarray], np.ndarray], members: np.ndarray, chunk: int
+) -> tuple[np.ndarray, int]:
+    """Call for `members` in chunks; chunks that do not fit the memory are halved, and stay so.
+
+    Args:
+      call: member numbers int32 [chunk] -> fitness [chunk].
+      members: int32 [m].
+      chunk: how many at once.
+
+    Returns:
+      (fitness float32 [m], the chunk that fitted).
+    """
+    while True:
+        try:
+            parts = [call(np.resize(part, chunk))[: len(part)] for part in _parts(members, chunk)]
+            return np.concatenate(parts).astype(np.float32), chunk
+        except jax.errors.JaxRuntimeError as error:
+            if chunk == 1 or "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+        chunk = (chunk + 1) // 2
+
+
+def _parts(members: np.ndarray, chunk: int) -> list[np.ndarray]:
+    return [members[first : first + chunk] for first in range(0, len(members), chunk)]
 
 
 def candidate_losses(task: Task, spec: l3rs.Spec, strategy: Strategy, plan: Plan) -> Any:

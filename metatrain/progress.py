@@ -17,28 +17,31 @@ class Display:
 
     Args:
       total: generations of the run.
-      start: generations done before.
       console: where to show it.
     """
 
-    def __init__(self, total: int, start: int, console: Console | None = None) -> None:
+    def __init__(self, total: int, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False, soft_wrap=True)
-        self._total, self._start, self._began, self._last_line = total, start, time.monotonic(), 0.0
+        self._total = total
         self._bar: Bar | None = None
+
+    def begin(self, start: int) -> None:
+        """The run goes on after `start` generations."""
+        self._start, self._began, self._last_line = start, time.monotonic(), 0.0
         if self._console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._bar = Bar(*columns, TextColumn("{task.fields[line]}"), console=self._console)
-            self._task = self._bar.add_task("generation", total=total, completed=start, line="compiling …")
+            self._task = self._bar.add_task("generation", total=self._total, completed=start, line="compiling …")
             self._bar.start()
         else:
-            self._console.print(f"generation {start}/{total}: compiling …")
+            self._console.print(f"generation {start}/{self._total}: compiling …")
 
     def update(self, metrics: dict[str, Any]) -> None:
         done = metrics["generation"] + 1
         mean = metrics["meta_loss_mean"]
         line = (
             f"meta-loss {'not finite' if mean is None else format(mean, '.4f')}  horizon {metrics['horizon']:>4}  "
-            f"{metrics['candidate_steps_per_s']:,.0f} candidate-steps/s"
+            f"{metrics['candidate_steps_per_s']:,.0f} candidate-steps/s  {metrics['workers']} workers"
         )
         if self._bar:
             self._bar.update(self._task, completed=done, line=line)

@@ -18,7 +18,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -30,7 +30,8 @@ import numpy as np
 import optax
 
 import l3rs
-from metatrain.config import Config, UserError, dump_config, load_config
+from metatrain.cluster import RayEvaluator
+from metatrain.config import Config, ExecutionConfig, UserError, dump_config, load_config
 from metatrain.plan import choose_plan, members_per_call
 from metatrain.population import Evaluator, GenerationSpec, LocalEvaluator
 from metatrain.progress import Display
@@ -51,17 +52,20 @@ class Run:
     optimizer: Path | None  # the deployable optimizer, once the run is finished
 
 
-def run(config: Config, out: str | Path | None = None) -> Run:
+def run(config: Config, out: str | Path | None = None, *, resume_run: bool = False) -> Run:
     """Meta-train from the start.
 
     Args:
       config: the run's configuration, from `load_config`.
       out: the run's folder; `runs/NAME` when not given.
+      resume_run: go on with the folder's run if there is one; where it runs may have changed.
 
     Raises:
-      UserError: the folder exists, or the configuration asks for what cannot be had.
+      UserError: the folder exists, or holds another run; or the configuration asks for what cannot be had.
     """
     folder = Path(out) if out is not None else Path("runs") / config.name
+    if resume_run and (folder / "config.yaml").is_file():
+        return _resume(folder, config)
     setup = _Setup.build(config)
     if folder.exists():
         raise UserError(f"{folder} exists; resume it with `metatrain resume {folder}` or choose another with --out")
@@ -70,15 +74,38 @@ def run(config: Config, out: str | Path | None = None) -> Run:
     return _train(folder, setup)
 
 
-def resume(folder: str | Path) -> Run:
+def resume(folder: str | Path, overrides: Sequence[str] = ()) -> Run:
     """Go on with an interrupted run, from its newest good checkpoint: the result is that of a run
     that was never interrupted.
 
+    Args:
+      folder: the run.
+      overrides: of `execution`, e.g. `execution.workers=8`: where it runs, not what.
+
     Raises:
-      UserError: not a run's folder, or none of its checkpoints can be read.
+      UserError: not a run's folder, none of its checkpoints can be read, or an override would change the run.
     """
     folder = Path(folder)
-    return _train(folder, _Setup.build(_run_config(folder)))
+    _run_config(folder)  # says what a run is
+    return _resume(folder, load_config(folder / "config.yaml", overrides))
+
+
+def _resume(folder: Path, wanted: Config) -> Run:
+    """Go on with the run as it was saved, where `wanted` says."""
+    saved = _run_config(folder)
+    # How candidates are put together decides the last bits, so it stays what it was.
+    kept = {key: getattr(saved.execution, key) for key in ("plan", "members_per_call")}
+    asked = {key: getattr(wanted.execution, key) for key in kept}
+    if any(value not in ("auto", kept[key]) for key, value in asked.items()):
+        raise UserError(f"{folder} was begun with {kept}; that cannot be changed to {asked}")
+    config = saved.model_copy(update={"execution": wanted.execution.model_copy(update=kept)})
+    if wanted.model_copy(update={"execution": config.execution}) != config:
+        different = [name for name in Config.model_fields if getattr(wanted, name) != getattr(config, name)]
+        different = [name for name in different if name != "execution"]
+        raise UserError(
+            f"{folder} holds a run with another {', '.join(different)}; only execution may change"
+        )
+    return _train(folder, _Setup.build(config))
 
 
 def export(folder: str | Path, destination: str | Path, results: Mapping[str, Any] | None = None) -> Path:
@@ -129,17 +156,20 @@ class _Setup:
             plan = choose_plan(task, spec)
         strategy = make_strategy(config.outer, l3rs.init(jax.random.key(0), spec))
         if members == "auto":
-            population = config.outer.population
-            members = members_per_call(task, spec, strategy, population, plan, jax.local_devices())
+            devices = jax.local_devices() * (_shards_a_device(config.execution))
+            members = members_per_call(task, spec, strategy, config.outer.population, plan, devices)
         execution = config.execution.model_copy(update={"plan": plan, "members_per_call": members})
         config = config.model_copy(update={"execution": execution})
         return cls(config, task, spec, strategy)
 
-    def evaluator(self) -> Evaluator:
-        plan, members = self.config.execution.plan, self.config.execution.members_per_call
+    def evaluator(self, say: Callable[[str], None]) -> Evaluator:
+        execution, outer = self.config.execution, self.config.outer
+        plan, members = execution.plan, execution.members_per_call
         assert plan != "auto"
         assert members != "auto"
-        return LocalEvaluator(self.task, self.spec, self.strategy, self.config.outer.population, members, plan)
+        if execution.backend == "ray":
+            return RayEvaluator(self.task, self.spec, outer, members, plan, execution, say)
+        return LocalEvaluator(self.task, self.spec, self.strategy, outer.population, members, plan)
 
     def fresh(self) -> Progress:
         theta_key, strategy_key = jax.random.split(jax.random.key(self.config.seed))
@@ -157,17 +187,23 @@ class _Setup:
 
 def _train(folder: Path, setup: _Setup) -> Run:
     config = setup.config
+    display = Display(config.outer.steps)
+    evaluator = setup.evaluator(display.say)
     store = StateStore(folder / "state", config.checkpoint.keep)
     progress = store.restore(setup.fresh().strategy) or setup.fresh()
     metrics = _Metrics(folder, progress.generation, config.logging.tensorboard)
-    display = Display(config.outer.steps, progress.generation)
-    evaluator = setup.evaluator()
+    display.begin(progress.generation)
+
+    def waiting(sentence: str) -> None:
+        store.save(progress)
+        display.say(f"{sentence}; what is done is saved")
+
     interrupted = False
     try:
         with _Interrupts() as interrupts:
             try:
                 while progress.generation < config.outer.steps:
-                    progress, line = _generation(setup, evaluator, progress, interrupts)
+                    progress, line = _generation(setup, evaluator, progress, interrupts, waiting)
                     metrics.write(line)
                     display.update(line)
                     if progress.failures:
@@ -200,13 +236,17 @@ def _train(folder: Path, setup: _Setup) -> Run:
 
 
 def _generation(
-    setup: _Setup, evaluator: Evaluator, progress: Progress, interrupts: _Interrupts
+    setup: _Setup,
+    evaluator: Evaluator,
+    progress: Progress,
+    interrupts: _Interrupts,
+    waiting: Callable[[str], None],
 ) -> tuple[Progress, dict[str, Any]]:
     """One generation: (progress, evaluator) -> (progress, a line of metrics.jsonl)."""
     began = time.perf_counter()
     spec = setup.generation(progress.generation)
     with interrupts.allowed():
-        fitness = evaluator.evaluate(progress.strategy, spec)
+        fitness = evaluator.evaluate(progress.strategy, spec, waiting)
     finite = fitness[np.isfinite(fitness)]
     strategy = progress.strategy
     if finite.size:
@@ -224,6 +264,7 @@ def _generation(
         "psi_norm": psi_norm,
         "candidate_steps_per_s": steps / seconds,
         "seconds": seconds,
+        **evaluator.report(),
     }
     progress = Progress(
         generation=progress.generation + 1,
@@ -256,6 +297,13 @@ def _save_optimizer(
     if results is not None:
         info["results"] = dict(results)
     return l3rs.save(destination, setup.strategy.mean(progress.strategy), setup.spec, info, overwrite=overwrite)
+
+
+def _shards_a_device(execution: ExecutionConfig) -> int:
+    """Ray: so many shards that no worker waits long for the last; elsewhere one call a device."""
+    if execution.backend == "local":
+        return 1
+    return 2 * (execution.workers if isinstance(execution.workers, int) else 4)
 
 
 class _Metrics:

@@ -17,7 +17,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -157,3 +157,38 @@ def _sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class Resident(NamedTuple):
+    """Where a cached array is, on any machine that has built or been given the same entry."""
+
+    entry: str
+    file: str
+    key: str  # the text of key.json
+
+
+def resident(array: np.ndarray) -> Resident | None:
+    """Where `array` is in the cache; None when it is no whole cached array."""
+    name = getattr(array, "filename", None)
+    if name is None or (path := Path(name)).parent.parent != cache_dir():
+        return None
+    try:
+        whole = np.load(path, mmap_mode="r")
+        key = (path.parent / _KEY).read_text()
+    except (OSError, ValueError):
+        return None
+    if (whole.shape, whole.dtype) != (array.shape, array.dtype):
+        return None
+    return Resident(path.parent.name, path.name, key)
+
+
+def find_resident(where: Resident) -> np.ndarray | None:
+    """The array in this machine's cache, memory-mapped; None when it does not have the same entry."""
+    entry = cache_dir() / where.entry
+    try:
+        if (entry / _KEY).read_text() != where.key:
+            return None
+    except OSError:
+        return None
+    arrays = _read(entry)
+    return None if arrays is None else arrays.get(Path(where.file).stem.replace("@", "/"))

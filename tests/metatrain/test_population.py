@@ -1,15 +1,22 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import numpy as np
+import pytest
 
 import l3rs
-from metatrain.population import GenerationSpec, LocalEvaluator
+from metatrain.population import GenerationSpec, LocalEvaluator, fitness_by_halves
 from metatrain.rollout import Plan
 from metatrain.strategy import make_strategy
 from tasks import sample
 from tests.metatrain.common import small_config
 from tests.metatrain.quadratic import regression
+
+ROOT = Path(__file__).parents[2]
 
 
 def evaluator(
@@ -63,3 +70,44 @@ def test_one_compilation_a_device_for_all_generations() -> None:
     for number, horizon in enumerate((3, 9, 4)):
         local.evaluate(state, generation(number, horizon))
     assert local._call._cache_size() == 1
+
+
+def test_chunks_that_do_not_fit_the_memory_are_halved() -> None:
+    calls = []
+
+    def call(members: np.ndarray) -> np.ndarray:
+        calls.append(len(members))
+        if len(members) > 3:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+        return members * 2.0
+
+    fitness, chunk = fitness_by_halves(call, np.arange(5, 15), 10)
+    np.testing.assert_array_equal(fitness, np.arange(5, 15) * 2)
+    assert fitness.dtype == np.float32
+    assert (chunk, calls) == (3, [10, 5, 3, 3, 3, 3])
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        fitness_by_halves(lambda _: _raise("INTERNAL: something else"), np.arange(4), 4)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        fitness_by_halves(lambda _: _raise("RESOURCE_EXHAUSTED"), np.arange(4), 1)
+
+
+def _raise(message: str) -> np.ndarray:
+    raise jax.errors.JaxRuntimeError(message)
+
+
+@pytest.mark.slow
+def test_xla_out_of_memory_is_recognised() -> None:
+    """A real allocation that fails, in a process whose memory is limited."""
+    code = """
+import resource, jax, jax.numpy as jnp, numpy as np
+from metatrain.population import fitness_by_halves
+jax.config.update("jax_num_cpu_devices", 1)
+call = jax.jit(lambda members: jnp.cumsum(jnp.ones((members.shape[0], 2**27)) * members[:, None], axis=1)[:, 0])
+call(np.arange(1.0)).block_until_ready()
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 5 * 2**30, -1))
+print(fitness_by_halves(lambda m: np.asarray(call(m)), np.arange(8.0), 8)[1])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) in (1, 2, 4)

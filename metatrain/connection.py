@@ -1,0 +1,125 @@
+"""Connecting to a Ray cluster: no open ports that nobody asked for, no cluster without its token."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import math
+import os
+import socket
+from pathlib import Path
+
+from metatrain.config import ExecutionConfig, UserError
+
+_PROBE_SECONDS = 10.0
+
+
+def connect(execution: ExecutionConfig) -> bool:
+    """Connect this process to Ray: to `execution.address`, or to one of its own on this machine,
+    which listens on loopback only. Returns whether the connection is ours to close.
+
+    Raises:
+      UserError: nobody answers there, the token is wrong or missing, or versions differ.
+    """
+    address = execution.address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        return _own_ray(execution)
+    if address != "auto":
+        host, port = split_address(address)
+        require_token(host, execution.allow_unauthenticated)
+        probe(host, port)
+    import ray
+
+    if ray.is_initialized():
+        return False
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except ray.exceptions.AuthenticationError as error:
+        raise UserError(f"the cluster at {address} refuses the Ray token: {first_line(error)}") from None
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise UserError(f"cannot use the Ray cluster at {address}: {_one_line(error)}") from None
+    try:
+        require_token(split_address(ray.get_runtime_context().gcs_address)[0], execution.allow_unauthenticated)
+    except UserError:
+        ray.shutdown()
+        raise
+    return True
+
+
+def _own_ray(execution: ExecutionConfig) -> bool:
+    # Read by Ray when it is imported: without a cluster, Ray listens on loopback.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # workers are what this machine is for just now
+    import ray
+
+    if ray.is_initialized():
+        return False
+    needs = execution.resources_per_worker
+    workers = execution.workers if isinstance(execution.workers, int) else 0
+    cpus = max(os.cpu_count() or 1, math.ceil(workers * needs.get("CPU", 0)))
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    return True
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """ "host:port", with or without "http://" before it."""
+    host, _, port = address.removeprefix("http://").removeprefix("https://").rstrip("/").rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"{address!r} is not an address; write host:port, e.g. 10.0.0.5:6379")
+    return host.strip("[]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def require_token(host: str, allow_unauthenticated: bool) -> None:
+    """Refuse a cluster that others can reach, unless there is a Ray token; then use it.
+
+    Raises:
+      UserError: no token, and no permission to go without.
+    """
+    if is_loopback(host) or os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
+        return
+    if has_token() and os.environ.get("RAY_AUTH_MODE") is None:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        return
+    if allow_unauthenticated:
+        return
+    raise UserError(
+        f"{host} can be reached from other machines, and Ray's token authentication is off: run "
+        "`ray get-auth-token --generate`, start the cluster with RAY_AUTH_MODE=token and set it here, too, "
+        "or accept the risk with execution.allow_unauthenticated=true"
+    )
+
+
+def has_token() -> bool:
+    """Whether Ray would find a token in this process."""
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if os.environ.get("RAY_AUTH_TOKEN") or path:
+        return True
+    return (Path.home() / ".ray" / "auth_token").is_file()
+
+
+def probe(host: str, port: int) -> None:
+    """Raise UserError unless somebody listens there: Ray itself waits for a minute before it says so."""
+    try:
+        with socket.create_connection((host, port), timeout=_PROBE_SECONDS):
+            pass
+    except OSError as error:
+        raise UserError(f"nobody answers at {host}:{port} ({error.strerror or error}); is the cluster up?") from None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]

@@ -1,0 +1,305 @@
+"""Runs as jobs of a Ray cluster: submit, list, status, logs, stop.
+
+The driver is a process of the cluster, started by Ray Jobs with `metatrain run --resume`: it may die
+and be started again. A job carries the run's configuration and, when the task is the user's own, the
+module that holds it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import logging
+import os
+import platform
+import shutil
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from metatrain.config import Config, UserError, dump_config
+from metatrain.connection import first_line, is_loopback, probe, require_token, split_address
+
+CLIENT = "L3RS_CLIENT"  # environment: the versions of who submitted, as JSON
+_NAME, _FOLDER = "l3rs_run", "l3rs_folder"  # metadata of a job
+_START_SECONDS = 180.0
+_STOP_SECONDS = 120
+_MODULE_BYTES = 50 * 2**20
+_OURS = ("l3rs", "tasks", "metatrain")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run that was submitted."""
+
+    id: str
+    name: str  # of the run
+    folder: str  # of the run, as the driver sees it
+    status: str  # Ray's: PENDING, RUNNING, STOPPED, SUCCEEDED, FAILED
+    message: str
+    started: float  # seconds since 1970; 0 when it has not
+
+
+def client(address: str, allow_unauthenticated: bool = False) -> Any:
+    """A client of the cluster's job server.
+
+    Args:
+      address: of the dashboard, http://host:port.
+      allow_unauthenticated: use a cluster that others can reach, without Ray's token.
+
+    Raises:
+      UserError: nobody answers, the token is missing or wrong, or Ray's versions differ.
+    """
+    host, port = split_address(address)
+    require_token(host, allow_unauthenticated)
+    probe(host, port)
+    url = address if "://" in address else f"http://{address}"
+    if not is_loopback(host) and not allow_unauthenticated:
+        _require_tokens_there(url)
+    import ray
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        connected = JobSubmissionClient(url)
+        theirs = connected._do_request("GET", "/api/version").json()["ray_version"]
+    except (
+        Exception
+    ) as error:  # Ray raises RuntimeError, ConnectionError, ValueError, AuthenticationError, requests' own
+        raise UserError(f"the job server at {address} does not let us in: {first_line(error)}") from None
+    if theirs != ray.__version__:
+        raise UserError(f"the cluster at {address} has Ray {theirs}, here is {ray.__version__}; both must be the same")
+    return connected
+
+
+def _require_tokens_there(url: str) -> None:
+    try:
+        with urllib.request.urlopen(f"{url}/api/authentication_mode", timeout=10) as answer:
+            mode = json.load(answer).get("authentication_mode", "disabled")
+    except (OSError, ValueError):
+        mode = "disabled"
+    if mode != "token":
+        raise UserError(
+            f"the cluster at {url} lets in everybody: start it with RAY_AUTH_MODE=token, "
+            "or accept the risk with --allow-unauthenticated"
+        )
+
+
+def submit(jobs: Any, config: Config, folder: str, *, resume: bool = False, say: Callable[[str], None] = print) -> Job:
+    """Start a run on the cluster and wait until it computes.
+
+    Args:
+      jobs: from `client`.
+      config: the run; its execution.backend becomes ray, its address that of the cluster.
+      folder: the run's folder, as the driver will see it: on a file system that outlives the driver.
+      resume: go on with the run of that name.
+      say: told what happens.
+
+    Raises:
+      UserError: the name is taken, or the driver refuses; then nothing is left running.
+    """
+    earlier = [job for job in list_runs(jobs) if job.name == config.name]
+    if running := [job for job in earlier if job.status in ("PENDING", "RUNNING")]:
+        raise UserError(f"the run {config.name} is {running[0].status.lower()} as job {running[0].id}; stop it first")
+    if earlier and not resume:
+        raise UserError(f"the run {config.name} was submitted before; --resume goes on with it, or choose another name")
+    execution = config.execution.model_copy(update={"backend": "ray", "address": "auto"})
+    with _package(config.model_copy(update={"execution": execution})) as place:
+        environment = {
+            CLIENT: json.dumps(_versions()),
+            "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_SECONDS),  # a last checkpoint takes longer than Ray's 3 s
+            "PYTHONUNBUFFERED": "1",
+        }
+        options = " --resume" if resume else ""
+        try:
+            job_id = jobs.submit_job(
+                # Ray makes job ids unique: two who submit one name at the same time cannot both succeed.
+                submission_id=f"{config.name}-{len(earlier) + 1}",
+                entrypoint=f"python -m metatrain.cli run config.yaml --out {json.dumps(folder)}{options}",
+                runtime_env={"working_dir": str(place), "env_vars": environment},
+                metadata={_NAME: config.name, _FOLDER: folder},
+            )
+        except Exception as error:  # what Ray's REST client raises has no common base
+            raise UserError(f"the job cannot be submitted: {first_line(error)}") from None
+    say(f"job {job_id}, run directory {folder}")
+    return _until_it_computes(jobs, job_id, say)
+
+
+def list_runs(jobs: Any) -> list[Job]:
+    """All runs that the cluster knows of, the oldest first."""
+    found = [
+        Job(
+            id=details.submission_id,
+            name=details.metadata[_NAME],
+            folder=details.metadata[_FOLDER],
+            status=str(details.status.value),
+            message=details.message or "",
+            started=(details.start_time or 0) / 1e3,
+        )
+        for details in jobs.list_jobs()
+        if details.submission_id and _NAME in (details.metadata or {})
+    ]
+    return sorted(found, key=lambda job: job.started)
+
+
+def find(jobs: Any, name: str) -> Job:
+    """The newest job of a run, by the run's name or the job's id.
+
+    Raises:
+      UserError: there is none.
+    """
+    known = list_runs(jobs)
+    found = [job for job in known if name in (job.name, job.id)]
+    if not found:
+        names = ", ".join(dict.fromkeys(job.name for job in known)) or "none"
+        raise UserError(f"the cluster knows no run {name}; it knows {names}")
+    return found[-1]
+
+
+def status(jobs: Any, job: Job) -> str:
+    """Where a run is: from its metrics when its folder can be read here, else from what its driver printed."""
+    file = Path(job.folder) / "metrics.jsonl"
+    if file.is_file():
+        lines = [line for line in file.read_text().splitlines() if line.endswith("}")]
+        if lines:
+            return _progress(json.loads(lines[-1]), [json.loads(line)["seconds"] for line in lines[-20:]], job)
+    printed = [line for line in jobs.get_job_logs(job.id).splitlines() if line.startswith("generation ")]
+    return f"{job.name}: {job.status.lower()}, {printed[-1] if printed else 'nothing computed yet'}"
+
+
+def _progress(last: dict[str, Any], seconds: list[float], job: Job) -> str:
+    done = last["generation"] + 1
+    saved = Path(job.folder) / "config.yaml"
+    total = None
+    if saved.is_file():
+        from metatrain.config import load_config
+
+        total = load_config(saved).outer.steps
+    left = "" if total is None else f", about {sum(seconds) / len(seconds) * (total - done):,.0f} s left"
+    loss = "not finite" if last["meta_loss_mean"] is None else f"{last['meta_loss_mean']:.4f}"
+    return (
+        f"{job.name}: {job.status.lower()}, generation {done}/{total or '?'}, meta-loss {loss}, "
+        f"{last['candidate_steps_per_s']:,.0f} candidate-steps/s, {last['workers']} workers{left}"
+    )
+
+
+def logs(jobs: Any, job: Job, follow: bool) -> Iterator[str]:
+    """What the driver printed, and while `follow`, what it prints."""
+    if not follow:
+        yield jobs.get_job_logs(job.id)
+        return
+
+    loop = asyncio.new_event_loop()
+    tail = jobs.tail_job_logs(job.id)
+    try:
+        while True:
+            yield loop.run_until_complete(anext(tail))
+    except StopAsyncIteration:
+        return
+    finally:
+        with contextlib.suppress(Exception):
+            loop.run_until_complete(tail.aclose())
+        loop.close()
+
+
+def stop(jobs: Any, job: Job, seconds: float = _STOP_SECONDS) -> Job:
+    """Stop a run and wait until its driver has saved and ended.
+
+    Raises:
+      UserError: it is not running, or does not end in `seconds`.
+    """
+    if job.status not in ("PENDING", "RUNNING"):
+        raise UserError(f"the run {job.name} is not running: job {job.id} is {job.status.lower()}")
+    jobs.stop_job(job.id)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        now = find(jobs, job.id)
+        if now.status not in ("PENDING", "RUNNING"):
+            return now
+        time.sleep(0.5)
+    raise UserError(f"job {job.id} was told to stop {seconds:.0f} s ago and still runs; see metatrain logs {job.name}")
+
+
+def check_client() -> None:
+    """In a driver: refuse to start when who submitted has other versions.
+
+    Raises:
+      UserError: which differ.
+    """
+    said = os.environ.get(CLIENT)
+    if not said:
+        return
+    theirs, ours = json.loads(said), _versions()
+    if different := [f"{name} {ours[name]} (yours: {value})" for name, value in theirs.items() if ours[name] != value]:
+        raise UserError(f"the cluster has {', '.join(different)}; both must be the same")
+
+
+def _versions() -> dict[str, str]:
+    python = ".".join(platform.python_version_tuple()[:2])
+    return {"Python": python, "l3rs": version("l3rs"), "ray": version("ray")}
+
+
+def _until_it_computes(jobs: Any, job_id: str, say: Callable[[str], None]) -> Job:
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline:
+        job = find(jobs, job_id)
+        if job.status == "FAILED":
+            raise UserError(_why(jobs, job))
+        if job.status != "PENDING" and (job.status != "RUNNING" or "\ngeneration " in f"\n{jobs.get_job_logs(job_id)}"):
+            return job
+        time.sleep(0.5)
+    say(f"it has not begun after {_START_SECONDS:.0f} s; see: metatrain logs {job_id}")
+    return find(jobs, job_id)
+
+
+def _why(jobs: Any, job: Job) -> str:
+    """The driver's own sentence when it has one."""
+    with contextlib.suppress(Exception):
+        lines = jobs.get_job_logs(job.id).splitlines()
+        for line in reversed(lines):
+            if line.startswith("metatrain: "):
+                return f"the driver refuses: {line.removeprefix('metatrain: ')}"
+        if any("No module named metatrain" in line or "No module named 'metatrain'" in line for line in lines):
+            return "the cluster's Python has no l3rs; install l3rs[metatrain] in its image"
+    return f"job {job.id} failed: {' '.join(job.message.split())[:500]}"
+
+
+@contextlib.contextmanager
+def _package(config: Config) -> Iterator[Path]:
+    """A folder with what the driver needs that the cluster does not have."""
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it reports every upload
+    with tempfile.TemporaryDirectory(prefix="l3rs-job-") as scratch:
+        place = Path(scratch)
+        (place / "config.yaml").write_text(dump_config(config))
+        module = config.task.name.partition(":")[0]
+        if ":" in config.task.name and (top := module.partition(".")[0]) not in _OURS:
+            _copy_module(top, place)
+        yield place
+
+
+def _copy_module(top: str, place: Path) -> None:
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None:
+        raise UserError(f"task.name: the module {top} cannot be found here, so it cannot be sent to the cluster")
+    locations = list(spec.submodule_search_locations or [])
+    source = Path(locations[0]) if locations else Path(spec.origin or "")
+    if "site-packages" in source.parts:
+        return  # installed: the cluster has to have it, as it has l3rs
+    files = [source] if source.is_file() else [f for f in source.rglob("*.py") if "__pycache__" not in f.parts]
+    if (total := sum(file.stat().st_size for file in files)) > _MODULE_BYTES:
+        raise UserError(
+            f"the task's module {top} holds {total / 2**20:.0f} MiB of Python files; at most 50 can be sent"
+        )
+    for file in files:
+        target = place / (file.name if source.is_file() else Path(top) / file.relative_to(source))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)

@@ -1,0 +1,137 @@
+"""Who evaluates what in one generation: a state machine without a clock and without a network.
+
+A generation is cut into shards. A free worker takes the next one; when all are handed out, it starts
+again what takes longest elsewhere, and the first answer counts. What a lost worker held goes back to
+the queue. Only the generation's end is waited for.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import deque
+from collections.abc import Hashable
+
+_SLOW = 1.5  # times the median shard, after which a shard is started a second time
+_COPIES = 2  # of a shard at one time
+_AHEAD = 2  # shards a worker holds, while there are plenty: it starts the next without asking
+
+
+class Shards:
+    """The shards of one generation. Workers are any hashable values; times are seconds of any clock.
+
+    Args:
+      count: how many shards there are, numbered from 0.
+
+    Attributes:
+      duplicated: shards that were started a second time while the first was still held.
+      requeued: shards that lost the last worker that held them.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.duplicated = 0
+        self.requeued = 0
+        self._pending = deque(range(count))
+        self._open = set(range(count))  # without an answer
+        self._held: dict[Hashable, deque[int]] = {}  # by worker; the first is running
+        self._holders: dict[int, list[Hashable]] = {shard: [] for shard in range(count)}
+        self._queued: dict[int, None] = {}  # held, but not running anywhere; in the order they were taken
+        self._running: dict[int, float] = {}  # since when; in that order
+        self._seconds: list[float] = []  # of the answers, sorted
+
+    @property
+    def finished(self) -> bool:
+        return not self._open
+
+    def holds(self, worker: Hashable) -> tuple[int, ...]:
+        """What a worker has been given and not answered, the running one first."""
+        return tuple(self._held.get(worker, ()))
+
+    def take(self, worker: Hashable, workers: int, now: float) -> int | None:
+        """The next shard for a worker, or None if it should wait.
+
+        Args:
+          worker: who asks.
+          workers: how many there are.
+          now: the time.
+        """
+        held = self._held.setdefault(worker, deque())
+        if self._pending:
+            if held and not (len(held) < _AHEAD and len(self._pending) > workers):
+                return None
+            shard = self._pending.popleft()
+        else:
+            again = None if held else self._slowest(worker, now)
+            if again is None:
+                return None
+            shard = again
+            self.duplicated += 1
+        held.append(shard)
+        self._holders[shard].append(worker)
+        if len(held) == 1:
+            self._run(shard, now)
+        elif shard not in self._running:
+            self._queued[shard] = None
+        return shard
+
+    def answer(self, worker: Hashable, shard: int, now: float) -> bool:
+        """A worker has answered: True if nobody had before."""
+        first = shard in self._open
+        if first:
+            if shard in self._running and self._held.get(worker, (None,))[0] == shard:
+                bisect.insort(self._seconds, now - self._running[shard])
+            self._open.discard(shard)
+        self._drop(worker, shard, now)
+        if not self._holders[shard] or first:
+            self._running.pop(shard, None)
+            self._queued.pop(shard, None)
+        return first
+
+    def reject(self, worker: Hashable, shard: int, now: float) -> None:
+        """A worker's answer cannot be used: somebody has to do it again."""
+        self._drop(worker, shard, now)
+        self._requeue(shard)
+
+    def lose(self, worker: Hashable) -> None:
+        """A worker is gone, and what it held with it."""
+        for shard in self._held.pop(worker, ()):
+            self._holders[shard].remove(worker)
+            self._requeue(shard)
+
+    def _requeue(self, shard: int) -> None:
+        if shard not in self._open or self._holders[shard]:
+            return
+        self._running.pop(shard, None)
+        self._queued.pop(shard, None)
+        self._pending.appendleft(shard)
+        self.requeued += 1
+
+    def _drop(self, worker: Hashable, shard: int, now: float) -> None:
+        held = self._held.get(worker)
+        if held is None or shard not in held:
+            return
+        held.remove(shard)
+        self._holders[shard].remove(worker)
+        if held and held[0] in self._open:
+            self._run(held[0], now)
+
+    def _run(self, shard: int, now: float) -> None:
+        self._queued.pop(shard, None)
+        self._running.setdefault(shard, now)
+
+    def _slowest(self, worker: Hashable, now: float) -> int | None:
+        """What is worth starting again: first what waits behind another shard, then what runs too long."""
+
+        def free(shard: int) -> bool:
+            holders = self._holders[shard]
+            return len(holders) < _COPIES and worker not in holders
+
+        waiting = next((shard for shard in self._queued if free(shard)), None)
+        if waiting is not None or not self._seconds:
+            return waiting
+        limit = _SLOW * self._seconds[len(self._seconds) // 2]
+        for shard, since in self._running.items():
+            if now - since < limit:
+                break
+            if free(shard):
+                return shard
+        return None

@@ -1,0 +1,90 @@
+"""A Ray cluster of several nodes on one machine: each a `ray start` of its own, killed for real."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_RAY = Path(sys.executable).with_name("ray")
+_START_SECONDS = 120
+
+
+class Nodes:
+    """The head, and nodes that are added and removed.
+
+    Attributes:
+      address: host:port of Ray.
+      dashboard: the address of the dashboard; empty without one.
+      env: the environment with which to reach it.
+    """
+
+    def __init__(self, token: bool, dashboard: bool) -> None:
+        self._temp = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
+        self.env = {**os.environ, "RAY_worker_niceness": "0", "RAY_AUTH_MODE": "token" if token else "disabled"}
+        for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
+            self.env.pop(name, None)
+        if token:
+            self.env["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        host, port, self._port = socket.gethostbyname(socket.gethostname()), free_port(), free_port()
+        self.address = f"{host}:{port}"
+        self.dashboard = f"http://127.0.0.1:{self._port}" if dashboard else ""
+        self._dashboard = dashboard
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def head(self, cpus: int) -> None:
+        port = self.address.rpartition(":")[2]
+        self._start("--head", f"--port={port}", f"--num-cpus={cpus}", f"--include-dashboard={self._dashboard}",
+                    f"--dashboard-port={self._port}", f"--temp-dir={self._temp.name}")  # fmt: skip
+
+    def add(self, cpus: int) -> subprocess.Popen[bytes]:
+        return self._start(f"--address={self.address}", f"--num-cpus={cpus}")
+
+    def remove(self, node: subprocess.Popen[bytes]) -> None:
+        """As if its machine had lost power."""
+        os.killpg(node.pid, signal.SIGKILL)
+        node.wait()
+        self._processes.remove(node)
+
+    def stop(self) -> None:
+        for node in list(reversed(self._processes)):
+            self.remove(node)
+        self._temp.cleanup()
+
+    def _start(self, *options: str) -> subprocess.Popen[bytes]:
+        log = Path(self._temp.name, f"node-{len(self._processes)}-{time.monotonic_ns()}.log")
+        with log.open("w") as out:
+            command = [str(_RAY), "start", "--block", "--disable-usage-stats", *options]
+            node = subprocess.Popen(command, env=self.env, stdout=out, stderr=out, start_new_session=True)
+        self._processes.append(node)
+        deadline = time.monotonic() + _START_SECONDS
+        while "runtime started" not in log.read_text():
+            if node.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"ray start {' '.join(options)} failed: {log.read_text()[-2000:]}")
+            time.sleep(0.2)
+        return node
+
+
+@contextmanager
+def ray_nodes(cpus: int = 2, *, token: bool = True, dashboard: bool = False) -> Iterator[Nodes]:
+    """A head with so many CPUs; everything is gone afterwards."""
+    nodes = Nodes(token, dashboard)
+    try:
+        nodes.head(cpus)
+        yield nodes
+    finally:
+        nodes.stop()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])

@@ -1,0 +1,252 @@
+"""The Evaluator on Ray: real Ray, real processes, killed for real."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import psutil
+import pytest
+import ray
+
+import l3rs
+from metatrain.cluster import Answer, RayEvaluator, Worker, _Job, versions
+from metatrain.config import Config, UserError
+from metatrain.population import LocalEvaluator
+from metatrain.strategy import make_strategy
+from metatrain.trainer import run
+from tasks import make_task
+from tests.metatrain.common import REGRESSION, assert_same_theta, metrics, small_config
+from tests.metatrain.test_population import generation
+
+_OUTER = {"steps": 10, "population": 16}
+
+
+def ray_config(workers: int | str = 2, task: dict | None = None, **execution: object) -> Config:
+    return small_config(
+        task={"name": REGRESSION, **(task or {})},
+        outer=_OUTER,
+        execution={"backend": "ray", "workers": workers, "members_per_call": 2, **execution},
+    )
+
+
+def evaluator(config: Config, say: Callable[[str], None] = print) -> tuple[RayEvaluator, LocalEvaluator, object]:
+    """The Ray evaluator of a configuration, the local one, and a state of the strategy."""
+    task = make_task(config.task.name, config.task.options)
+    spec = l3rs.Spec.create(task.params_shape(), hidden=(4,), embedding_dim=2)
+    theta = l3rs.init(jax.random.key(0), spec)
+    strategy = make_strategy(config.outer, theta)
+    local = LocalEvaluator(task, spec, strategy, config.outer.population, 2, "fused", jax.devices()[:1])
+    remote = RayEvaluator(task, spec, config.outer, 2, "fused", config.execution, say)
+    return remote, local, strategy.init(jax.random.key(0), theta)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """One Ray for the module, with room for four workers on two cores."""
+    os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_worker_niceness": "0"}
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten generations in this process."""
+    folder = tmp_path_factory.mktemp("quiet") / "run"
+    run(small_config(outer=_OUTER, execution={"members_per_call": 2, "plan": "fused"}), folder)
+    return folder
+
+
+def _actors() -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "ray::Worker" in " ".join(process.cmdline()):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+    return found
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_any_number_of_workers_gives_the_bits_of_one_process(workers: int, quiet: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(ray_config(workers), folder)
+    assert_same_theta(folder / "optimizer", quiet / "optimizer")
+    for one, two in zip(metrics(folder), metrics(quiet), strict=True):
+        assert one["meta_loss_mean"] == two["meta_loss_mean"]
+
+
+class ShuffledWorker(Worker):
+    """Answers after a random while."""
+
+    def evaluate(self, *arguments: object) -> Answer:
+        time.sleep(0.2 * np.random.default_rng().random())
+        return super().evaluate(*arguments)  # type: ignore[arg-type]
+
+
+class HalfAwakeWorker(Worker):
+    """Every third answer takes much longer than the others."""
+
+    calls = 0
+
+    def evaluate(self, *arguments: object) -> Answer:
+        HalfAwakeWorker.calls += 1
+        time.sleep(1.0 if HalfAwakeWorker.calls % 3 == 0 else 0.05)
+        return super().evaluate(*arguments)  # type: ignore[arg-type]
+
+
+class GarblingWorker(Worker):
+    """Every second answer is wrong in another way."""
+
+    calls = 0
+
+    def evaluate(self, *arguments: object) -> Answer:
+        answer = super().evaluate(*arguments)  # type: ignore[arg-type]
+        GarblingWorker.calls += 1
+        garbled = (
+            answer._replace(fitness=np.zeros(7, np.float32)),
+            answer._replace(generation=answer.generation + 1),
+            answer._replace(fitness=answer.fitness.astype(np.float64)),
+            "nonsense",
+        )
+        return garbled[GarblingWorker.calls // 2 % 4] if GarblingWorker.calls % 2 else answer  # type: ignore[return-value]
+
+
+class FailingWorker(Worker):
+    def evaluate(self, *_: object) -> Answer:
+        raise ZeroDivisionError("the task divides by zero")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("kind", [ShuffledWorker, HalfAwakeWorker, GarblingWorker])
+def test_order_duplicates_and_garbage_change_no_bit(
+    kind: type[Worker], quiet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("metatrain.cluster.Worker", kind)
+    folder = tmp_path / "run"
+    run(ray_config(2), folder)
+    assert_same_theta(folder / "optimizer", quiet / "optimizer")
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    if kind is HalfAwakeWorker:
+        assert last["duplicated"] > 0
+    if kind is GarblingWorker:
+        assert last["rejected"] > 3
+        said = capsys.readouterr().out
+        assert "a worker's answer is dropped: it holds float32(7,), not float32(2,)" in said
+        assert "a worker is lost (3 unusable answers)" in said
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_stopped_worker_is_overtaken_and_a_killed_one_replaced() -> None:
+    said: list[str] = []
+    remote, local, state = evaluator(ray_config(2, task={"seconds": 0.1}), said.append)
+    try:
+        expected = {n: local.evaluate(state, generation(n)) for n in range(4)}
+        np.testing.assert_array_equal(remote.evaluate(state, generation(0)), expected[0])
+        stopped = _actors()[0]
+        stopped.suspend()
+        began = time.monotonic()
+        np.testing.assert_array_equal(remote.evaluate(state, generation(1)), expected[1])
+        assert time.monotonic() - began < 25  # less than a hung worker's grace
+        assert remote.report()["duplicated"] >= 1
+        np.testing.assert_array_equal(remote.evaluate(state, generation(2)), expected[2])
+        stopped.resume()
+        killed = next(process for process in _actors() if process.pid != stopped.pid)
+        threading.Timer(0.3, lambda: os.kill(killed.pid, signal.SIGKILL)).start()
+        np.testing.assert_array_equal(remote.evaluate(state, generation(3)), expected[3])
+        assert remote.report()["lost"] == 1
+        assert any("a worker is lost" in sentence for sentence in said)
+    finally:
+        remote.close()
+        local.close()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_worker_that_hangs_for_ever_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metatrain.cluster._HANG_SECONDS", 2.0)
+    monkeypatch.setattr("metatrain.cluster._HANG_FACTOR", 1.0)
+    said: list[str] = []
+    remote, local, state = evaluator(ray_config(1), said.append)
+    try:
+        remote.evaluate(state, generation(0))
+        [only] = _actors()
+        only.suspend()
+        np.testing.assert_array_equal(remote.evaluate(state, generation(1)), local.evaluate(state, generation(1)))
+        assert any("no answer for" in sentence for sentence in said)
+        deadline = time.monotonic() + 30
+        while only.is_running() and only.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, "the hung process is still there"
+            time.sleep(0.2)
+    finally:
+        remote.close()
+        local.close()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_every_worker_does_its_share_and_what_is_sent_does_not_grow_with_the_model() -> None:
+    remote, local, state = evaluator(ray_config(2, task={"seconds": 0.05}))
+    try:
+        np.testing.assert_array_equal(remote.evaluate(state, generation(0)), local.evaluate(state, generation(0)))
+        remote.evaluate(state, generation(1))
+        answered = [member.answered for member in remote._members]
+        assert sum(answered) == 2 * 8 + remote.report()["duplicated"]
+        assert min(answered) >= 2, "one worker did it all"
+    finally:
+        remote.close()
+        local.close()
+    # What goes to a worker is numbers of members and a reference; what comes back is one float a member.
+    answer = Answer(0, 0, np.zeros(2, np.float32), 2)
+    assert answer.fitness.nbytes == 4 * 2
+
+
+@pytest.mark.usefixtures("cluster")
+def test_errors_of_a_task_and_what_no_node_has_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"resources_per_worker is CPU 1, GPU 1; no node has that.*CPU 4, GPU 0"):
+        evaluator(ray_config(resources_per_worker={"CPU": 1.0, "GPU": 1.0}))
+    monkeypatch.setattr("metatrain.cluster.Worker", FailingWorker)
+    remote, _, state = evaluator(ray_config(1))
+    with pytest.raises(UserError, match="candidates fail on the workers: ZeroDivisionError: the task divides by zero"):
+        remote.evaluate(state, generation(0))
+    remote.close()
+
+
+def test_a_worker_with_other_versions_or_without_the_tasks_code_says_so() -> None:
+    from ray import cloudpickle
+
+    def setup(blob: bytes) -> list[int] | str:
+        return object.__new__(Worker).setup(blob, {})
+
+    config = ray_config()
+    spec = l3rs.Spec.create(make_task(REGRESSION, {}).params_shape())
+    job = _Job({}, [], spec, config.outer, "fused", {**versions(), "jax": "0.0.1"})
+    assert "(driver: 0.0.1); all machines need the same versions" in str(setup(cloudpickle.dumps(job)))
+    missing = cloudpickle.dumps(job).replace(b"metatrain.cluster", b"metatrain.clusteX")
+    assert "the task's code cannot be imported on" in str(setup(missing))
+
+
+def test_data_comes_from_the_machines_cache_when_it_has_the_same_entry() -> None:
+    from tasks.data.cache import cached, find_resident, resident
+
+    arrays = cached({"test": "resident"}, lambda: {"a/b": np.arange(5), "c": np.zeros((2, 3))})
+    where = resident(arrays["a/b"])
+    assert where is not None
+    found = find_resident(where)
+    assert isinstance(found, np.memmap)
+    np.testing.assert_array_equal(found, np.arange(5))
+    assert resident(arrays["a/b"][:3]) is None  # a part of an array is sent
+    assert resident(np.arange(5)) is None
+    assert find_resident(where._replace(key="another")) is None
+    assert find_resident(where._replace(entry="nowhere")) is None
