@@ -8,9 +8,9 @@ import tempfile
 import jax
 import pytest
 
-from metatrain.devices import use_all_cores
+from metatrain.devices import use_cores
 
-use_all_cores()
+use_cores()
 # The same small programs are compiled in many tests.
 jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="l3rs-tests-"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

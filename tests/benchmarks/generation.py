@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 import l3rs
-from metatrain.devices import use_all_cores
+from metatrain.devices import use_cores
 from metatrain.rollout import MakeOptimizer, fused_rollout
 from tasks import Aux, Task, sample, uniform_batches
 from tests.benchmarks.timing import in_turn, ratio
@@ -49,7 +49,7 @@ def mlp() -> Task:
 
 
 def main() -> None:
-    use_all_cores()
+    use_cores()
     task = mlp()
     spec = l3rs.Spec.create(task.params_shape())
     devices = jax.local_devices()
