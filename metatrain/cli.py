@@ -15,7 +15,7 @@ from rich.console import Console
 
 import l3rs
 from l3rs import L3RSError
-from metatrain import jobs, report, trainer
+from metatrain import estimate, jobs, report, trainer
 from metatrain.config import UserError, load_config
 from metatrain.devices import use_cores
 from metatrain.evaluate import Results
@@ -46,6 +46,13 @@ def main() -> None:
 def _refuse(sentence: str) -> int:
     print(f"metatrain: {sentence}", file=sys.stderr)
     return 2
+
+
+def _whole_numbers(text: str, option: str, example: str) -> list[int]:
+    try:
+        return sorted({int(number) for number in text.split(",")})
+    except ValueError:
+        raise UserError(f"{option} is {text!r}; write numbers separated by commas, e.g. {example}") from None
 
 
 @app.command()
@@ -88,10 +95,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="where the results go")] = None,
 ) -> None:
     """Compare an optimizer with tuned baselines, in each of the configuration's settings."""
-    try:
-        steps = sorted({int(horizon) for horizon in horizons.split(",")})
-    except ValueError:
-        raise UserError(f"--horizons is {horizons!r}; write numbers separated by commas, e.g. 10,30,100") from None
+    steps = _whole_numbers(horizons, "--horizons", "10,30,100")
     folder = out or Path("runs") / f"evaluation-{optimizer.name}"
     if (folder / "results.json").exists():
         raise UserError(f"{folder / 'results.json'} exists; choose another folder with --out")
@@ -142,6 +146,25 @@ def pretrain(
     _console.print(
         f"{task.name}: {len(pools['meta_train'])} inits for meta-training, {len(pools['held_out'])} held out"
     )
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="a YAML file")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value")] = None,
+    workers: Annotated[str, typer.Option(help="numbers of workers, separated by commas")] = "1,2,4,8,16,32,64,128",
+) -> None:
+    """Say what a run will cost: a short measurement on this machine, and arithmetic."""
+    setup = load_config(config, overrides or ())
+    counts = _whole_numbers(workers, "--workers", "1,8,64")
+    found = estimate.estimate(setup)
+    _console.print(
+        f"{setup.name}: {setup.outer.steps:,} generations of {found.population} candidates, "
+        f"{found.candidate_steps:,} candidate-steps; a shard is {found.members_per_shard} candidates\n"
+        f"measured here, one core or accelerator: {1e3 * found.seconds_a_step:.3g} ms a candidate-step, "
+        f"{1e3 * found.seconds_a_call:.3g} ms a shard beside"
+    )
+    _console.print(estimate.table(found, counts))
 
 
 _Address = Annotated[str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="of the cluster's dashboard")]

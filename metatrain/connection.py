@@ -28,6 +28,7 @@ def connect(execution: ExecutionConfig) -> bool:
         host, port = split_address(address)
         require_token(host, execution.allow_unauthenticated)
         probe(host, port)
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # it warns every second of what the sentence below says
     import ray
 
     if ray.is_initialized():
@@ -37,7 +38,8 @@ def connect(execution: ExecutionConfig) -> bool:
     except ray.exceptions.AuthenticationError as error:
         raise UserError(f"the cluster at {address} refuses the Ray token: {first_line(error)}") from None
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        raise UserError(f"cannot use the Ray cluster at {address}: {_one_line(error)}") from None
+        hint = "; is the Ray token the cluster's?" if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" else ""
+        raise UserError(f"cannot use the Ray cluster at {address}: {_one_line(error)}{hint}") from None
     try:
         require_token(split_address(ray.get_runtime_context().gcs_address)[0], execution.allow_unauthenticated)
     except UserError:

@@ -251,7 +251,7 @@ def _until_it_computes(jobs: Any, job_id: str, say: Callable[[str], None]) -> Jo
         job = find(jobs, job_id)
         if job.status == "FAILED":
             raise UserError(_why(jobs, job))
-        if job.status != "PENDING" and (job.status != "RUNNING" or "\ngeneration " in f"\n{jobs.get_job_logs(job_id)}"):
+        if job.status != "PENDING" and (job.status != "RUNNING" or "meta-loss" in jobs.get_job_logs(job_id)):
             return job
         time.sleep(0.5)
     say(f"it has not begun after {_START_SECONDS:.0f} s; see: metatrain logs {job_id}")
@@ -273,7 +273,8 @@ def _why(jobs: Any, job: Job) -> str:
 @contextlib.contextmanager
 def _package(config: Config) -> Iterator[Path]:
     """A folder with what the driver needs that the cluster does not have."""
-    logging.getLogger("ray").setLevel(logging.ERROR)  # it reports every upload
+    for name in ("dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)  # they report every upload, whatever "ray" is set to
     with tempfile.TemporaryDirectory(prefix="l3rs-job-") as scratch:
         place = Path(scratch)
         (place / "config.yaml").write_text(dump_config(config))

@@ -11,8 +11,7 @@ import bisect
 from collections import deque
 from collections.abc import Hashable
 
-_SLOW = 1.5  # times the median shard, after which a shard is started a second time
-_COPIES = 2  # of a shard at one time
+_SLOW = 1.5  # times the median shard, after which a shard is started again
 _AHEAD = 2  # shards a worker holds, while there are plenty: it starts the next without asking
 
 
@@ -23,7 +22,7 @@ class Shards:
       count: how many shards there are, numbered from 0.
 
     Attributes:
-      duplicated: shards that were started a second time while the first was still held.
+      duplicated: how often a shard was started again while somebody still held it.
       requeued: shards that lost the last worker that held them.
     """
 
@@ -35,7 +34,8 @@ class Shards:
         self._held: dict[Hashable, deque[int]] = {}  # by worker; the first is running
         self._holders: dict[int, list[Hashable]] = {shard: [] for shard in range(count)}
         self._queued: dict[int, None] = {}  # held, but not running anywhere; in the order they were taken
-        self._running: dict[int, float] = {}  # since when; in that order
+        self._running: dict[int, float] = {}  # when it was last started; in that order
+        self._since: dict[Hashable, float] = {}  # when a worker began with what it is running
         self._seconds: list[float] = []  # of the answers, sorted
 
     @property
@@ -60,7 +60,7 @@ class Shards:
                 return None
             shard = self._pending.popleft()
         else:
-            again = None if held else self._slowest(worker, now)
+            again = None if held else self._slowest(now)
             if again is None:
                 return None
             shard = again
@@ -68,7 +68,7 @@ class Shards:
         held.append(shard)
         self._holders[shard].append(worker)
         if len(held) == 1:
-            self._run(shard, now)
+            self._run(worker, shard, now)
         elif shard not in self._running:
             self._queued[shard] = None
         return shard
@@ -77,8 +77,8 @@ class Shards:
         """A worker has answered: True if nobody had before."""
         first = shard in self._open
         if first:
-            if shard in self._running and self._held.get(worker, (None,))[0] == shard:
-                bisect.insort(self._seconds, now - self._running[shard])
+            if self.holds(worker)[:1] == (shard,):
+                bisect.insort(self._seconds, now - self._since[worker])
             self._open.discard(shard)
         self._drop(worker, shard, now)
         if not self._holders[shard] or first:
@@ -111,27 +111,21 @@ class Shards:
             return
         held.remove(shard)
         self._holders[shard].remove(worker)
-        if held and held[0] in self._open:
-            self._run(held[0], now)
+        if held:
+            self._run(worker, held[0], now)
 
-    def _run(self, shard: int, now: float) -> None:
+    def _run(self, worker: Hashable, shard: int, now: float) -> None:
+        self._since[worker] = now
         self._queued.pop(shard, None)
-        self._running.setdefault(shard, now)
+        self._running.pop(shard, None)
+        if shard in self._open:
+            self._running[shard] = now
 
-    def _slowest(self, worker: Hashable, now: float) -> int | None:
+    def _slowest(self, now: float) -> int | None:
         """What is worth starting again: first what waits behind another shard, then what runs too long."""
-
-        def free(shard: int) -> bool:
-            holders = self._holders[shard]
-            return len(holders) < _COPIES and worker not in holders
-
-        waiting = next((shard for shard in self._queued if free(shard)), None)
-        if waiting is not None or not self._seconds:
-            return waiting
-        limit = _SLOW * self._seconds[len(self._seconds) // 2]
-        for shard, since in self._running.items():
-            if now - since < limit:
-                break
-            if free(shard):
-                return shard
-        return None
+        if self._queued:
+            return next(iter(self._queued))
+        if not self._seconds or not self._running:
+            return None
+        shard, since = next(iter(self._running.items()))
+        return shard if now - since >= _SLOW * self._seconds[len(self._seconds) // 2] else None

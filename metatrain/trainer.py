@@ -63,10 +63,12 @@ def run(config: Config, out: str | Path | None = None, *, resume_run: bool = Fal
     Raises:
       UserError: the folder exists, or holds another run; or the configuration asks for what cannot be had.
     """
+    if "://" in str(out or ""):
+        raise UserError(f"the run's folder is {out}; a folder of a local or mounted file system is needed")
     folder = Path(out) if out is not None else Path("runs") / config.name
     if resume_run and (folder / "config.yaml").is_file():
         return _resume(folder, config)
-    setup = _Setup.build(config)
+    setup = Setup.build(config)
     if folder.exists():
         raise UserError(f"{folder} exists; resume it with `metatrain resume {folder}` or choose another with --out")
     folder.mkdir(parents=True)
@@ -102,10 +104,8 @@ def _resume(folder: Path, wanted: Config) -> Run:
     if wanted.model_copy(update={"execution": config.execution}) != config:
         different = [name for name in Config.model_fields if getattr(wanted, name) != getattr(config, name)]
         different = [name for name in different if name != "execution"]
-        raise UserError(
-            f"{folder} holds a run with another {', '.join(different)}; only execution may change"
-        )
-    return _train(folder, _Setup.build(config))
+        raise UserError(f"{folder} holds a run with another {', '.join(different)}; only execution may change")
+    return _train(folder, Setup.build(config))
 
 
 def export(folder: str | Path, destination: str | Path, results: Mapping[str, Any] | None = None) -> Path:
@@ -121,7 +121,7 @@ def export(folder: str | Path, destination: str | Path, results: Mapping[str, An
       L3RSError: the destination exists.
     """
     folder = Path(folder)
-    setup = _Setup.build(_run_config(folder))
+    setup = Setup.build(_run_config(folder))
     store = StateStore(folder / "state", setup.config.checkpoint.keep)
     try:
         progress = store.restore(setup.fresh().strategy)
@@ -139,8 +139,8 @@ def _run_config(folder: Path) -> Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Setup:
-    """What a configuration stands for."""
+class Setup:
+    """What a configuration stands for, with everything that was left to "auto" decided."""
 
     config: Config
     task: Task
@@ -148,7 +148,7 @@ class _Setup:
     strategy: Strategy
 
     @classmethod
-    def build(cls, config: Config) -> _Setup:
+    def build(cls, config: Config) -> Setup:
         task = make_task(config.task.name, config.task.options)
         spec = l3rs.Spec.create(task.params_shape(), **config.optimizer.model_dump())
         plan, members = config.execution.plan, config.execution.members_per_call
@@ -185,7 +185,7 @@ class _Setup:
         return GenerationSpec(number, jax.random.key_data(ask_key), sample(self.task, sample_key), horizon)
 
 
-def _train(folder: Path, setup: _Setup) -> Run:
+def _train(folder: Path, setup: Setup) -> Run:
     config = setup.config
     display = Display(config.outer.steps)
     evaluator = setup.evaluator(display.say)
@@ -236,7 +236,7 @@ def _train(folder: Path, setup: _Setup) -> Run:
 
 
 def _generation(
-    setup: _Setup,
+    setup: Setup,
     evaluator: Evaluator,
     progress: Progress,
     interrupts: _Interrupts,
@@ -277,7 +277,7 @@ def _generation(
 
 
 def _save_optimizer(
-    setup: _Setup,
+    setup: Setup,
     progress: Progress,
     destination: Path,
     results: Mapping[str, Any] | None = None,

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 
-BENCHMARKS = ("import_time", "generation", "stepwise", "update")
+BENCHMARKS = ("import_time", "generation", "stepwise", "update", "cluster")
 
 
 def main() -> None:

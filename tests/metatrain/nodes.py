@@ -30,6 +30,7 @@ class Nodes:
     def __init__(self, token: bool, dashboard: bool) -> None:
         self._temp = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
         self.env = {**os.environ, "RAY_worker_niceness": "0", "RAY_AUTH_MODE": "token" if token else "disabled"}
+        self.env["PATH"] = f"{_RAY.parent}:{self.env['PATH']}"  # a job's command finds this Python
         for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
             self.env.pop(name, None)
         if token:

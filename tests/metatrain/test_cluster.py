@@ -106,7 +106,7 @@ class HalfAwakeWorker(Worker):
 
 
 class GarblingWorker(Worker):
-    """Every second answer is wrong in another way."""
+    """Every fifth answer is wrong, each in another way."""
 
     calls = 0
 
@@ -119,7 +119,7 @@ class GarblingWorker(Worker):
             answer._replace(fitness=answer.fitness.astype(np.float64)),
             "nonsense",
         )
-        return garbled[GarblingWorker.calls // 2 % 4] if GarblingWorker.calls % 2 else answer  # type: ignore[return-value]
+        return answer if GarblingWorker.calls % 5 else garbled[GarblingWorker.calls // 5 % 4]  # type: ignore[return-value]
 
 
 class FailingWorker(Worker):
@@ -143,7 +143,7 @@ def test_order_duplicates_and_garbage_change_no_bit(
     if kind is GarblingWorker:
         assert last["rejected"] > 3
         said = capsys.readouterr().out
-        assert "a worker's answer is dropped: it holds float32(7,), not float32(2,)" in said
+        assert "a worker's answer is dropped: it holds float64(2,), not float32(2,)" in said
         assert "a worker is lost (3 unusable answers)" in said
 
 

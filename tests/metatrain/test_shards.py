@@ -27,11 +27,12 @@ def test_the_slowest_is_started_again_elsewhere_and_the_first_answer_counts() ->
     assert shards.answer("fast", 1, 10.0)
     assert shards.take("fast", 2, 14.0) is None  # 14 s are less than 1.5 times the median of 10 s
     assert shards.take("fast", 2, 15.0) == 0
-    assert shards.take("third", 3, 30.0) is None  # two copies are enough
-    assert shards.answer("fast", 0, 25.0)
+    assert shards.take("third", 3, 25.0) is None  # it was started 10 s ago
+    assert shards.take("third", 3, 30.0) == 0  # the second is slow, too
+    assert shards.answer("third", 0, 35.0)
     assert shards.finished
     assert not shards.answer("slow", 0, 40.0)  # too late
-    assert shards.duplicated == 1
+    assert shards.duplicated == 2
 
 
 def test_what_waits_behind_a_running_shard_is_taken_over_at_once() -> None:

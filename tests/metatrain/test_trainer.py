@@ -158,7 +158,7 @@ def test_generations_without_a_finite_loss_leave_the_state_and_stop_the_run(
     assert "generation 0: no candidate has a finite loss; the state stays" in capsys.readouterr().out
     assert [line["meta_loss_mean"] for line in metrics(tmp_path / "run")] == [None] * 3
     trainer.export(tmp_path / "run", tmp_path / "optimizer")
-    setup = trainer._Setup.build(config)
+    setup = trainer.Setup.build(config)
     expected = setup.strategy.mean(setup.fresh().strategy)
     np.testing.assert_array_equal(l3rs.restore(tmp_path / "optimizer")[0]["embedding"], expected["embedding"])
 

@@ -1,0 +1,50 @@
+#!/bin/bash
+# A meta-training run on a Slurm cluster: one Ray node a Slurm node, one worker a CPU.
+#
+#   sbatch configs/cluster/slurm.sh configs/resnet8-imagenet25.yaml
+#
+# Submit it again, or let Slurm requeue it: it goes on from the newest checkpoint. Needs a file system that all
+# nodes share (the folder it is submitted from), and an environment with l3rs[metatrain] in .venv.
+#SBATCH --job-name=l3rs
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=16
+#SBATCH --time=08:00:00
+#SBATCH --requeue
+#SBATCH --signal=B:TERM@120
+# Two minutes before the time is over, this script gets SIGTERM and passes it on: the driver saves and ends.
+set -euo pipefail
+
+config=${1:?usage: sbatch slurm.sh CONFIG.yaml [key=value …]}
+shift
+name=$(basename "$config" .yaml)
+source .venv/bin/activate
+
+# Whoever reaches the head could run code on it: this run's nodes share a token that nobody else can read.
+umask 077
+mkdir -p "runs/.tokens"
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$PWD/runs/.tokens/$SLURM_JOB_ID"
+trap 'rm -f "$RAY_AUTH_TOKEN_PATH"' EXIT
+[ -s "$RAY_AUTH_TOKEN_PATH" ] || openssl rand -hex 32 >"$RAY_AUTH_TOKEN_PATH"
+export RAY_worker_niceness=0
+
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+head_ip=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')
+port=$((20000 + SLURM_JOB_ID % 20000))
+
+srun --nodes=1 --ntasks=1 --nodelist="$head" \
+  ray start --head --node-ip-address="$head_ip" --port="$port" --num-cpus="$SLURM_CPUS_PER_TASK" \
+  --include-dashboard=false --block &
+sleep 20
+if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
+  # A node that fails takes its own task with it, not the others.
+  srun --nodes=$((SLURM_JOB_NUM_NODES - 1)) --ntasks=$((SLURM_JOB_NUM_NODES - 1)) --exclude="$head" --no-kill \
+    ray start --address="$head_ip:$port" --num-cpus="$SLURM_CPUS_PER_TASK" --block &
+fi
+
+python -m metatrain.cli run "$config" "$@" \
+  execution.backend=ray execution.address="$head_ip:$port" execution.workers=auto execution.autoscaling=true \
+  --out "runs/$name" --resume &
+driver=$!
+trap 'kill -TERM "$driver"; wait "$driver"' TERM
+wait "$driver"

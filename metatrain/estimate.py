@@ -1,0 +1,113 @@
+"""What a run will cost, before it is started: `metatrain plan`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from rich.table import Table
+
+from metatrain.config import Config, UserError
+from metatrain.population import candidate_losses, cut
+from metatrain.trainer import Setup
+
+WORKERS = (1, 2, 4, 8, 16, 32, 64, 128)
+_ANSWER_BYTES = 200  # of an answer beside its scalars, pickled
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """The work of a run, and how fast one worker of this machine does it.
+
+    Attributes:
+      horizons: of every generation, [G]; they follow from the seed.
+      population, members_per_shard: candidates of a generation, and of one shard.
+      seconds_a_step: measured, of a candidate-step on one core or accelerator.
+      seconds_a_call: measured, of a shard beside its steps: evaluation of the meta-loss, dispatch.
+      state_bytes: what every machine is sent in a generation.
+      shard_bytes: what goes to a worker and back for one shard.
+    """
+
+    horizons: tuple[int, ...]
+    population: int
+    members_per_shard: int
+    seconds_a_step: float
+    seconds_a_call: float
+    state_bytes: int
+    shard_bytes: int
+
+    @property
+    def candidate_steps(self) -> int:
+        return self.population * sum(self.horizons)
+
+    @property
+    def shards(self) -> int:
+        return math.ceil(self.population / self.members_per_shard)
+
+    def hours(self, workers: int) -> float:
+        """With so many workers as fast as the one measured, and nothing lost: a generation ends with its last shard."""
+        rounds = math.ceil(self.shards / workers)
+        shard = [self.seconds_a_call + self.members_per_shard * self.seconds_a_step * h for h in self.horizons]
+        return rounds * sum(shard) / 3600
+
+    def bytes_a_generation(self, machines: int) -> int:
+        return machines * self.state_bytes + self.shards * self.shard_bytes
+
+
+def estimate(config: Config) -> Estimate:
+    """Measure one worker's speed on this machine; count the rest.
+
+    Raises:
+      UserError, TaskError, L3RSError: the configuration cannot be run.
+    """
+    setup = Setup.build(config)
+    execution, population = setup.config.execution, setup.config.outer.population
+    members, plan = execution.members_per_call, execution.plan
+    assert members != "auto"
+    assert plan != "auto"
+    horizons = tuple(setup.generation(n).horizon for n in range(config.outer.steps))
+    state = setup.fresh().strategy
+    spec = setup.generation(0)
+    shard = cut(population, members)[0]
+    call = candidate_losses(setup.task, setup.spec, setup.strategy, plan)
+    arguments = jax.device_put((state, spec.key, spec.sample), jax.local_devices()[0])
+    data = jax.device_put(setup.task.data, jax.local_devices()[0])
+
+    def seconds(steps: int) -> float:
+        began = time.perf_counter()
+        np.asarray(call(*arguments, np.int32(steps), data, jax.device_put(shard, jax.local_devices()[0])))
+        return time.perf_counter() - began
+
+    seconds(1)  # compiles
+    few, many = (min(seconds(steps) for _ in range(3)) for steps in (1, 11))
+    a_step = max((many - few) / 10 / members, 1e-9)
+    host: Any = jax.tree.leaves(jax.tree.map(np.asarray, (state, spec.key, spec.sample)))
+    return Estimate(
+        horizons=horizons,
+        population=population,
+        members_per_shard=members,
+        seconds_a_step=a_step,
+        seconds_a_call=max(few - members * a_step, 0.0),
+        state_bytes=sum(leaf.nbytes for leaf in host),
+        shard_bytes=_ANSWER_BYTES + 4 * 2 * members,
+    )
+
+
+def table(found: Estimate, workers: Sequence[int] = WORKERS) -> Table:
+    """Hours and efficiency against the number of workers."""
+    if not workers or min(workers) < 1:
+        raise UserError(f"workers are {list(workers)}; they must all be ≥ 1")
+    view = Table(title="expected, with workers as fast as this machine's")
+    for column in ("workers", "hours", "efficiency", "sent a generation"):
+        view.add_column(column, justify="right")
+    for count in workers:
+        hours = found.hours(count)
+        efficiency = found.hours(1) / (count * hours)
+        sent = found.bytes_a_generation(count)
+        view.add_row(f"{count:,}", f"{hours:,.2f}", f"{efficiency:.0%}", f"{sent / 2**10:,.0f} KiB")
+    return view
