@@ -40,6 +40,8 @@ _WATCH_SECONDS = 0.05  # how often it looks for slow shards while a worker idles
 _HANG_FACTOR = 20.0  # times the slowest answer of the run, after which a worker is taken for dead
 _HANG_SECONDS = 30.0  # and at least so long
 _FIRST_CALL_SECONDS = 600.0  # a worker's first call compiles
+_SHARD_SECONDS = 0.25  # shards are made so large that Ray's 2 ms a call do not matter,
+_SHARDS_A_WORKER = 4  # as long as there are so many: the last one to end is waited for
 _MAX_BAD = 3  # unusable answers of a worker before it is replaced
 _MAX_ERRORS = 3  # errors of the task's own code before the run stops
 
@@ -138,7 +140,7 @@ class RayEvaluator:
 
     Args:
       task, spec, outer, plan: what candidates are, and what they train.
-      members_per_call: candidates in one compiled call, which is one shard.
+      members_per_call: candidates in one compiled call; a shard is one or more calls.
       execution: address, workers, resources, security.
       say: told of workers lost and found.
 
@@ -162,7 +164,8 @@ class RayEvaluator:
 
         self._ray, self._owned, self._say = ray, connected, say
         self._execution, self._population, self._chunk = execution, outer.population, members_per_call
-        self._shards_of = cut(outer.population, members_per_call)
+        self._shards_of = self._chunks = cut(outer.population, members_per_call)
+        self._pace = 0.0  # seconds of a chunk's step, in the last generation
         arrays, treedef = jax.tree.flatten(task.data)
         self._arrays = [np.asanyarray(array) for array in arrays]
         fields = {field.name: getattr(task, field.name) for field in dataclasses.fields(task)}
@@ -183,6 +186,7 @@ class RayEvaluator:
             raise
 
     def evaluate(self, state: State, spec: GenerationSpec, waiting: Callable[[str], None] | None = None) -> np.ndarray:
+        self._shards_of = self._group(spec.horizon)
         shards = Shards(len(self._shards_of))
         fitness = np.full(self._population, np.nan, np.float32)
         host = jax.tree.map(np.asarray, (state, spec.key, spec.sample))
@@ -204,7 +208,17 @@ class RayEvaluator:
             self._replace_hung(shards)
         self._counts["duplicated"] += shards.duplicated
         self._counts["requeued"] += shards.requeued * len(self._shards_of[0])
+        if shards.seconds:
+            self._pace = shards.seconds * len(self._chunks[0]) / len(self._shards_of[0]) / spec.horizon
         return fitness
+
+    def _group(self, horizon: int) -> list[np.ndarray]:
+        """Chunks put together to shards. A worker calls chunk by chunk, so the values do not depend on it."""
+        workers = max(sum(member.ready for member in self._members), 1)
+        enough = math.ceil(len(self._chunks) / (_SHARDS_A_WORKER * workers))
+        wanted = math.ceil(_SHARD_SECONDS / (self._pace * horizon)) if self._pace else 1
+        size = min(wanted, enough)
+        return [np.concatenate(self._chunks[i : i + size]) for i in range(0, len(self._chunks), size)]
 
     def report(self) -> dict[str, Any]:
         """Workers now; since the start: workers lost, shards started twice, members evaluated again

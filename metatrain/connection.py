@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import socket
+import warnings
 from pathlib import Path
 
 from metatrain.config import ExecutionConfig, UserError

@@ -42,6 +42,11 @@ class Shards:
     def finished(self) -> bool:
         return not self._open
 
+    @property
+    def seconds(self) -> float:
+        """The median time of a shard; 0 before the first answer."""
+        return self._seconds[len(self._seconds) // 2] if self._seconds else 0.0
+
     def holds(self, worker: Hashable) -> tuple[int, ...]:
         """What a worker has been given and not answered, the running one first."""
         return tuple(self._held.get(worker, ()))
@@ -128,4 +133,4 @@ class Shards:
         if not self._seconds or not self._running:
             return None
         shard, since = next(iter(self._running.items()))
-        return shard if now - since >= _SLOW * self._seconds[len(self._seconds) // 2] else None
+        return shard if now - since >= _SLOW * self.seconds else None

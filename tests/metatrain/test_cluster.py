@@ -204,6 +204,10 @@ def test_every_worker_does_its_share_and_what_is_sent_does_not_grow_with_the_mod
         answered = [member.answered for member in remote._members]
         assert sum(answered) == 2 * 8 + remote.report()["duplicated"]
         assert min(answered) >= 2, "one worker did it all"
+        # Calls of 2 candidates, 50 ms each, are put together to shards of .25 s, as long as there are 4 a worker.
+        assert [len(shard) for shard in remote._group(horizon=5)] == [2] * 8
+        remote._members[0].ready = False
+        assert [len(shard) for shard in remote._group(horizon=5)] == [4] * 4
     finally:
         remote.close()
         local.close()
