@@ -60,6 +60,8 @@ def _own_ray(execution: ExecutionConfig) -> bool:
     needs = execution.resources_per_worker
     workers = execution.workers if isinstance(execution.workers, int) else 0
     cpus = max(os.cpu_count() or 1, math.ceil(workers * needs.get("CPU", 0)))
+    # Ray starts its processes with an exec right after the fork, so JAX's threads do no harm.
+    warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     return True
 

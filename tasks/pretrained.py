@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import queue
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from tasks.models.functional import Model
 _log = logging.getLogger(__name__)
 
 Loss = Callable[[Params, Stats, Batch, bool], tuple[jax.Array, Aux]]
+_Carry = tuple[Params, Stats, Any]  # and the optimizer's state
 
 
 def pretrain(
@@ -40,25 +40,34 @@ def pretrain(
     Returns:
       (params, stats), every array with a leading axis [N].
     """
-    batch = uniform_batches(batch_size)
     tx = optax.adam(1e-3)
+    step = _training_step(loss, tx, uniform_batches(batch_size))
 
     def train(source: Data, seed: jax.Array, n_steps: jax.Array) -> tuple[Params, Stats]:
         init_key, batch_key = jax.random.split(jax.random.key(seed))
         params, stats = model.init(init_key)
 
-        def step(i: jax.Array, carry: tuple[Params, Stats, Any]) -> tuple[Params, Stats, Any]:
-            params, stats, state = carry
-            examples = batch(source, jax.random.fold_in(batch_key, i))
-            grads, aux = jax.grad(loss, has_aux=True)(params, stats, examples, True)
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), aux.stats, state
-
-        params, stats, _ = jax.lax.fori_loop(0, n_steps, step, (params, stats, tx.init(params)))
+        start = (params, stats, tx.init(params))
+        params, stats, _ = jax.lax.fori_loop(0, n_steps, lambda i, carry: step(carry, source, batch_key, i), start)
         return params, stats
 
     source = {"inner_train": data["inner_train"]}
     return jax.jit(jax.vmap(train, (None, 0, 0)))(source, jnp.asarray(seeds), jnp.asarray(steps))
+
+
+def _training_step(
+    loss: Loss, tx: optax.GradientTransformation, draw: Callable[[Data, jax.Array], Batch]
+) -> Callable[[_Carry, Data, jax.Array, jax.Array], _Carry]:
+    """(carry, data, key, i) -> the carry after step i."""
+
+    def step(carry: _Carry, source: Data, key: jax.Array, i: jax.Array) -> _Carry:
+        params, stats, state = carry
+        batch = draw(source, jax.random.fold_in(key, i))
+        grads, aux = jax.grad(loss, has_aux=True)(params, stats, batch, True)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), aux.stats, state
+
+    return step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,16 +121,12 @@ def pretrain_stepwise(model: Model, loss: Loss, data: Data, schedule: Schedule, 
     tx = optax.adam(optax.cosine_decay_schedule(schedule.learning_rate, total))
     draw = uniform_batches(schedule.batch_size)
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(carry: tuple[Params, Stats, Any], source: Data, key: jax.Array, i: jax.Array) -> tuple[Params, Stats, Any]:
-        params, stats, state = carry
-        draw_key, augment_key = jax.random.split(jax.random.fold_in(key, i))
+    def augmented(source: Data, key: jax.Array) -> Batch:
+        draw_key, augment_key = jax.random.split(key)
         batch = draw(source, draw_key)
-        batch = {**batch, "image": random_crop_flip(augment_key, batch["image"], padding)}
-        grads, aux = jax.grad(loss, has_aux=True)(params, stats, batch, True)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), aux.stats, state
+        return {**batch, "image": random_crop_flip(augment_key, batch["image"], padding)}
 
+    step = jax.jit(_training_step(loss, tx, augmented), donate_argnums=0)
     accuracy = jax.jit(lambda params, stats, batch: loss(params, stats, batch, False)[1].accuracy)
 
     def train(seed: int, device: jax.Device) -> list[tuple[Params, Stats]]:
