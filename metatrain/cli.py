@@ -59,7 +59,7 @@ def _whole_numbers(text: str, option: str, example: str) -> list[int]:
 def run(
     config: Annotated[Path, typer.Argument(help="a YAML file, e.g. configs/digits.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. outer.sigma=0.1")] = None,
-    out: Annotated[Path | None, typer.Option(help="the run's folder; runs/NAME when not given")] = None,
+    out: Annotated[str | None, typer.Option(help="the run's folder or URL; runs/NAME when not given")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the folder's run if there is one")] = False,
 ) -> None:
     """Meta-train an optimizer."""
@@ -69,7 +69,7 @@ def run(
 
 @app.command()
 def resume(
-    folder: Annotated[Path, typer.Argument(help="a run's folder")],
+    folder: Annotated[str, typer.Argument(help="a run's folder or URL")],
     overrides: Annotated[list[str] | None, typer.Argument(help="of execution, e.g. execution.workers=8")] = None,
 ) -> None:
     """Go on with an interrupted run."""
@@ -112,7 +112,7 @@ def evaluate(
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(help="a run's folder")],
+    folder: Annotated[str, typer.Argument(help="a run's folder or URL")],
     destination: Annotated[Path, typer.Argument(help="the folder to make")],
     results: Annotated[
         Path | None, typer.Option(help="an evaluation's results.json, to go into the checkpoint")
@@ -179,7 +179,7 @@ _DASHBOARD = "http://127.0.0.1:8265"
 def submit(
     config: Annotated[Path, typer.Argument(help="a YAML file")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. execution.workers=64")] = None,
-    out: Annotated[str | None, typer.Option(help="the run's folder, as the cluster sees it")] = None,
+    out: Annotated[str | None, typer.Option(help="the run's folder as the cluster sees it, or URL")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run of that name")] = False,
     address: _Address = _DASHBOARD,
     allow_unauthenticated: _Open = False,

@@ -35,6 +35,7 @@ from metatrain.config import Config, ExecutionConfig, UserError, dump_config, lo
 from metatrain.plan import choose_plan, members_per_call
 from metatrain.population import Evaluator, GenerationSpec, LocalEvaluator
 from metatrain.progress import Display
+from metatrain.remote import RunFolder, run_folder
 from metatrain.state import Progress, StateStore
 from metatrain.strategy import Strategy, make_strategy
 from tasks import Task, make_task, sample
@@ -46,10 +47,10 @@ _log = logging.getLogger("metatrain")
 class Run:
     """A finished or interrupted run."""
 
-    folder: Path
+    folder: str  # or URL
     generation: int  # generations done
     finished: bool
-    optimizer: Path | None  # the deployable optimizer, once the run is finished
+    optimizer: str | None  # the deployable optimizer, once the run is finished
 
 
 def run(config: Config, out: str | Path | None = None, *, resume_run: bool = False) -> Run:
@@ -57,23 +58,23 @@ def run(config: Config, out: str | Path | None = None, *, resume_run: bool = Fal
 
     Args:
       config: the run's configuration, from `load_config`.
-      out: the run's folder; `runs/NAME` when not given.
+      out: the run's folder, or a URL of an object store; `runs/NAME` when not given.
       resume_run: go on with the folder's run if there is one; where it runs may have changed.
 
     Raises:
       UserError: the folder exists, or holds another run; or the configuration asks for what cannot be had.
     """
-    if "://" in str(out or ""):
-        raise UserError(f"the run's folder is {out}; a folder of a local or mounted file system is needed")
-    folder = Path(out) if out is not None else Path("runs") / config.name
-    if resume_run and (folder / "config.yaml").is_file():
-        return _resume(folder, config)
-    setup = Setup.build(config)
-    if folder.exists():
-        raise UserError(f"{folder} exists; resume it with `metatrain resume {folder}` or choose another with --out")
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(dump_config(setup.config))
-    return _train(folder, setup)
+    with run_folder(out if out is not None else Path("runs") / config.name) as folder:
+        if resume_run and (folder.path / "config.yaml").is_file():
+            return _resume(folder, config)
+        setup = Setup.build(config)
+        if folder.path.exists():
+            raise UserError(
+                f"{folder.name} exists; resume it with `metatrain resume {folder.name}` or choose another with --out"
+            )
+        folder.path.mkdir(parents=True)
+        (folder.path / "config.yaml").write_text(dump_config(setup.config))
+        return _train(folder, setup)
 
 
 def resume(folder: str | Path, overrides: Sequence[str] = ()) -> Run:
@@ -81,30 +82,30 @@ def resume(folder: str | Path, overrides: Sequence[str] = ()) -> Run:
     that was never interrupted.
 
     Args:
-      folder: the run.
+      folder: the run; a folder or a URL.
       overrides: of `execution`, e.g. `execution.workers=8`: where it runs, not what.
 
     Raises:
       UserError: not a run's folder, none of its checkpoints can be read, or an override would change the run.
     """
-    folder = Path(folder)
-    _run_config(folder)  # says what a run is
-    return _resume(folder, load_config(folder / "config.yaml", overrides))
+    with run_folder(folder) as opened:
+        _run_config(opened)  # says what a run is
+        return _resume(opened, load_config(opened.path / "config.yaml", overrides))
 
 
-def _resume(folder: Path, wanted: Config) -> Run:
+def _resume(folder: RunFolder, wanted: Config) -> Run:
     """Go on with the run as it was saved, where `wanted` says."""
     saved = _run_config(folder)
     # How candidates are put together decides the last bits, so it stays what it was.
     kept = {key: getattr(saved.execution, key) for key in ("plan", "members_per_call")}
     asked = {key: getattr(wanted.execution, key) for key in kept}
     if any(value not in ("auto", kept[key]) for key, value in asked.items()):
-        raise UserError(f"{folder} was begun with {kept}; that cannot be changed to {asked}")
+        raise UserError(f"{folder.name} was begun with {kept}; that cannot be changed to {asked}")
     config = saved.model_copy(update={"execution": wanted.execution.model_copy(update=kept)})
     if wanted.model_copy(update={"execution": config.execution}) != config:
         different = [name for name in Config.model_fields if getattr(wanted, name) != getattr(config, name)]
         different = [name for name in different if name != "execution"]
-        raise UserError(f"{folder} holds a run with another {', '.join(different)}; only execution may change")
+        raise UserError(f"{folder.name} holds a run with another {', '.join(different)}; only execution may change")
     return _train(folder, Setup.build(config))
 
 
@@ -112,7 +113,7 @@ def export(folder: str | Path, destination: str | Path, results: Mapping[str, An
     """Write the optimizer of a run's newest checkpoint, finished or not.
 
     Args:
-      folder: the run.
+      folder: the run; a folder or a URL.
       destination: the folder to make.
       results: what was measured of the optimizer, to go into its `info`; see `Results.summary`.
 
@@ -120,22 +121,22 @@ def export(folder: str | Path, destination: str | Path, results: Mapping[str, An
       UserError: not a run's folder, or it has no checkpoint yet.
       L3RSError: the destination exists.
     """
-    folder = Path(folder)
-    setup = Setup.build(_run_config(folder))
-    store = StateStore(folder / "state", setup.config.checkpoint.keep)
-    try:
-        progress = store.restore(setup.fresh().strategy)
-    finally:
-        store.close()
-    if progress is None:
-        raise UserError(f"{folder} has no checkpoint yet")
-    return _save_optimizer(setup, progress, Path(destination), results)
+    with run_folder(folder) as opened:
+        setup = Setup.build(_run_config(opened))
+        store = StateStore(opened.path / "state", setup.config.checkpoint.keep)
+        try:
+            progress = store.restore(setup.fresh().strategy)
+        finally:
+            store.close()
+        if progress is None:
+            raise UserError(f"{opened.name} has no checkpoint yet")
+        return _save_optimizer(setup, progress, Path(destination), results)
 
 
-def _run_config(folder: Path) -> Config:
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder} is not a run: it has no config.yaml")
-    return load_config(folder / "config.yaml")
+def _run_config(folder: RunFolder) -> Config:
+    if not (folder.path / "config.yaml").is_file():
+        raise UserError(f"{folder.name} is not a run: it has no config.yaml")
+    return load_config(folder.path / "config.yaml")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,17 +186,18 @@ class Setup:
         return GenerationSpec(number, jax.random.key_data(ask_key), sample(self.task, sample_key), horizon)
 
 
-def _train(folder: Path, setup: Setup) -> Run:
+def _train(folder: RunFolder, setup: Setup) -> Run:
     config = setup.config
     display = Display(config.outer.steps)
     evaluator = setup.evaluator(display.say)
-    store = StateStore(folder / "state", config.checkpoint.keep)
+    store = StateStore(folder.path / "state", config.checkpoint.keep)
     progress = store.restore(setup.fresh().strategy) or setup.fresh()
-    metrics = _Metrics(folder, progress.generation, config.logging.tensorboard)
+    metrics = _Metrics(folder.path, progress.generation, config.logging.tensorboard)
     display.begin(progress.generation)
 
     def waiting(sentence: str) -> None:
         store.save(progress)
+        folder.saved(False)
         display.say(f"{sentence}; what is done is saved")
 
     interrupted = False
@@ -212,27 +214,30 @@ def _train(folder: Path, setup: Setup) -> Run:
                         break
                     if progress.generation % config.checkpoint.every == 0:
                         store.save(progress)
+                        folder.saved(False)
             except KeyboardInterrupt:
                 interrupted = True
             store.save(progress)
+            folder.saved(True)
         if progress.failures >= config.outer.max_failures:
             raise UserError(
-                f"{folder}: {progress.failures} generations in a row without a finite loss; stopped, and the last good "
-                "state is saved: try a smaller optimizer.step_scale or outer.sigma"
+                f"{folder.name}: {progress.failures} generations in a row without a finite loss; stopped, and the "
+                "last good state is saved: try a smaller optimizer.step_scale or outer.sigma"
             )
         if interrupted:
             display.say(
                 f"stopped after {progress.generation} of {config.outer.steps} generations and saved; "
-                f"go on with: metatrain resume {folder}"
+                f"go on with: metatrain resume {folder.name}"
             )
-            return Run(folder, progress.generation, False, None)
+            return Run(folder.name, progress.generation, False, None)
     finally:
         evaluator.close()
         display.close()
         metrics.close()
         store.close()
-    optimizer = _save_optimizer(setup, progress, folder / "optimizer", overwrite=True)
-    return Run(folder, progress.generation, True, optimizer)
+    optimizer = _save_optimizer(setup, progress, folder.path / "optimizer", overwrite=True)
+    folder.saved(True)
+    return Run(folder.name, progress.generation, True, f"{folder.name}/{optimizer.name}")
 
 
 def _generation(

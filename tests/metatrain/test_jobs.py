@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from metatrain.config import UserError, dump_config, load_config
+from metatrain.config import UserError, dump_config
 from metatrain.connection import is_loopback, require_token, split_address
 from metatrain.jobs import CLIENT, check_client
+from metatrain.trainer import run
 from tests.metatrain.common import assert_same_theta, small_config
 from tests.metatrain.nodes import Nodes, free_port, ray_nodes
 
@@ -33,19 +34,20 @@ def _command(nodes: Nodes, cwd: Path, **environment: str) -> Callable[..., tuple
     return call
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("token", [False, True], ids=["open", "token"])
-def test_submit_status_logs_stop_resume(token: bool, tmp_path: Path) -> None:
-    # The cluster has l3rs; the user's module only exists here.
-    (tmp_path / "mytask.py").write_text((ROOT / "tests" / "metatrain" / "quadratic.py").read_text())
-    config = tmp_path / "config.yaml"
-    outer = {"steps": 30, "population": 4}
+def _user_config(folder: Path, **execution: object) -> Path:
+    """A run of the user's own task: the cluster has l3rs, the module only exists here."""
+    (folder / "mytask.py").write_text((ROOT / "tests" / "metatrain" / "quadratic.py").read_text())
     task = {"name": "mytask:regression", "seconds": 0.2}
-    execution = {"workers": 1, "allow_unauthenticated": not token}
-    config.write_text(dump_config(small_config(task=task, outer=outer, execution=execution)))
-    folder = tmp_path / "run"
-    with ray_nodes(cpus=2, token=token, dashboard=True) as nodes:
-        os.environ.pop("RAY_ADDRESS", None)
+    outer = {"steps": 30, "population": 4}
+    config = folder / "config.yaml"
+    config.write_text(dump_config(small_config(task=task, outer=outer, execution={"workers": 1, **execution})))
+    return config
+
+
+@pytest.mark.slow
+def test_submit_status_logs_stop_resume(tmp_path: Path) -> None:
+    config, folder = _user_config(tmp_path), tmp_path / "run"
+    with ray_nodes(cpus=2, token=True, dashboard=True) as nodes:
         metatrain = _command(nodes, tmp_path)
         code, out, err = metatrain("submit", config, "--out", folder)
         assert code == 0, err
@@ -57,51 +59,65 @@ def test_submit_status_logs_stop_resume(token: bool, tmp_path: Path) -> None:
         assert out.startswith("small: running, generation ")
         assert "/30, meta-loss" in out
         assert "1 workers, about" in out
-        code, out, err = metatrain("logs", "small")
-        assert (code, "generation " in out) == (0, True), err
         code, out, err = metatrain("stop", "small")
-        assert code == 0, err
-        assert "small is stopped" in out
+        assert (code, "small is stopped" in out) == (0, True), err
         assert "generations and saved" in metatrain("logs", "small")[1]
         done = max(int(step.name) for step in (folder / "state").iterdir() if step.name.isdigit())
         assert 0 < done < 30
         assert "is not running" in metatrain("stop", "small")[2]
         code, _, err = metatrain("submit", config, "--out", folder)
         assert (code, "was submitted before; --resume" in err) == (2, True), err
-        code, out, err = metatrain("submit", config, "task.seconds=0.0", "--out", folder, "--resume")
+        code, _, err = metatrain("submit", config, "task.seconds=0.0", "--out", folder, "--resume")
         assert (code, "with another task; only execution may change" in err) == (2, True), err
         code, out, err = metatrain("submit", config, "--out", folder, "--resume")
         assert (code, "job small-3" in out) == (0, True), err
         code, out, err = metatrain("logs", "small", "-f")
         assert (code, "generation 30/30" in out) == (0, True), err
-        assert "small-1  stopped" in metatrain("list")[1]
-        assert "small-3  succeeded" in metatrain("list")[1]
+        listed = metatrain("list")[1]
+        assert "small-1  stopped" in listed
+        assert "small-3  succeeded" in listed
         assert metatrain("status", "small")[1].startswith("small: succeeded, generation 30/30")
         assert "knows no run other; it knows small" in metatrain("status", "other")[2]
-        for file in [*folder.rglob("*.json*"), *folder.rglob("*.yaml")]:
-            if token:
-                assert nodes.env["RAY_AUTH_TOKEN"] not in file.read_text(errors="replace")
-        if token:
-            wrong = _command(nodes, tmp_path, RAY_AUTH_TOKEN="0" * 64)
-            code, _, err = wrong("list")
-            assert (code, "does not let us in" in err, err.count("\n")) == (2, True, 1), err
-            code, _, err = wrong("run", config, f"execution.address={nodes.address}", "execution.backend=ray")
-            assert (code, "is the Ray token the cluster's?" in err, err.count("\n")) == (2, True, 1), err
+    for file in [*folder.rglob("*.json*"), *folder.rglob("*.yaml")]:
+        assert nodes.env["RAY_AUTH_TOKEN"] not in file.read_text(errors="replace")
+    task = {"name": small_config().task.name, "seconds": 0.2}
+    run(small_config(task=task, outer={"steps": 30, "population": 4}), tmp_path / "local")
+    assert_same_theta(folder / "optimizer", tmp_path / "local" / "optimizer")
 
-        refused = [
-            (("execution.resources_per_worker={CPU: 1, GPU: 4}",), "no node has that", {}),
-            (("task.name=mytask:missing",), "mytask", {}),
-        ]
-        for i, (overrides, sentence, environment) in enumerate(refused):
-            call = _command(nodes, tmp_path, **environment)
-            code, _, err = call("submit", config, f"name=bad{i}", *overrides, "--out", tmp_path / f"bad{i}")
+
+@pytest.mark.slow
+def test_what_a_cluster_refuses_is_one_sentence_and_nothing_is_left_running(tmp_path: Path) -> None:
+    config = _user_config(tmp_path)
+    with ray_nodes(cpus=2, token=True, dashboard=True) as nodes:
+        wrong = _command(nodes, tmp_path, RAY_AUTH_TOKEN="0" * 64)
+        metatrain = _command(nodes, tmp_path)
+        (tmp_path / "elsewhere.py").write_text("import a_module_of_this_machine")
+        for call, words, sentence in (
+            (wrong, ["list"], "does not let us in"),
+            (wrong, ["run", config, f"execution.address={nodes.address}", "execution.backend=ray"],
+             "is the Ray token the cluster's?"),
+            (metatrain, ["submit", config, "name=gpu", "execution.resources_per_worker.GPU=4"],
+             "no node has that: the cluster's nodes have CPU 2, GPU 0"),
+            (metatrain, ["submit", config, "name=missing", "task.name=mytask:missing"], "missing"),
+            (metatrain, ["submit", config, "name=module", "task.name=elsewhere:task"], "elsewhere"),
+        ):  # fmt: skip
+            code, _, err = call(*words, "--out", tmp_path / "refused") if "list" not in words else call(*words)
             assert (code, sentence in err, err.count("\n")) == (2, True, 1), err
         assert "running" not in metatrain("list")[1]
-    local = load_config(config, ["execution.backend=local", f"task.name={small_config().task.name}"])
-    from metatrain.trainer import run
 
-    run(local.model_copy(update={"name": "local"}), tmp_path / "local")
-    assert_same_theta(folder / "optimizer", tmp_path / "local" / "optimizer")
+
+@pytest.mark.slow
+def test_a_cluster_without_tokens(tmp_path: Path) -> None:
+    config, folder = _user_config(tmp_path), tmp_path / "run"
+    with ray_nodes(cpus=2, token=False, dashboard=True) as nodes:
+        metatrain = _command(nodes, tmp_path)
+        code, _, err = metatrain("submit", config, "task.seconds=0.0", "--out", folder)
+        assert (code, "can be reached from other machines" in err) == (2, True), err
+        words = ["task.seconds=0.0", "--out", folder, "--allow-unauthenticated", "--resume"]
+        code, out, err = metatrain("submit", config, *words)
+        assert code == 0, err
+        assert "generation 30/30" in metatrain("logs", "small", "-f")[1]
+        assert (folder / "optimizer").is_dir()
 
 
 def test_a_cluster_that_others_can_reach_needs_a_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

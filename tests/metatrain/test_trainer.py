@@ -29,16 +29,16 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def stopped_at(generation: int, folder: Path, **sections: dict) -> None:
+def stopped_at(generation: int, folder: Path | str, **sections: dict) -> None:
     """A run whose process ends right after the checkpoint of `generation`."""
     config = small_config(**sections)
     stop = KeyboardInterrupt("at the test's wish")
     original = trainer._generation
 
-    def interrupted(setup, evaluator, progress, interrupts):
+    def interrupted(setup, evaluator, progress, *rest):
         if progress.generation == generation:
             raise stop
-        return original(setup, evaluator, progress, interrupts)
+        return original(setup, evaluator, progress, *rest)
 
     trainer._generation = interrupted
     try:

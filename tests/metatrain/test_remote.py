@@ -1,0 +1,145 @@
+"""Runs in an object store, on fsspec's own stand-ins: in memory, and a folder behind a URL."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fsspec
+import pytest
+
+import l3rs
+from metatrain import trainer
+from metatrain.config import UserError, dump_config
+from metatrain.remote import Store
+from tests.metatrain.common import assert_same_theta, metrics, small_config
+from tests.metatrain.test_trainer import stopped_at
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quiet") / "run"
+    trainer.run(small_config(), folder)
+    return folder
+
+
+@pytest.fixture
+def url() -> str:
+    store = fsspec.filesystem("memory")
+    if store.exists("/bucket"):
+        store.rm("/bucket", recursive=True)
+    return "memory://bucket/runs/small"
+
+
+def test_a_run_in_a_store_is_the_run_in_a_folder(url: str, quiet: Path, tmp_path: Path) -> None:
+    done = trainer.run(small_config(), url)
+    assert (done.folder, done.optimizer, done.finished) == (url, f"{url}/optimizer", True)
+    Store(url).pull(tmp_path / "copy")
+    assert metrics(tmp_path / "copy") == metrics(quiet)
+    assert_same_theta(tmp_path / "copy" / "optimizer", quiet / "optimizer")
+    with pytest.raises(UserError, match=r"memory://bucket/runs/small exists; resume it with"):
+        trainer.run(small_config(), url)
+    trainer.export(url, tmp_path / "exported")
+    assert_same_theta(tmp_path / "exported", quiet / "optimizer")
+    with pytest.raises(UserError, match="memory://bucket/nothing is not a run"):
+        trainer.resume("memory://bucket/nothing")
+
+
+def test_an_interrupted_run_goes_on_where_another_machine_left_it(url: str, quiet: Path, tmp_path: Path) -> None:
+    stopped_at(3, url)
+    assert trainer.run(small_config(), url, resume_run=True).finished
+    Store(url).pull(tmp_path / "copy")
+    assert metrics(tmp_path / "copy") == metrics(quiet)
+    assert_same_theta(tmp_path / "copy" / "optimizer", quiet / "optimizer")
+
+
+def test_a_damaged_manifest_means_the_one_before(
+    url: str, quiet: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stopped_at(4, url)
+    store = fsspec.filesystem("memory")
+    newest = max(path for path in store.ls("/bucket/runs/small", detail=False) if "manifest" in path)
+    store.pipe_file(newest, store.cat_file(newest)[:50])
+    with caplog.at_level(logging.WARNING):
+        assert trainer.resume(url).finished
+    assert "is damaged; the one before is used" in caplog.text
+    Store(url).pull(tmp_path / "copy")
+    assert_same_theta(tmp_path / "copy" / "optimizer", quiet / "optimizer")
+
+
+def test_what_no_manifest_names_is_removed(url: str) -> None:
+    trainer.run(small_config(checkpoint={"keep": 1}), url)
+    store = fsspec.filesystem("memory")
+    named = {stored for m in Store(url)._manifests() for stored in (Store(url)._read(m) or {}).values()}
+    kept = {"objects/" + path.rpartition("/")[2] for path in store.ls("/bucket/runs/small/objects", detail=False)}
+    assert kept == named
+    assert len(Store(url)._manifests()) == 2
+
+
+def test_a_store_that_fails_for_a_while_does_not_stop_the_run(
+    url: str, quiet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    push, failures = Store.push, iter([False, True, True])
+
+    def sometimes(self: Store, folder: Path) -> None:
+        if next(failures, False):
+            raise ConnectionResetError("the network is away")
+        push(self, folder)
+
+    monkeypatch.setattr(Store, "push", sometimes)
+    assert trainer.run(small_config(), url).finished
+    assert caplog.text.count("cannot be written (the network is away); trying again") == 2
+    Store(url).pull(tmp_path / "copy")
+    assert_same_theta(tmp_path / "copy" / "optimizer", quiet / "optimizer")
+    monkeypatch.setattr(Store, "push", lambda *_: (_ for _ in ()).throw(ConnectionResetError("for good")))
+    with pytest.raises(UserError, match=r"cannot be written: for good; the run is in (.*)") as refused:
+        trainer.run(small_config(), "memory://bucket/runs/other")
+    left = Path(str(refused.value).rpartition(" ")[2])
+    assert (left / "state").is_dir()
+
+
+def test_urls_that_lead_nowhere_are_one_sentence() -> None:
+    with pytest.raises(UserError, match=r"nowhere://a is no place for a run: Protocol not known"):
+        trainer.run(small_config(), "nowhere://a")
+    if not any((Path(path) / "gcsfs").is_dir() for path in sys.path):
+        with pytest.raises(UserError, match=r"gs://a/b needs the package gcsfs"):
+            trainer.run(small_config(), "gs://a/b")
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_while_it_copies(tmp_path: Path) -> None:
+    config = small_config(outer={"steps": 30}, task={"seconds": 0.02})
+    trainer.run(config, tmp_path / "quiet")
+    url, rng = (tmp_path / "store" / "run").as_uri(), random.Random(0)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "metatrain.cli", "run", str(tmp_path / "config.yaml"), "--out", url, "--resume"]
+    kills = 0
+    for _ in range(20):
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+        begun = len(list((tmp_path / "store").rglob("manifest-*"))) and max(
+            int(file.stem[9:]) for file in (tmp_path / "store").rglob("manifest-*")
+        )
+        while process.poll() is None:
+            numbers = [int(file.stem[9:]) for file in (tmp_path / "store").rglob("manifest-*")]
+            if kills < 4 and max(numbers, default=0) >= begun + 3:
+                time.sleep(0.2 * rng.random())
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.005)
+        if process.wait() == 0:
+            break
+    assert kills == 4
+    Store(url).pull(tmp_path / "copy")
+    assert metrics(tmp_path / "copy") == metrics(tmp_path / "quiet")
+    assert_same_theta(tmp_path / "copy" / "optimizer", tmp_path / "quiet" / "optimizer")
+    assert l3rs.describe(tmp_path / "copy" / "optimizer")["info"]["generations"] == 30
