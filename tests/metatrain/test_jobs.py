@@ -114,7 +114,7 @@ def test_a_cluster_without_tokens(tmp_path: Path) -> None:
         code, _, err = metatrain("submit", config, "task.seconds=0.0", "--out", folder)
         assert (code, "can be reached from other machines" in err) == (2, True), err
         words = ["task.seconds=0.0", "--out", folder, "--allow-unauthenticated", "--resume"]
-        code, out, err = metatrain("submit", config, *words)
+        code, _, err = metatrain("submit", config, *words)
         assert code == 0, err
         assert "generation 30/30" in metatrain("logs", "small", "-f")[1]
         assert (folder / "optimizer").is_dir()
