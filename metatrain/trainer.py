@@ -297,11 +297,22 @@ def _save_optimizer(
         "generations": progress.generation,
         "candidate_steps": progress.candidate_steps,
         "seconds": round(progress.seconds, 1),
-        "config": config.model_dump(mode="json"),
+        "config": _portable(config.model_dump(mode="json")),
     }
     if results is not None:
         info["results"] = dict(results)
     return l3rs.save(destination, setup.strategy.mean(progress.strategy), setup.spec, info, overwrite=overwrite)
+
+
+def _portable(value: Any) -> Any:
+    """Absolute paths cut to their end: a checkpoint goes to others, the folders of this machine do not."""
+    if isinstance(value, dict):
+        return {key: _portable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_portable(item) for item in value]
+    if isinstance(value, str) and value.startswith("/"):
+        return "…/" + "/".join(Path(value).parts[-2:])
+    return value
 
 
 def _shards_a_device(execution: ExecutionConfig) -> int:

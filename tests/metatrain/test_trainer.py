@@ -16,7 +16,7 @@ import pytest
 import l3rs
 from metatrain import trainer
 from metatrain.config import UserError, dump_config
-from tests.metatrain.common import assert_same_theta, metrics, small_config
+from tests.metatrain.common import REGRESSION, assert_same_theta, metrics, small_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -125,6 +125,15 @@ def test_a_half_written_line_of_metrics_is_written_again(quiet: Path, tmp_path: 
         file.write('{"generation": 3, "hori')
     trainer.resume(tmp_path / "run")
     assert metrics(tmp_path / "run") == metrics(quiet)
+
+
+def test_a_checkpoint_names_no_folder_of_this_machine(tmp_path: Path) -> None:
+    assert trainer._portable({"a": ["/home/me/data/set/1.0", 3], "b": "set/1.0"}) == {
+        "a": ["…/set/1.0", 3],
+        "b": "set/1.0",
+    }
+    trainer.run(small_config(task={"name": REGRESSION}, execution={"address": "/home/me/ray"}), tmp_path / "run")
+    assert "home" not in (tmp_path / "run" / "optimizer" / "l3rs.json").read_text()
 
 
 def test_export_of_an_interrupted_run(quiet: Path, tmp_path: Path) -> None:
