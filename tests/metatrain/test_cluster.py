@@ -196,7 +196,7 @@ def test_a_worker_that_hangs_for_ever_is_replaced(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("cluster")
-def test_every_worker_does_its_share_and_what_is_sent_does_not_grow_with_the_model() -> None:
+def test_every_worker_does_its_share() -> None:
     remote, local, state = evaluator(ray_config(2, task={"seconds": 0.05}))
     try:
         np.testing.assert_array_equal(remote.evaluate(state, generation(0)), local.evaluate(state, generation(0)))
@@ -211,9 +211,19 @@ def test_every_worker_does_its_share_and_what_is_sent_does_not_grow_with_the_mod
     finally:
         remote.close()
         local.close()
-    # What goes to a worker is numbers of members and a reference; what comes back is one float a member.
-    answer = Answer(0, 0, np.zeros(2, np.float32), 2)
-    assert answer.fitness.nbytes == 4 * 2
+
+
+def test_what_is_sent_in_a_generation_does_not_grow_with_the_model() -> None:
+    """The strategy's state knows layers, not parameters; a shard's call is a reference and member numbers."""
+
+    def sent(dimension: int) -> int:
+        task = make_task(REGRESSION, {"dimension": dimension})
+        spec = l3rs.Spec.create(task.params_shape(), hidden=(4,), embedding_dim=2)
+        theta = l3rs.init(jax.random.key(0), spec)
+        state = make_strategy(ray_config().outer, theta).init(jax.random.key(0), theta)
+        return sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves((state, generation()[1:])))
+
+    assert sent(4) == sent(40_000) < 10_000
 
 
 @pytest.mark.usefixtures("cluster")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
 from metatrain.config import UserError, dump_config
 from metatrain.connection import is_loopback, require_token, split_address
-from metatrain.jobs import CLIENT, check_client
+from metatrain.jobs import CLIENT, check_client, client
 from metatrain.trainer import run
 from tests.metatrain.common import assert_same_theta, small_config
 from tests.metatrain.nodes import Nodes, free_port, ray_nodes
@@ -160,6 +163,26 @@ def test_nobody_answers_is_one_sentence(tmp_path: Path) -> None:
         assert done.returncode == 2
         assert f"nobody answers at 127.0.0.1:{port}" in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+def test_a_cluster_with_another_ray_is_one_sentence() -> None:
+    class Head(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer = {"version": "4", "ray_version": "2.0.0", "ray_commit": "0", "session_name": "s"}
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Head) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            with pytest.raises(UserError, match=r"has Ray 2\.0\.0, here is .*; both must be the same"):
+                client(f"http://127.0.0.1:{server.server_port}")
+        finally:
+            server.shutdown()
 
 
 def test_a_driver_refuses_a_client_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
