@@ -16,6 +16,7 @@ from rich.console import Console
 import l3rs
 from l3rs import L3RSError
 from metatrain import estimate, jobs, report, trainer
+from metatrain.baselines import DEFAULT, DEFAULT_SCHEDULES
 from metatrain.config import UserError, load_config
 from metatrain.devices import use_cores
 from metatrain.evaluate import Results
@@ -92,6 +93,8 @@ def evaluate(
     tuning_seeds: Annotated[
         int | None, typer.Option(help="how many of them tune the baselines; all if not given")
     ] = None,
+    baselines: Annotated[str, typer.Option(help="names separated by commas, or all")] = ",".join(DEFAULT),
+    schedules: Annotated[str, typer.Option(help="of the learning rate")] = ",".join(DEFAULT_SCHEDULES),
     out: Annotated[Path | None, typer.Option(help="where the results go")] = None,
 ) -> None:
     """Compare an optimizer with tuned baselines, in each of the configuration's settings."""
@@ -101,7 +104,17 @@ def evaluate(
         raise UserError(f"{folder / 'results.json'} exists; choose another folder with --out")
     chosen = settings.split(",") if settings else None
     setup = load_config(config, overrides or ())
-    results = compare(optimizer, setup, steps, seeds, tuning_seeds, chosen, _console.print)
+    results = compare(
+        optimizer,
+        setup,
+        steps,
+        seeds,
+        tuning_seeds,
+        settings=chosen,
+        baselines=baselines.split(","),
+        schedules=schedules.split(","),
+        say=_console.print,
+    )
     saved = results.save(folder)
     for i, setting in enumerate(results.settings()):
         _console.print(report.table(results, setting))

@@ -42,6 +42,7 @@ _HANG_SECONDS = 30.0  # and at least so long
 _FIRST_CALL_SECONDS = 600.0  # a worker's first call compiles
 _SHARD_SECONDS = 0.25  # shards are made so large that Ray's 2 ms a call do not matter,
 _SHARDS_A_WORKER = 4  # as long as there are so many: the last one to end is waited for
+_RECRUIT_SECONDS = 60.0  # at most, before a worker is asked for again when the last ones died at once
 _MAX_BAD = 3  # unusable answers of a worker before it is replaced
 _MAX_ERRORS = 3  # errors of the task's own code before the run stops
 
@@ -49,7 +50,7 @@ _MAX_ERRORS = 3  # errors of the task's own code before the run stops
 class Answer(NamedTuple):
     """What a worker says of one shard."""
 
-    generation: int
+    round: int
     shard: int
     fitness: np.ndarray  # float32 [members]
     chunk: int  # members in one compiled call; fewer than asked for when memory ran out
@@ -78,7 +79,7 @@ class Worker:
 
     def __init__(self) -> None:
         use_cores(1)
-        self._generation = -1
+        self._round = -1
 
     def setup(self, blob: bytes, sent: Mapping[int, Any]) -> list[int] | str:
         """Build the task. Returns the numbers of the arrays it still needs, or why it cannot be built."""
@@ -107,19 +108,19 @@ class Worker:
         self._data = jax.device_put(data, self._device)
         return []
 
-    def evaluate(self, generation: int, shared: Sequence[Any], shard: int, members: np.ndarray, chunk: int) -> Answer:
-        """The meta-losses of `members`; `shared` refers to what the generation's members share."""
+    def evaluate(self, round_: int, shared: Sequence[Any], shard: int, members: np.ndarray, chunk: int) -> Answer:
+        """The meta-losses of `members`; `shared` refers to what the members of a round share."""
         import ray
 
-        if generation != self._generation:
+        if round_ != self._round:
             self._shared = jax.device_put(ray.get(shared[0]), self._device)
-            self._generation = generation
+            self._round = round_
 
         def call(part: np.ndarray) -> np.ndarray:
             return np.asarray(self._call(*self._shared, self._data, jax.device_put(part, self._device)))
 
         fitness, chunk = fitness_by_halves(call, members, chunk)
-        return Answer(generation, shard, fitness, chunk)
+        return Answer(round_, shard, fitness, chunk)
 
 
 @dataclasses.dataclass(eq=False)
@@ -129,7 +130,7 @@ class _Member:
     actor: Any
     chunk: int
     ready: bool = False
-    calls: dict[Any, tuple[int, int]] = dataclasses.field(default_factory=dict)  # ref -> (generation, shard)
+    calls: dict[Any, tuple[int, int]] = dataclasses.field(default_factory=dict)  # ref -> (round, shard)
     since: float = 0.0  # when it was last given work, or answered
     answered: int = 0
     bad: int = 0
@@ -175,7 +176,10 @@ class RayEvaluator:
         self._refs: dict[int, Any] = {}
         self._members: list[_Member] = []
         self._starting: dict[Any, _Member] = {}
+        self._round = 0  # calls of `evaluate`: what answers are told apart by
         self._begun = False  # a worker has been ready
+        self._wanted, self._count_again = 0, 0.0  # workers, and when to look whether the cluster has grown
+        self._stillborn, self._recruit_again = 0, 0.0  # workers in a row that died before they began; wait so long
         self._errors = 0
         self._slowest = 0.0
         self._counts = dict.fromkeys(("lost", "duplicated", "requeued", "stale", "rejected"), 0)
@@ -186,6 +190,8 @@ class RayEvaluator:
             raise
 
     def evaluate(self, state: State, spec: GenerationSpec, waiting: Callable[[str], None] | None = None) -> np.ndarray:
+        self._round += 1
+        self._count_again = 0.0
         self._shards_of = self._group(spec.horizon)
         shards = Shards(len(self._shards_of))
         fitness = np.full(self._population, np.nan, np.float32)
@@ -197,14 +203,14 @@ class RayEvaluator:
             now = time.monotonic()
             ready = [member for member in self._members if member.ready]
             for member in ready:
-                self._hand_out(member, shards, spec.generation, shared, len(ready), now)
+                self._hand_out(member, shards, shared, len(ready), now)
             if waiting and self._begun and not ready and not told:
                 told = True
                 waiting("no worker is left: waiting for the cluster")
             refs = [*self._starting, *(ref for member in self._members for ref in member.calls)]
             idle = any(member.ready and not member.calls for member in self._members)
             for ref in self._wait(refs, _WATCH_SECONDS if idle else _POLL_SECONDS):
-                self._receive(ref, shards, spec.generation, fitness)
+                self._receive(ref, shards, fitness)
             self._replace_hung(shards)
         self._counts["duplicated"] += shards.duplicated
         self._counts["requeued"] += shards.requeued * len(self._shards_of[0])
@@ -237,9 +243,13 @@ class RayEvaluator:
 
     def _recruit(self) -> None:
         """Ask for workers until there are as many as wanted; Ray places them when there is room."""
-        workers = self._execution.workers
-        wanted = max(self._slots(), 1) if workers == "auto" else workers
-        for _ in range(wanted - len(self._members) - len(self._starting)):
+        now, workers = time.monotonic(), self._execution.workers
+        if now >= self._count_again:
+            self._count_again = now + _POLL_SECONDS
+            self._wanted = max(self._slots(), 1) if workers == "auto" else workers
+        if now < self._recruit_again:
+            return
+        for _ in range(self._wanted - len(self._members) - len(self._starting)):
             needs = dict(self._execution.resources_per_worker)
             options: dict[str, Any] = {"num_cpus": needs.pop("CPU", 0), "num_gpus": needs.pop("GPU", 0)}
             actor = (
@@ -289,17 +299,15 @@ class RayEvaluator:
 
     # Work goes out, answers come in.
 
-    def _hand_out(
-        self, member: _Member, shards: Shards, generation: int, shared: Sequence[Any], workers: int, now: float
-    ) -> None:
-        if any(number != generation for number, _ in member.calls.values()):
+    def _hand_out(self, member: _Member, shards: Shards, shared: Sequence[Any], workers: int, now: float) -> None:
+        if any(number != self._round for number, _ in member.calls.values()):
             return  # it is still busy with a shard that another worker has answered
         while (shard := shards.take(id(member), workers, now)) is not None:
             if not member.calls:
                 member.since = now
             members = self._shards_of[shard]
-            ref = member.actor.evaluate.remote(generation, shared, shard, members, member.chunk)
-            member.calls[ref] = (generation, shard)
+            ref = member.actor.evaluate.remote(self._round, shared, shard, members, member.chunk)
+            member.calls[ref] = (self._round, shard)
 
     def _wait(self, refs: list[Any], seconds: float) -> list[Any]:
         if not refs:
@@ -310,7 +318,7 @@ class RayEvaluator:
             done, _ = self._ray.wait(refs, num_returns=len(refs), timeout=0)
         return done
 
-    def _receive(self, ref: Any, shards: Shards, generation: int, fitness: np.ndarray) -> None:
+    def _receive(self, ref: Any, shards: Shards, fitness: np.ndarray) -> None:
         if ref in self._starting:
             self._welcome(self._starting.pop(ref), ref)
             return
@@ -322,7 +330,7 @@ class RayEvaluator:
         try:
             answer = self._ray.get(ref)
         except self._ray.exceptions.RayTaskError as error:
-            self._failed(member, shards, asked == generation, shard, error)
+            self._failed(member, shards, asked == self._round, shard, error)
             return
         except self._ray.exceptions.RayError as error:
             if isinstance(error, self._ray.exceptions.OutOfMemoryError):
@@ -331,10 +339,10 @@ class RayEvaluator:
             return
         self._slowest = max(self._slowest, now - member.since) if member.answered else self._slowest
         member.since, member.answered = now, member.answered + 1
-        if asked != generation:
+        if asked != self._round:
             self._counts["stale"] += 1
             return
-        if why := _unusable(answer, generation, shard, len(self._shards_of[shard])):
+        if why := _unusable(answer, self._round, shard, len(self._shards_of[shard])):
             self._reject(member, shards, shard, why)
             return
         if answer.chunk < member.chunk:
@@ -353,6 +361,8 @@ class RayEvaluator:
         except self._ray.exceptions.RayError as error:
             self._counts["lost"] += 1
             self._say(f"a worker was lost before it began ({first_line(error)})")
+            self._stillborn += 1
+            self._recruit_again = time.monotonic() + min(2.0**self._stillborn, _RECRUIT_SECONDS)
             with contextlib.suppress(Exception):
                 self._ray.kill(member.actor)
             return
@@ -364,6 +374,7 @@ class RayEvaluator:
                     self._refs[i] = self._ray.put(np.asarray(self._arrays[i]))
             self._start(member)
             return
+        self._stillborn = 0
         member.ready = self._begun = True
         self._members.append(member)
 
@@ -390,11 +401,11 @@ class RayEvaluator:
             self._say(f"{why}; new workers evaluate {self._chunk} candidates at once")
 
 
-def _unusable(answer: Any, generation: int, shard: int, members: int) -> str | None:
+def _unusable(answer: Any, round_: int, shard: int, members: int) -> str | None:
     if not isinstance(answer, Answer):
         return f"it is a {type(answer).__name__}"
-    if (answer.generation, answer.shard) != (generation, shard):
-        return f"it is for shard {answer.shard} of generation {answer.generation}, not {shard} of {generation}"
+    if (answer.round, answer.shard) != (round_, shard):
+        return f"it is for shard {answer.shard} of round {answer.round}, not {shard} of {round_}"
     fitness = answer.fitness
     if not isinstance(fitness, np.ndarray) or fitness.shape != (members,) or fitness.dtype != np.float32:
         shape = getattr(fitness, "shape", None)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import logging
 import math
 import os
 import socket
+import tempfile
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from metatrain.config import ExecutionConfig, UserError
@@ -29,18 +32,21 @@ def connect(execution: ExecutionConfig) -> bool:
         host, port = split_address(address)
         require_token(host, execution.allow_unauthenticated)
         probe(host, port)
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # it warns every second of what the sentence below says
     import ray
 
     if ray.is_initialized():
         return False
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except ray.exceptions.AuthenticationError as error:
-        raise UserError(f"the cluster at {address} refuses the Ray token: {first_line(error)}") from None
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        hint = "; is the Ray token the cluster's?" if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" else ""
-        raise UserError(f"cannot use the Ray cluster at {address}: {_one_line(error)}{hint}") from None
+    with _captured_stderr() as captured:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            problem = None
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
+            problem = _one_line(error)
+        said = captured()
+    if problem and "InvalidAuthToken" in said + problem:
+        raise UserError(f"the cluster at {address} refuses the Ray token, or the lack of one")
+    if problem:
+        raise UserError(f"cannot use the Ray cluster at {address}: {problem}")
     try:
         require_token(split_address(ray.get_runtime_context().gcs_address)[0], execution.allow_unauthenticated)
     except UserError:
@@ -64,6 +70,24 @@ def _own_ray(execution: ExecutionConfig) -> bool:
     warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     return True
+
+
+@contextlib.contextmanager
+def _captured_stderr() -> Iterator[Callable[[], str]]:
+    """What is written to file descriptor 2, where Ray's C++ reports every second why it cannot connect."""
+    with tempfile.TemporaryFile() as scratch:
+        kept = os.dup(2)
+        os.dup2(scratch.fileno(), 2)
+
+        def captured() -> str:
+            scratch.seek(0)
+            return scratch.read().decode(errors="replace")
+
+        try:
+            yield captured
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import l3rs
-from metatrain.baselines import BASELINES, SCHEDULES, Tuned, make_baseline
+from metatrain.baselines import BASELINES, DEFAULT, DEFAULT_SCHEDULES, Tuned, chosen_baselines, make_baseline
 from metatrain.config import Config, UserError
 from metatrain.plan import choose_plan
 from metatrain.rollout import MakeOptimizer, Plan, Score, fused_rollout, learned, stepwise_rollout
@@ -139,6 +139,8 @@ def evaluate(
     seeds: int = 6,
     tuning_seeds: int | None = None,
     settings: Sequence[str] | None = None,
+    baselines: Sequence[str] = DEFAULT,
+    schedules: Sequence[str] = DEFAULT_SCHEDULES,
     say: Callable[[str], None] = _log.info,
 ) -> Results:
     """Compare a deployed optimizer with tuned baselines in the configuration's settings.
@@ -150,6 +152,8 @@ def evaluate(
       seeds: training runs of each optimizer and horizon; a seed is an init and its batches.
       tuning_seeds: how many of them a baseline's learning rate is tuned on; all when not given.
       settings: which of the settings; all when not given.
+      baselines: names of `metatrain.baselines`, or "all".
+      schedules: of the learning rate, those that make sense with a baseline: constant, cosine, warmup_cosine.
       say: told what has been done.
 
     Raises:
@@ -160,6 +164,7 @@ def evaluate(
         raise UserError(
             f"horizons {list(horizons)}, seeds {seeds}, tuning seeds {tuning_seeds}: all ≥ 1, tuning ≤ seeds"
         )
+    pairs = chosen_baselines(baselines, schedules)
     theta, spec, _ = l3rs.restore(optimizer)
     records: list[Record] = []
     tuning: dict[str, Any] = {}
@@ -177,7 +182,10 @@ def evaluate(
             say=say,
         )
         jobs = [functools.partial(_run_l3rs, spec, theta, comparison)]
-        jobs += [functools.partial(_tune, name, comparison) for name in BASELINES]
+        jobs += [
+            functools.partial(_tune, name, [schedule for other, schedule in pairs if other == name], comparison)
+            for name in dict.fromkeys(name for name, _ in pairs)
+        ]
         parts = _on_devices(jobs)
         records += [record for part in parts for record in part.records]
         tuning[comparison.setting] = {name: grid for part in parts for name, grid in part.tuning.items()}
@@ -234,17 +242,17 @@ def _run_l3rs(spec: l3rs.Spec, theta: l3rs.spec.Theta, comparison: _Comparison, 
     return _Part(records, {})
 
 
-def _tune(name: str, comparison: _Comparison, device: jax.Device) -> _Part:
+def _tune(name: str, schedules: Sequence[str], comparison: _Comparison, device: jax.Device) -> _Part:
     run = _Runner(comparison, lambda hyper, horizon: make_baseline(name, hyper, horizon), device)
     records: list[Record] = []
     tuning: dict[str, Any] = {}
-    for schedule in SCHEDULES:
+    for schedule in schedules:
         label = f"{name}/{schedule}"
         tuning[label] = {}
         for horizon in comparison.horizons:
             grid = _search(run, BASELINES[name].learning_rate, schedule, horizon, comparison.tuning_seeds)
             chosen = grid["chosen"]
-            scores, seconds = run(_tuned([chosen], schedule), horizon, "test")
+            scores, seconds = run(Tuned.grid([chosen], schedule), horizon, "test")
             records += _records(scores, seconds, comparison.setting, label, horizon, {"learning_rate": chosen})
             tuning[label][str(horizon)] = grid
             tried = len(grid["learning_rate"])
@@ -259,7 +267,7 @@ def _search(run: _Runner, start: float, schedule: str, horizon: int, tuning_seed
     exponents = list(range(-(_GRID // 2), _GRID - _GRID // 2))
     for growth in range(_GROWTHS + 1):
         rates = [start * 2.0**k for k in exponents]
-        scores, _ = run(_tuned(rates, schedule), horizon, "inner_valid", tuning_seeds)
+        scores, _ = run(Tuned.grid(rates, schedule), horizon, "inner_valid", tuning_seeds)
         losses |= {rate: _mean_or_inf(loss) for rate, loss in zip(rates, scores.loss, strict=True)}
         ordered = sorted(losses)
         best = min(ordered, key=lambda rate: losses[rate])
@@ -275,10 +283,6 @@ def _search(run: _Runner, start: float, schedule: str, horizon: int, tuning_seed
         "chosen": best,
         "at_edge": best in (ordered[0], ordered[-1]),
     }
-
-
-def _tuned(rates: Sequence[float], schedule: str) -> Tuned:
-    return Tuned(jnp.asarray(rates, jnp.float32), jnp.full(len(rates), float(schedule == "cosine"), jnp.float32))
 
 
 def _records(

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 import l3rs
+from metatrain.baselines import deployed_params
 from tasks import Task, TaskSample
 from tasks.base import Batch, Data, Params, Stats, size
 
@@ -58,7 +59,8 @@ def fused_rollout(task: Task, make_optimizer: MakeOptimizer, splits: Sequence[st
         start = _start(task, optimizer, data, sample)
         step = functools.partial(_step, task, optimizer, data, sample)
         end = jax.lax.while_loop(lambda carry: carry.step < horizon, step, start)
-        return {split: evaluate_split(task, data, split, end.params, end.stats) for split in splits}
+        params = deployed_params(end.state, end.params)
+        return {split: evaluate_split(task, data, split, params, end.stats) for split in splits}
 
     return rollout
 
@@ -83,7 +85,7 @@ def stepwise_rollout(task: Task, make_optimizer: MakeOptimizer, splits: Sequence
     @functools.partial(jax.jit, static_argnums=(1, 3))
     def score(data: Data, split: str, first: jax.Array, count: int, carry: Carry) -> jax.Array:
         batch = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, count), data[split])
-        return _score(task, carry.params, carry.stats, batch) * count
+        return _score(task, deployed_params(carry.state, carry.params), carry.stats, batch) * count
 
     def rollout(
         hyper: Any, data: Data, sample: TaskSample, horizon: jax.Array, splits: Sequence[str] = splits

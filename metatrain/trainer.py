@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -74,7 +75,13 @@ def run(config: Config, out: str | Path | None = None, *, resume_run: bool = Fal
             )
         folder.path.mkdir(parents=True)
         (folder.path / "config.yaml").write_text(dump_config(setup.config))
-        return _train(folder, setup)
+        try:
+            return _train(folder, setup)
+        except UserError:
+            # Refused before anything was saved: what was made here is not in the way of the next try.
+            if not any(step.name.isdigit() for step in (folder.path / "state").glob("*")):
+                shutil.rmtree(folder.path)
+            raise
 
 
 def resume(folder: str | Path, overrides: Sequence[str] = ()) -> Run:

@@ -115,7 +115,7 @@ class GarblingWorker(Worker):
         GarblingWorker.calls += 1
         garbled = (
             answer._replace(fitness=np.zeros(7, np.float32)),
-            answer._replace(generation=answer.generation + 1),
+            answer._replace(round=answer.round + 1),
             answer._replace(fitness=answer.fitness.astype(np.float64)),
             "nonsense",
         )
@@ -227,9 +227,12 @@ def test_what_is_sent_in_a_generation_does_not_grow_with_the_model() -> None:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_errors_of_a_task_and_what_no_node_has_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_a_task_and_what_no_node_has_are_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match=r"resources_per_worker is CPU 1, GPU 1; no node has that.*CPU 4, GPU 0"):
-        evaluator(ray_config(resources_per_worker={"CPU": 1.0, "GPU": 1.0}))
+        run(ray_config(resources_per_worker={"CPU": 1.0, "GPU": 1.0}), tmp_path / "run")
+    assert not (tmp_path / "run").exists(), "a run that never began is in the way of the next try"
     monkeypatch.setattr("metatrain.cluster.Worker", FailingWorker)
     remote, _, state = evaluator(ray_config(1))
     with pytest.raises(UserError, match="candidates fail on the workers: ZeroDivisionError: the task divides by zero"):

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 
 import l3rs
 from metatrain import report
-from metatrain.baselines import BASELINES, Tuned, make_baseline
+from metatrain.baselines import BASELINES, Tuned, deployed_params, make_baseline
 from metatrain.config import UserError
 from metatrain.evaluate import Record, Results, evaluate, held_out_samples, steps_to_reach
 from tests.metatrain.common import REGRESSION, small_config
@@ -104,7 +105,7 @@ def test_a_record_is_the_run_it_says(results: Results) -> None:
 @pytest.mark.parametrize("name", list(BASELINES))
 def test_the_constant_schedule_is_constant(name: str) -> None:
     params = {"w": jnp.ones(3)}
-    tx = make_baseline(name, Tuned(jnp.float32(0.1), jnp.float32(0.0)), 5)
+    tx = make_baseline(name, Tuned(jnp.float32(0.1), jnp.int32(0)), 5)
     plain = BASELINES[name].make(0.1)
     state, expected_state = tx.init(params), plain.init(params)
     for i in range(8):
@@ -112,6 +113,48 @@ def test_the_constant_schedule_is_constant(name: str) -> None:
         updates, state = tx.update(grads, state, params, value=1.0)
         expected, expected_state = plain.update(grads, expected_state, params)
         np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("schedule", "expected"), [("cosine", optax.cosine_decay_schedule(0.5, 40)), (
+    "warmup_cosine", optax.warmup_cosine_decay_schedule(0.1, 0.5, 4, 40))])  # fmt: skip
+def test_schedules_are_optax_own(schedule: str, expected: optax.Schedule) -> None:
+    params = {"w": jnp.zeros(())}
+    tx = make_baseline("sgd", jax.tree.map(lambda x: x[0], Tuned.grid([0.5], schedule)), 40)
+    state = tx.init(params)
+    for step in range(42):
+        updates, state = tx.update({"w": jnp.ones(())}, state, params)
+        assert float(updates["w"]) == pytest.approx(-float(expected(step)), abs=1e-6)
+
+
+def test_every_baseline_trains_and_runs_in_one_call(optimizer: Path) -> None:
+    found = evaluate(
+        optimizer, small_config(), (60,), seeds=2, baselines=["all"], schedules=["constant", "cosine", "warmup_cosine"]
+    )
+    labels = {label.partition("/")[0] for label in found.optimizers()}
+    assert labels == {"l3rs", *BASELINES}
+    assert "swats/cosine" not in found.optimizers()
+    task = regression()
+    start = np.mean([float(task.loss(*task.init(task.data, i), task.data["test"], False)[0]) for i in range(8, 12)])
+    for label in found.optimizers()[1:]:
+        assert found.mean("regression", label, 60) < 0.7 * start, label
+    with pytest.raises(UserError, match=r"no baseline adma; allowed are sgd, sgdm, adam"):
+        evaluate(optimizer, small_config(), (1,), baselines=["adma"])
+    with pytest.raises(UserError, match=r"no schedule cosinus; allowed are constant, cosine, warmup_cosine"):
+        evaluate(optimizer, small_config(), (1,), schedules=["cosinus"])
+
+
+def test_schedule_free_is_judged_at_its_average() -> None:
+    params = {"w": jnp.array([1.0])}
+    tx = make_baseline("schedule_free", Tuned(jnp.float32(0.1), jnp.int32(0)), 9)
+    state = tx.init(params)
+    for _ in range(3):
+        updates, state = tx.update({"w": jnp.ones(1)}, state, params)
+        params = optax.apply_updates(params, updates)
+    average = optax.contrib.schedule_free_eval_params(state, params)
+    assert float(average["w"][0]) != float(params["w"][0])
+    np.testing.assert_array_equal(deployed_params(state, params)["w"], average["w"])
+    adam = optax.adam(0.1)
+    np.testing.assert_array_equal(deployed_params(adam.init(params), params)["w"], params["w"])
 
 
 def test_held_out_samples_never_meet_meta_training() -> None:
@@ -158,6 +201,15 @@ def test_results_json_and_what_a_person_sees(results: Results, tmp_path: Path) -
     ours = results.mean("regression", "l3rs", 20)
     assert f"at 20 steps ({ours:.3f} / " in verdict
     assert verdict.count("wins") + verdict.count("loses") == 2
+
+
+def test_a_figure_shows_the_best_schedule_of_the_strongest_families() -> None:
+    losses = {"l3rs": 0.1, "a/constant": 0.9, "a/cosine": 0.2, "b/constant": 0.3, "b/cosine": 0.4, "c/cosine": math.nan}
+    records = [Record("s", label, h, 0, x * h, 0.5, 0.1, {}) for label, x in losses.items() for h in (1, 10)]
+    results = Results("o", records, [], {})
+    assert report.strongest(results, "s", 5) == list(losses)[1:]
+    assert report.strongest(results, "s", 4) == ["a/cosine", "b/constant", "c/cosine"]
+    assert report.strongest(results, "s", 1) == ["a/cosine"]
 
 
 def test_diverged_runs_are_null_in_json_and_lose(results: Results, tmp_path: Path) -> None:

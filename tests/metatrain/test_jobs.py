@@ -98,7 +98,7 @@ def test_what_a_cluster_refuses_is_one_sentence_and_nothing_is_left_running(tmp_
         for call, words, sentence in (
             (wrong, ["list"], "does not let us in"),
             (wrong, ["run", config, f"execution.address={nodes.address}", "execution.backend=ray"],
-             "is the Ray token the cluster's?"),
+             "refuses the Ray token"),
             (metatrain, ["submit", config, "name=gpu", "execution.resources_per_worker.GPU=4"],
              "no node has that: the cluster's nodes have CPU 2, GPU 0"),
             (metatrain, ["submit", config, "name=missing", "task.name=mytask:missing"], "missing"),

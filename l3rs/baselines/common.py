@@ -1,0 +1,100 @@
+"""What the baselines share: checked arguments, learning rates, dtypes, moving averages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from l3rs.spec import L3RSError
+
+Number = Any  # a Python float, or a traced scalar
+
+
+def number(name: str, value: Any, allowed: Callable[[float], bool], words: str) -> Number:
+    """An argument that must be one number: as a Python float, or as it is when traced.
+
+    A Python float leaves the dtype of whatever it meets alone. Of a traced one only the shape can
+    be checked.
+
+    Raises:
+      L3RSError: not one number, or not an allowed one.
+    """
+    if isinstance(value, jax.core.Tracer):
+        if value.shape == ():
+            return value
+    else:
+        array = np.asarray(value)
+        real = jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
+        if array.shape == () and real and allowed(float(array)):
+            return float(array)
+    raise L3RSError(f"{name} is {value}; it must be one number {words}")
+
+
+def decay(name: str, value: Any) -> Number:
+    return number(name, value, lambda x: 0 <= x < 1, "in [0, 1)")
+
+
+def positive(name: str, value: Any) -> Number:
+    return number(name, value, lambda x: 0 < x < float("inf"), "> 0")
+
+
+def not_negative(name: str, value: Any) -> Number:
+    return number(name, value, lambda x: 0 <= x < float("inf"), "≥ 0")
+
+
+def rate(value: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:
+    """A learning rate: a number ≥ 0, or a schedule, left as it is."""
+    return value if callable(value) else not_negative("learning_rate", value)
+
+
+def rate_at(learning_rate: optax.ScalarOrSchedule, count: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The learning rate after `count` steps."""
+    return jnp.asarray(learning_rate(count) if callable(learning_rate) else learning_rate, dtype)
+
+
+def scalar_dtype(tree: Any) -> jnp.dtype:
+    """Of numbers that belong to all of a tree: float32, or float64 if there is float64 in it."""
+    return jnp.result_type(jnp.float32, *jax.tree.leaves(tree))
+
+
+def zeros(params: optax.Params) -> Any:
+    """Zeros like the params, no narrower than float32: what moments are kept in."""
+    return jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), jnp.result_type(p, jnp.float32)), params)
+
+
+def widen(grads: optax.Updates, moments: Any) -> Any:
+    """The gradients in the dtypes of the moments."""
+    return jax.tree.map(lambda g, m: g.astype(m.dtype), grads, moments)
+
+
+def narrow(updates: Any, grads: optax.Updates, params: optax.Params | None) -> Any:
+    """The updates in the dtypes of the params; of the gradients where no params are given."""
+    like = grads if params is None else params
+    return jax.tree.map(lambda u, p: u.astype(jnp.result_type(p)), updates, like)
+
+
+def average(values: Any, averages: Any, beta: Number) -> Any:
+    """β · average + (1-β) · value, in the averages' dtypes."""
+
+    def one(value: jax.Array, old: jax.Array) -> jax.Array:
+        return old + jnp.asarray(1 - beta, old.dtype) * (value - old)
+
+    return jax.tree.map(one, values, averages)
+
+
+def bias_correction(beta: Number, step: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """1 - β^step, step ≥ 1: what the weights of an average that began at zero add up to.
+
+    Made of 1-β, as `average` is: of a β that was rounded to float32, 0.999 say, it would be off by
+    1e-5 at first, and as much by the cancellation.
+    """
+    return -jnp.expm1(step.astype(dtype) * jnp.log1p(-jnp.asarray(1 - beta, dtype)))
+
+
+def square(tree: Any) -> Any:
+    return jax.tree.map(jnp.square, tree)
