@@ -52,6 +52,13 @@ def test_the_users_own_task_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     sys.modules.pop("my_task")
 
 
+def test_the_baselines_example_runs() -> None:
+    names: dict = {}
+    exec(python_blocks()[2], names)
+    params = {"w": jnp.ones(3)}
+    assert float(names["mada_coefficients"](names["tx"].init(params))["b1"]) == 0.5
+
+
 def test_every_command_of_the_readme_exists() -> None:
     commands = {info.name or info.callback.__name__ for info in app.registered_commands if info.callback}
     named = set(re.findall(r"^    metatrain ([a-z-]+)", README, re.MULTILINE))
