@@ -41,8 +41,19 @@ def test_the_first_example_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loss_fn(names["params"], names["batch"]) != before
 
 
+def test_the_pytorch_example_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    monkeypatch.chdir(ROOT)
+    linear = [torch.nn.Linear(a, b) for a, b in itertools.pairwise((196, 64, 64, 10))]
+    model = torch.nn.Sequential(linear[0], torch.nn.ReLU(), linear[1], torch.nn.ReLU(), linear[2])
+    x, y = torch.randn(32, 196), torch.arange(32) % 10
+    names = {"model": model, "loss_fn": torch.nn.functional.cross_entropy, "x": x, "y": y}
+    exec(python_blocks()[1], names)
+    assert names["loss_fn"](model(x), y).item() < names["loss"].item()
+
+
 def test_the_users_own_task_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_task.py").write_text(python_blocks()[1])
+    (tmp_path / "my_task.py").write_text(python_blocks()[2])
     monkeypatch.syspath_prepend(str(tmp_path))
     file = tmp_path / "my.yaml"
     file.write_text("name: mine\ntask: {name: 'my_task:regression', examples: 64}\nlogging: {tensorboard: false}\n")
@@ -54,7 +65,7 @@ def test_the_users_own_task_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_the_baselines_example_runs() -> None:
     names: dict = {}
-    exec(python_blocks()[2], names)
+    exec(python_blocks()[3], names)
     params = {"w": jnp.ones(3)}
     assert float(names["mada_coefficients"](names["tx"].init(params))["b1"]) == 0.5
 

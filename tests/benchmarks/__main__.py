@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import subprocess
 import sys
 
-BENCHMARKS = ("import_time", "generation", "stepwise", "update", "cluster")
+BENCHMARKS = ("import_time", "generation", "stepwise", "update", "update_torch", "cluster")
 
 
 def main() -> None:
@@ -15,6 +15,9 @@ def main() -> None:
         importlib.import_module(f"tests.benchmarks.{sys.argv[1]}").main()
         return
     for name in BENCHMARKS:  # a process each: JAX's devices and threads are fixed once it has started
+        if name == "update_torch" and importlib.util.find_spec("torch") is None:
+            print("update in PyTorch: not measured, torch is not installed")
+            continue
         subprocess.run([sys.executable, "-m", "tests.benchmarks", name], check=True, env={**os.environ})
 
 

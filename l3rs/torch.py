@@ -1,0 +1,840 @@
+"""L3RS as a `torch.optim.Optimizer`: step by step the numbers of `l3rs.optimizer`.
+
+Norms, means and sums over a tensor do not see its layout, so a torch weight [out, in] and the flax
+kernel [in, out] that the checkpoint knows are one layer; only finding each other takes a rule (`match`).
+
+A step is a pass of reductions over gradients and parameters, one that advances the moments and takes
+the directions' inner products, and one that updates. In between, everything small (features, MLP,
+coefficients) is computed on the host, in NumPy: two transfers a step, however many layers. The passes
+go over pieces that stay in a processor's cache; nothing of the parameters' size is allocated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import numbers
+import os
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import numpy as np
+
+from l3rs import features, network
+from l3rs.checkpoint import restore
+from l3rs.directions import DIRECTIONS, make_direction
+from l3rs.layers import _abridged
+from l3rs.optimizer import _MIN_MIX_NORM, _MIN_RELATIVE_RMS
+from l3rs.spec import Direction, L3RSError, Layer, Spec, Theta
+
+try:
+    import torch
+    from torch import Tensor
+    from torch.optim.optimizer import ParamsT
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise ImportError("l3rs.torch needs torch: pip install l3rs[torch]") from None
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
+Moments = list[list[Tensor]]  # of one direction: pieces by moment
+
+# Elements of a piece. On a CPU a piece of each array and what is computed from them stay in its cache;
+# elsewhere it bounds the memory that a direction takes while it is in use.
+_PIECE = {"cpu": 1 << 19}
+_LARGE_PIECE = 1 << 24
+
+
+class L3RS(torch.optim.Optimizer):
+    """A meta-trained optimizer for a PyTorch model.
+
+    Statistics are float32, updates are cast to the parameters' dtype. A layer whose gradient is not
+    finite (or so large that its squared norm is not) stays where it is for that step, and its gradient
+    counts as zero in the moments; a non-finite loss is left out of the loss features. A parameter
+    without a gradient is skipped: it takes no memory and no other layer sees that it is there.
+
+    Every step needs the loss: `step(loss=loss)`, `step(closure)`, or `observe(loss)` before a `step()`
+    that somebody else calls. The loss is the plain one: neither scaled (`GradScaler`) nor divided for
+    gradient accumulation. With `torch.distributed` initialised it is averaged over all ranks, all of
+    which have to step together; parameters must be whole on each (DDP, not FSDP).
+
+    Args:
+      params: `model.named_parameters()`, parameters, or param groups of either. Pass frozen ones, too,
+        unless the names are the checkpoint's.
+      checkpoint: the folder of a checkpoint, or meta-parameters and their spec: `(theta, spec)`.
+      total_steps: the number of steps you are going to train, the horizon T. None means the longest
+        that the checkpoint was meta-trained on. Training may go past it, with one warning.
+      lr: factor on the step that the network chose. 1 is what was meta-trained; it is here for learning
+        rate schedulers and for param groups.
+      rename: {name of a parameter: path of its layer in the checkpoint}, for those that neither name
+        nor order tells, see `match`.
+
+    Attributes:
+      spec: what the optimizer is made of.
+      total_steps: T.
+      param_groups: beside `params` and `lr`, `layers`: the path of each parameter's layer.
+      state: per parameter `step`, the moments (float32, of its shape), and of the last step `log_norms`
+        ([2, S] EMAs), `mix` ([P], μ) and `step_norm` ([], λ without `lr`).
+
+    Raises:
+      L3RSError: parameters that have no layer in the checkpoint; not a checkpoint; a step without a loss.
+
+    Example:
+      >>> import torch
+      >>> from l3rs.torch import L3RS
+      >>> model = torch.nn.Sequential(
+      ...     torch.nn.Linear(196, 64),
+      ...     torch.nn.ReLU(),
+      ...     torch.nn.Linear(64, 64),
+      ...     torch.nn.ReLU(),
+      ...     torch.nn.Linear(64, 10),
+      ... )
+      >>> opt = L3RS(model.named_parameters(), "checkpoints/digits-mlp", total_steps=100)
+      >>> loss = torch.nn.functional.cross_entropy(model(torch.randn(8, 196)), torch.arange(8))
+      >>> loss.backward()
+      >>> _ = opt.step(loss=loss)
+      >>> opt.param_groups[0]["layers"][:2]
+      ['layers/0/kernel', 'layers/0/bias']
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        checkpoint: str | os.PathLike[str] | tuple[Theta, Spec],
+        total_steps: int | None = None,
+        *,
+        lr: float | Tensor = 1.0,
+        rename: Mapping[str, str] | None = None,
+    ) -> None:
+        if isinstance(checkpoint, tuple):
+            theta, self.spec = checkpoint
+            info: dict[str, Any] = {}
+            network.check(theta, self.spec, "theta")
+        else:
+            theta, self.spec, info = restore(checkpoint)
+        if not lr >= 0:
+            raise L3RSError(f"lr is {lr}; it must be a number ≥ 0")
+        self.total_steps = _horizon(total_steps, info)
+        self._theta = jax.tree.map(np.asarray, theta)
+        self._rows = {layer.path: row for row, layer in enumerate(self.spec.layers)}
+        self._directions = [_direction(direction) for direction in self.spec.directions]
+        self._observed: list[Tensor] = []
+        self._warned = False
+        super().__init__(params, {"lr": lr})
+        self._match(self.param_groups, rename or {})
+        # What all layers share lives in the first group: the only place besides a parameter's own state
+        # that every tool for saving and sharding optimizers carries along.
+        ema = [0.0] * len(self.spec.loss_decays)
+        self.param_groups[0]["shared"] = {"step": 0, "losses": 0, "first_loss": 0.0, "loss_ema": ema}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, e.g. once they are no longer frozen.
+
+        Raises:
+          L3RSError: a parameter has no layer in the checkpoint, or that layer has one already.
+        """
+        super().add_param_group(param_group)
+        if "shared" in self.param_groups[0]:  # while constructing, all groups are matched at once
+            try:
+                self._match(self.param_groups[-1:], {})
+            except L3RSError:
+                self.param_groups.pop()
+                raise
+
+    def _match(self, groups: Sequence[dict[str, Any]], rename: Mapping[str, str]) -> None:
+        params = [param for group in groups for param in group["params"]]
+        names = [name for group in groups for name in group.get("param_names", [None] * len(group["params"]))]
+        for name, param in zip(names, params, strict=True):
+            if param.is_complex():
+                raise L3RSError(f"parameter {_called(name, param)} is complex; L3RS takes real ones")
+        devices = {str(param.device) for group in self.param_groups for param in group["params"]}
+        if len(devices) > 1:
+            raise L3RSError(f"parameters are on {', '.join(sorted(devices))}; they must all be on one device")
+        taken = {path for group in self.param_groups for path in group.get("layers", ())}
+        table = [layer for layer in self.spec.layers if layer.path not in taken]
+        paths = iter(match(table, names, params, rename))
+        for group in groups:
+            group["layers"] = [next(paths) for _ in group["params"]]
+
+    def observe(self, loss: Tensor | float) -> None:
+        """Remember a loss for the next step, for loops in which somebody else calls `step()`.
+
+        Losses of several micro-batches are averaged. Each is the micro-batch's own mean loss, not divided
+        by their number. A step that `GradScaler` skips leaves its losses for the next one.
+        """
+        if not isinstance(loss, (Tensor, numbers.Real)):
+            raise L3RSError(f"the loss is {loss!r}; it must be a number or a tensor of one")
+        value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss), device="cpu")
+        if value.numel() != 1 or value.is_complex():
+            raise L3RSError(f"the loss is {value.dtype}{list(value.shape)}; it must be one real number")
+        self._observed.append(value.reshape(()).float())
+
+    # Compiled, it would be traced anew for every step: its scalars are Python's.
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Tensor | float] | None = None, *, loss: Tensor | float | None = None
+    ) -> Tensor | float | None:
+        """One step.
+
+        Args:
+          closure: clears the gradients, computes them anew and returns the loss.
+          loss: the loss that the gradients are of; in place of a closure.
+
+        Returns:
+          The loss that was passed, or that the closure returned.
+
+        Raises:
+          L3RSError: no loss; a sparse gradient.
+        """
+        if closure is not None:
+            if loss is not None:
+                raise L3RSError("step takes a closure or a loss, not both")
+            with torch.enable_grad():
+                loss = closure()
+        if loss is not None:
+            self.observe(loss)
+        if not self._observed:
+            raise L3RSError("L3RS reads the loss: call step(loss=loss), step(closure), or observe(loss) before step()")
+        layers = self._layers()
+        observed, self._observed = self._observed, []
+        if layers:
+            with np.errstate(all="ignore"):  # what is not finite is looked for, and taken out
+                self._step(layers, observed)
+        return loss
+
+    def _layers(self) -> list[_ActiveLayer]:
+        """The parameters that have a gradient; their state is there afterwards."""
+        layers = []
+        for group in self.param_groups:
+            for param, path in zip(group["params"], group["layers"], strict=True):
+                if param.grad is None:
+                    continue
+                if param.grad.layout != torch.strided:
+                    raise L3RSError(
+                        f"the gradient of {path!r} is sparse; L3RS takes dense ones, e.g. of nn.Embedding(sparse=False)"
+                    )
+                state = self.state[param]
+                if not state:
+                    state["step"] = 0
+                    state["log_norms"] = torch.from_numpy(np.zeros((2, 2 + len(self._directions)), np.float32))
+                    for key in self._moments():
+                        state[key] = torch.zeros_like(param, dtype=torch.float32)
+                layers.append(_ActiveLayer(param.detach(), param.grad.detach(), state, self._rows[path], group["lr"]))
+        return layers
+
+    def _moments(self) -> list[str]:
+        """Names of the moments in a parameter's state: `0/adam/exp_avg`."""
+        named = enumerate(zip(self.spec.directions, self._directions, strict=True))
+        return [f"{i}/{spec.name}/{moment}" for i, (spec, direction) in named for moment in direction.moments]
+
+    def _step(self, layers: Sequence[_ActiveLayer], observed: Sequence[Tensor]) -> None:
+        device = layers[0].param.device
+        keys = self._moments()
+        pieces = [(layer.param, layer.grad, *(layer.state[key] for key in keys)) for layer in layers]
+        passes = list(_buckets(pieces, _PIECE.get(device.type, _LARGE_PIECE)))
+        index = np.array([i for bucket in passes for i in bucket.layers])
+
+        # Reductions that need no direction, and whether a gradient may enter the moments at all.
+        loss = _mean_over_ranks(torch.stack([each.to(device) for each in observed]).mean())
+        value, *norms = _host(torch.cat([loss[None], _norms(passes)]))
+        gradient, parameter = _per_layer(np.square(norms).reshape(2, -1).T, index).T  # squared norms
+        finite = np.isfinite(gradient)
+
+        for layer in layers:
+            layer.state["step"] += 1
+        steps = np.array([layer.state["step"] for layer in layers], np.float32)
+
+        products: list[Tensor] = []
+        for bucket in passes:
+            inputs = self._inputs(bucket, finite, steps)
+            both = zip(self._directions, inputs.moments, strict=True)
+            products += _products([direction.advance(moments, inputs) for direction, moments in both])
+        gram = _gram(_per_layer(_host(torch.stack(products)).reshape(len(index), -1), index), len(self._directions))
+        moves = finite & np.isfinite(gram).all((1, 2))  # a direction's norm can overflow, too
+        gram = np.where(moves[:, None, None], gram, np.float32(0))
+        gradient = np.where(finite, gradient, np.float32(0))
+        coefficients = self._decide(layers, value, np.sqrt(gradient), np.sqrt(parameter), gram, steps)
+
+        for bucket in passes:
+            self._update(bucket, self._inputs(bucket, finite, steps), coefficients[bucket.layers], moves)
+
+    def _update(self, bucket: _Bucket, inputs: _Inputs, factors: np.ndarray, moves: np.ndarray) -> None:
+        """Add Σ_p c_p d_p; a layer that does not move still has moments to advance."""
+        params, moving = bucket.arrays[0], moves[bucket.layers].tolist()
+        aside = any(direction.reads_params for direction in self._directions)
+        updates = [
+            param if ok and param.dtype == torch.float32 and not aside else torch.zeros_like(param, dtype=torch.float32)
+            for param, ok in zip(params, moving, strict=True)
+        ]
+        for direction, moments, factor in zip(self._directions, inputs.moments, factors.T.tolist(), strict=True):
+            direction.add(updates, factor, moments, inputs)
+        for direction, moments in zip(self._directions, inputs.moments, strict=True):
+            direction.after(moments, inputs)
+        for param, update, ok in zip(params, updates, moving, strict=True):
+            if ok and update is not param:
+                param.add_(update.to(param.dtype))
+
+    def _inputs(self, bucket: _Bucket, finite: np.ndarray, steps: np.ndarray) -> _Inputs:
+        params, grads, *moments = bucket.arrays
+        slots = iter(moments)
+        usable = finite[bucket.layers].tolist()
+        return _Inputs(
+            params=[param.float() for param in params],
+            grads=[
+                # A NaN must not enter moments that would keep it for ever.
+                grad.float() if ok else torch.zeros_like(grad, dtype=torch.float32)
+                for grad, ok in zip(grads, usable, strict=True)
+            ],
+            moments=[[next(slots) for _ in direction.moments] for direction in self._directions],
+            steps=steps[bucket.layers],
+        )
+
+    def _decide(
+        self,
+        layers: Sequence[_ActiveLayer],
+        loss: np.float32,
+        gradient_norm: np.ndarray,
+        parameter_norm: np.ndarray,
+        gram: np.ndarray,
+        steps: np.ndarray,
+    ) -> np.ndarray:
+        """What each direction is multiplied by, [L, P].
+
+        Args:
+          layers: those that have a gradient.
+          loss: of this step.
+          gradient_norm, parameter_norm: float32 [L].
+          gram: float32 [L, P, P], inner products of the directions.
+          steps: float32 [L], how many gradients each layer has seen.
+        """
+        spec = self.spec
+        shared = self._observe_step(loss)
+        root_n = np.sqrt([max(layer.param.numel(), 1) for layer in layers]).astype(np.float32)
+        direction_norm = np.sqrt(np.diagonal(gram, axis1=1, axis2=2))
+        norms = np.concatenate([gradient_norm[:, None], parameter_norm[:, None], direction_norm], axis=1)
+        log_norms = _safe_log(norms / root_n[:, None])  # [L, S]
+        decays = np.array(spec.norm_decays, np.float32)[:, None, None]
+        ema = np.stack([layer.state["log_norms"].numpy() for layer in layers], axis=1)  # [2, L, S]
+        ema = decays * ema + (1 - decays) * log_norms
+        seen = _norm_features(log_norms, ema, steps, decays)
+        embedding = self._theta["embedding"][[layer.row for layer in layers]]
+        mix, log_step = _network(self._theta, spec, shared, np.concatenate([seen, embedding], axis=1))
+
+        relative = np.maximum(parameter_norm, _MIN_RELATIVE_RMS * root_n)
+        step_norm = spec.step_scale * (root_n if spec.step == "rms" else relative) * np.exp(log_step)
+        for i, layer in enumerate(layers):
+            decided = {"log_norms": ema[:, i], "mix": mix[i], "step_norm": step_norm[i]}
+            layer.state.update({name: torch.from_numpy(np.array(value)) for name, value in decided.items()})
+        lr = np.array([float(layer.lr) for layer in layers], np.float32)
+        return -_coefficients(mix, lr * step_norm, gram, direction_norm)
+
+    def _observe_step(self, loss: np.float32) -> np.ndarray:
+        """Count a step and take its loss into the averages; the features that all layers share, [F]."""
+        shared, decays = dict(self.param_groups[0]["shared"]), np.array(self.spec.loss_decays, np.float32)
+        shared["step"] += 1
+        if shared["step"] > self.total_steps and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"step {shared['step']} is past total_steps={self.total_steps}; L3RS goes on, with the features of a "
+                f"training that is over",
+                stacklevel=2,
+            )
+        if np.isfinite(loss):
+            shared["first_loss"] = shared["first_loss"] if shared["losses"] else float(loss)
+            shared["losses"] += 1
+            ema = np.array(shared["loss_ema"], np.float32)
+            shared["loss_ema"] = (decays * ema + (1 - decays) * loss).tolist()
+        self.param_groups[0]["shared"] = shared
+        time = _time_features(shared["step"], self.total_steps, self.spec.absolute_time)
+        return np.concatenate([time, _loss_features(shared, decays)])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a `state_dict()` of this optimizer, of the same checkpoint.
+
+        Raises:
+          L3RSError: it is another optimizer's.
+        """
+        groups = state_dict["param_groups"]
+        paths = [path for group in groups for path in group.get("layers", ())]
+        known = "shared" in groups[0] and all("layers" in group for group in groups)
+        if not known or not set(paths) <= set(self._rows):
+            raise L3RSError("the state dict is not one of an L3RS optimizer with these layers")
+        super().load_state_dict(state_dict)
+        indices = (index for group in groups for index in group["params"])
+        params = (param for group in self.param_groups for param in group["params"])
+        moments = set(self._moments())
+        for index, param in zip(indices, params, strict=True):
+            state = self.state.get(param, {})
+            for key, saved in state_dict["state"].get(index, {}).items():
+                if key in moments and state[key].dtype != torch.float32:  # torch casts to the parameter's dtype
+                    state[key] = saved.to(param.device, torch.float32)
+                elif isinstance(saved, Tensor) and key not in moments:
+                    state[key] = saved.to("cpu", torch.float32)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("spec", "total_steps", "_theta", "_rows", "_directions", "_observed", "_warned")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
+
+
+def _horizon(total_steps: int | None, info: Mapping[str, Any]) -> int:
+    if total_steps is None:
+        horizon = info.get("horizon")
+        total_steps = horizon.get("max") if isinstance(horizon, Mapping) else None
+        if total_steps is None:
+            raise L3RSError("total_steps is missing, and the checkpoint does not say up to which it was meta-trained")
+    whole = isinstance(total_steps, numbers.Integral) and not isinstance(total_steps, bool)
+    if not whole or not 1 <= total_steps < 2**31:
+        raise L3RSError(f"total_steps is {total_steps}; it must be a whole number ≥ 1")
+    return int(total_steps)
+
+
+# Matching a model's parameters to the layers of the checkpoint
+
+
+def match(
+    table: Sequence[Layer], names: Sequence[str | None], params: Sequence[Tensor], rename: Mapping[str, str]
+) -> list[str]:
+    """The path of each parameter's layer.
+
+    A parameter's layer is, in this order: what `rename` says; the layer of its name (`.` for `/`, and
+    `weight` for `kernel`, `scale` or `embedding`); if no name is a layer's, the one at the same place
+    among those of its shape (biases among biases, if there are names), modules in natural order of their
+    paths and biases after weights.
+    A shape is the same if its dimensions are, in whatever order.
+
+    Args:
+      table: the layers to choose from.
+      names: the parameters' names, or None for each.
+      params: the parameters, whose shapes are read.
+      rename: {name: path}.
+
+    Raises:
+      L3RSError: a parameter has no layer, or its layer another shape, or the order does not tell.
+    """
+    known = {layer.path: layer for layer in table}
+    if unknown := set(rename) - set(names):
+        raise L3RSError(f"rename has {min(unknown)!r}, which is no parameter's name")
+    paths: list[str | None] = [None] * len(params)
+    for i, name in enumerate(names):
+        if name is None:
+            continue
+        if name in rename:
+            paths[i] = rename[name]
+        else:
+            paths[i] = next((path for path in _spellings(name) if path in known), None)
+        if paths[i] is not None and paths[i] not in known:
+            raise L3RSError(f"rename says {name!r} is {paths[i]!r}; {_choice(known)}")
+    if all(path is None or name in rename for path, name in zip(paths, names, strict=True)):
+        _match_by_order(known, names, params, paths)
+    for name, param, path in zip(names, params, paths, strict=True):
+        if path is None:
+            raise _no_layer(name, param, known)
+        if sorted(param.shape) != sorted(known[path].shape):
+            raise L3RSError(
+                f"parameter {_called(name, param)} is layer {path!r}, which was meta-trained on {known[path].shape}"
+            )
+    return [path for path in paths if path is not None]
+
+
+def _match_by_order(
+    known: Mapping[str, Layer], names: Sequence[str | None], params: Sequence[Tensor], paths: list[str | None]
+) -> None:
+    """Fill in `paths` where they are None, among the layers that are not in it yet."""
+
+    def kind(name: str | None, shape: Sequence[int]) -> tuple[bool, tuple[int, ...]]:
+        return None not in names and name is not None and name.endswith("bias"), tuple(sorted(shape))
+
+    free, waiting = defaultdict(list), defaultdict(list)
+    for layer in sorted(known.values(), key=_torch_order):
+        if layer.path not in paths:
+            free[kind(layer.path, layer.shape)].append(layer.path)
+    for i, (name, param) in enumerate(zip(names, params, strict=True)):
+        if paths[i] is None:
+            waiting[kind(name, param.shape)].append(i)
+    for each, members in waiting.items():
+        layers = free[each]
+        if len(members) > len(layers):
+            i = members[len(layers)]
+            raise _no_layer(names[i], params[i], known)
+        if len(members) < len(layers):
+            raise L3RSError(
+                f"parameter {_called(names[members[0]], params[members[0]])} could be any of {_abridged(layers)}; "
+                f"pass all of the model's parameters, or named ones and rename={{name: layer}}"
+            )
+        for i, path in zip(members, layers, strict=True):
+            paths[i] = path
+
+
+def _no_layer(name: str | None, param: Tensor, known: Mapping[str, Layer]) -> L3RSError:
+    return L3RSError(
+        f"parameter {_called(name, param)} is no layer that this optimizer was meta-trained on; {_choice(known)}, "
+        f"and rename={{name: layer}} says which it is"
+    )
+
+
+def _choice(known: Mapping[str, Layer]) -> str:
+    layers = [f"{layer.path} {layer.shape}" for layer in known.values()]
+    return f"the layers to choose from are {_abridged(layers)}" if layers else "no layer is left"
+
+
+def _called(name: str | None, param: Tensor) -> str:
+    return f"{repr(name) + ' ' if name is not None else ''}{tuple(param.shape)}"
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """The paths that a torch name may have in JAX; wrappers (DDP, torch.compile) put words before it."""
+    path = re.sub(r"^((module|_orig_mod)\.)+", "", name).replace(".", "/")
+    yield path
+    if path.endswith("weight"):
+        for leaf in ("kernel", "scale", "embedding"):
+            yield path.removesuffix("weight") + leaf
+
+
+def _torch_order(layer: Layer) -> tuple[Any, ...]:
+    """The order in which torch lists parameters: `block/9` before `block/10`, weights before biases."""
+    module, _, leaf = layer.path.rpartition("/")
+    natural = [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", module)]
+    return natural, leaf == "bias", leaf
+
+
+# Passes over the parameters
+
+
+class _ActiveLayer(NamedTuple):
+    """A parameter that takes part in this step."""
+
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Any]
+    row: int  # in the layer table
+    lr: float | Tensor
+
+
+class _Bucket(NamedTuple):
+    """Pieces of layers that are worked on together."""
+
+    layers: list[int]  # of each piece, the layer it is of
+    arrays: list[list[Tensor]]  # params, grads, and each moment: a tensor a piece
+
+
+class _Inputs(NamedTuple):
+    """What directions are made from: pieces in float32, and gradients that are finite."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    moments: list[Moments]  # of each direction
+    steps: np.ndarray  # float32 [pieces], gradients seen, this one included
+
+
+def _buckets(layers: Sequence[tuple[Tensor, ...]], most: int) -> Iterator[_Bucket]:
+    """Buckets of at most `most` elements; each entry of `layers` is a param, its gradient and its moments."""
+    indices: list[int] = []
+    pieces: list[tuple[Tensor, ...]] = []
+    filled = 0
+    for i, arrays in enumerate(layers):
+        for piece in _pieces(arrays, most):
+            if pieces and filled + piece[0].numel() > most:
+                yield _Bucket(indices, [list(x) for x in zip(*pieces, strict=True)])
+                indices, pieces, filled = [], [], 0
+            indices.append(i)
+            pieces.append(piece)
+            filled += piece[0].numel()
+    yield _Bucket(indices, [list(x) for x in zip(*pieces, strict=True)])
+
+
+def _pieces(arrays: tuple[Tensor, ...], most: int) -> Iterator[tuple[Tensor, ...]]:
+    """A layer's arrays as flat views, in pieces; only a gradient of another layout is copied."""
+    param, grad, *moments = arrays
+    if not param.is_contiguous():  # e.g. channels_last
+        order = sorted(range(param.dim()), key=param.stride, reverse=True)
+        param, grad, *moments = (x.permute(order) for x in arrays)
+    if not all(x.is_contiguous() for x in (param, *moments)):  # a parameter with gaps is not flat in any order
+        return iter([arrays])
+    flat = (param.view(-1), grad.reshape(-1), *(moment.view(-1) for moment in moments))
+    if param.numel() <= most:
+        return iter([flat])
+    return zip(*(x.split(most) for x in flat), strict=True)
+
+
+def _norms(passes: Sequence[_Bucket]) -> Tensor:
+    """Norms of the gradients' pieces, then of the parameters', float32 [2 · pieces]."""
+    pieces = [piece for kind in (1, 0) for bucket in passes for piece in bucket.arrays[kind]]
+    # The kernel widens while it reads, but does not narrow.
+    pieces = [piece.float() if piece.dtype == torch.float64 else piece for piece in pieces]
+    return torch.stack(torch._foreach_norm(pieces, 2, torch.float32))
+
+
+def _products(directions: Sequence[Tensors]) -> list[Tensor]:
+    """⟨d_p, d_q⟩ for p ≤ q of each piece, in the order that `_gram` reads."""
+    flat = [[piece.reshape(-1) for piece in direction] for direction in directions]
+    n = len(flat)
+    pairs = [(p, q) for p in range(n) for q in range(p, n)]
+    return [torch.dot(flat[p][i], flat[q][i]) for i in range(len(flat[0])) for p, q in pairs]
+
+
+def _gram(products: np.ndarray, n: int) -> np.ndarray:
+    """float32 [L, P, P] from the products of its upper triangle, [L, P (P + 1) / 2]."""
+    rows, columns = np.triu_indices(n)
+    gram = np.empty((len(products), n, n), np.float32)
+    gram[:, rows, columns] = gram[:, columns, rows] = products
+    return gram
+
+
+def _per_layer(values: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Sums of the pieces' values, [pieces, K] to float32 [L, K]; they overflow where float32 does."""
+    sums = np.zeros((index[-1] + 1, values.shape[1]))
+    np.add.at(sums, index, values)
+    return sums.astype(np.float32)
+
+
+def _host(x: Tensor) -> np.ndarray:
+    return x.cpu().numpy()
+
+
+def _mean_over_ranks(loss: Tensor) -> Tensor:
+    """The loss that all ranks see: different features would tear their parameters apart."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(loss)
+        loss = loss / distributed.get_world_size()
+    return loss
+
+
+# Base directions, as in `directions.py`: each points uphill
+
+
+class _BaseDirection:
+    """A base optimizer's direction d, on lists of float32 pieces.
+
+    It is computed twice, first in `advance` and then in `add`: cheaper than to store it. What reads the
+    new moments advances them in `advance`, what reads the old ones `after` everything.
+    """
+
+    moments: ClassVar[tuple[str, ...]] = ()
+    reads_params: ClassVar[bool] = False
+
+    def advance(self, moments: Moments, inputs: _Inputs) -> Tensors:
+        """Take the gradients into the moments; d."""
+        return self.read(moments, inputs)
+
+    def read(self, moments: Moments, inputs: _Inputs) -> Tensors:
+        """d, from moments that have been advanced."""
+        raise NotImplementedError
+
+    def add(self, targets: list[Tensor], factors: list[float], moments: Moments, inputs: _Inputs) -> None:
+        """Add factor · d to each target."""
+        for target, piece, factor in zip(targets, self.read(moments, inputs), factors, strict=True):
+            target.add_(piece, alpha=factor)
+
+    def after(self, moments: Moments, inputs: _Inputs) -> None:
+        """Take the gradients into moments that d must not have seen."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Adam(_BaseDirection):
+    """m̂ / (√(v̂ + eps_root) + eps) = √c₂/c₁ · m / (√(v + c₂ eps_root) + √c₂ eps), c: the bias corrections."""
+
+    b1: float
+    b2: float
+    eps: float
+    eps_root: float
+    moments = ("exp_avg", "exp_avg_sq")
+
+    def advance(self, moments: Moments, inputs: _Inputs) -> Tensors:
+        exp_avg, exp_avg_sq = moments
+        if self.eps_root == 0 and all(
+            x.is_contiguous() and x.device.type == "cpu" for x in (*inputs.grads, *exp_avg, *exp_avg_sq)
+        ):
+            return self._fused(exp_avg, exp_avg_sq, inputs)
+        torch._foreach_lerp_(exp_avg, inputs.grads, 1 - self.b1)
+        torch._foreach_mul_(exp_avg_sq, self.b2)
+        torch._foreach_addcmul_(exp_avg_sq, inputs.grads, inputs.grads, 1 - self.b2)
+        return self.read(moments, inputs)
+
+    def read(self, moments: Moments, inputs: _Inputs) -> Tensors:
+        pieces = torch._foreach_div(moments[0], self._root(moments[1], inputs.steps))
+        torch._foreach_mul_(pieces, self._scale(inputs.steps).tolist())
+        return pieces
+
+    def add(self, targets: list[Tensor], factors: list[float], moments: Moments, inputs: _Inputs) -> None:
+        scaled = (np.array(factors) * self._scale(inputs.steps)).tolist()
+        torch._foreach_addcdiv_(targets, moments[0], self._root(moments[1], inputs.steps), scaled)
+
+    def _fused(self, exp_avg: list[Tensor], exp_avg_sq: list[Tensor], inputs: _Inputs) -> Tensors:
+        """One kernel in place of seven: Adam with learning rate -1 makes d of zeros."""
+        pieces = [torch.zeros_like(x) for x in exp_avg]
+        torch._fused_adam_(
+            pieces,
+            inputs.grads,
+            exp_avg,
+            exp_avg_sq,
+            [],
+            list(torch.from_numpy(inputs.steps).unbind()),
+            lr=-1.0,
+            beta1=self.b1,
+            beta2=self.b2,
+            weight_decay=0.0,
+            eps=self.eps,
+            amsgrad=False,
+            maximize=False,
+        )
+        return pieces
+
+    def _scale(self, steps: np.ndarray) -> np.ndarray:
+        return np.sqrt(1 - self.b2 ** steps.astype(float)) / (1 - self.b1 ** steps.astype(float))
+
+    def _root(self, exp_avg_sq: list[Tensor], steps: np.ndarray) -> Tensors:
+        correction = 1 - self.b2 ** steps.astype(float)
+        if self.eps_root:
+            root = torch._foreach_add(exp_avg_sq, (correction * self.eps_root).tolist())
+            torch._foreach_sqrt_(root)
+        else:
+            root = torch._foreach_sqrt(exp_avg_sq)
+        torch._foreach_add_(root, (np.sqrt(correction) * self.eps).tolist())
+        return root
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sgd(_BaseDirection):
+    def read(self, moments: Moments, inputs: _Inputs) -> Tensors:
+        del moments
+        return inputs.grads
+
+
+@dataclasses.dataclass(frozen=True)
+class _Momentum(_BaseDirection):
+    decay: float
+    nesterov: bool
+    moments = ("trace",)
+
+    def advance(self, moments: Moments, inputs: _Inputs) -> Tensors:
+        torch._foreach_mul_(moments[0], self.decay)
+        torch._foreach_add_(moments[0], inputs.grads)
+        return self.read(moments, inputs)
+
+    def read(self, moments: Moments, inputs: _Inputs) -> Tensors:
+        return torch._foreach_add(inputs.grads, moments[0], alpha=self.decay) if self.nesterov else moments[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Lion(_BaseDirection):
+    b1: float
+    b2: float
+    moments = ("exp_avg",)
+
+    def read(self, moments: Moments, inputs: _Inputs) -> Tensors:
+        interpolated = torch._foreach_mul(moments[0], self.b1)
+        torch._foreach_add_(interpolated, inputs.grads, alpha=1 - self.b1)
+        torch._foreach_sign_(interpolated)
+        return interpolated
+
+    def after(self, moments: Moments, inputs: _Inputs) -> None:
+        torch._foreach_lerp_(moments[0], inputs.grads, 1 - self.b2)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rmsprop(_BaseDirection):
+    decay: float
+    eps: float
+    moments = ("square_avg",)
+
+    def advance(self, moments: Moments, inputs: _Inputs) -> Tensors:
+        torch._foreach_mul_(moments[0], self.decay)
+        torch._foreach_addcmul_(moments[0], inputs.grads, inputs.grads, 1 - self.decay)
+        return self.read(moments, inputs)
+
+    def read(self, moments: Moments, inputs: _Inputs) -> Tensors:
+        scale = torch._foreach_add(moments[0], self.eps)
+        torch._foreach_rsqrt_(scale)
+        torch._foreach_mul_(scale, inputs.grads)
+        return scale
+
+
+@dataclasses.dataclass(frozen=True)
+class _WeightDecay(_BaseDirection):
+    reads_params = True
+
+    def read(self, moments: Moments, inputs: _Inputs) -> Tensors:
+        del moments
+        return inputs.params
+
+
+_DIRECTIONS: dict[str, Callable[..., _BaseDirection]] = {
+    "adam": _Adam,
+    "sgd": _Sgd,
+    "momentum": _Momentum,
+    "lion": _Lion,
+    "rmsprop": _Rmsprop,
+    "weight_decay": _WeightDecay,
+}
+
+
+def _direction(direction: Direction) -> _BaseDirection:
+    make_direction(direction)  # the name and the options are right
+    if direction.name not in _DIRECTIONS:
+        raise L3RSError(f"direction {direction.name!r} is not there in PyTorch; {', '.join(_DIRECTIONS)} are")
+    options = inspect.signature(DIRECTIONS[direction.name]).bind(**dict(direction.options))
+    options.apply_defaults()
+    return _DIRECTIONS[direction.name](**options.arguments)
+
+
+# Features and network, as in `features.py` and `network.py`, in float32
+
+
+def _safe_log(x: np.ndarray) -> np.ndarray:
+    tiny, huge = np.exp(-features.LOG_LIMIT).astype(np.float32), np.exp(features.LOG_LIMIT).astype(np.float32)
+    return np.log(np.clip(np.where(np.isnan(x), np.float32(0), x), tiny, huge))
+
+
+def _time_features(step: int, total_steps: int, absolute: bool) -> np.ndarray:
+    t = np.float32(step)
+    time = np.tanh(10 * (t / np.float32(total_steps) - np.array(features.FRACTION_CENTERS, np.float32)))
+    if not absolute:
+        return time
+    return np.concatenate([time, np.tanh(t / np.array(features.ABSOLUTE_SCALES, np.float32) - 1)])
+
+
+def _loss_features(shared: Mapping[str, Any], decays: np.ndarray) -> np.ndarray:
+    ema = np.array(shared["loss_ema"], np.float32)
+    if not shared["losses"]:
+        return np.zeros(2 * len(ema), np.float32)
+    log_ema = _safe_log(ema / np.maximum(1 - decays ** np.float32(shared["losses"]), np.float32(1e-8)))
+    log_first = _safe_log(np.array(shared["first_loss"], np.float32))
+    ratios = np.concatenate([log_ema[:-1] - log_ema[1:], log_ema - log_first])
+    limit = features.RATIO_LIMIT
+    return np.concatenate([log_ema[:1] / features.LOG_SCALE, np.clip(ratios, -limit, limit)])
+
+
+def _norm_features(log_norms: np.ndarray, ema: np.ndarray, steps: np.ndarray, decays: np.ndarray) -> np.ndarray:
+    fast, slow = ema / np.maximum(1 - decays ** steps[:, None], np.float32(1e-8))
+    limit = features.RATIO_LIMIT
+    return np.concatenate([log_norms / features.LOG_SCALE, np.clip(fast - slow, -limit, limit)], axis=1)
+
+
+def _network(
+    theta: Mapping[str, Any], spec: Spec, shared: np.ndarray, per_layer: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """μ [L, P] and log of λ over its base [L]."""
+    x = np.concatenate([np.broadcast_to(shared, (len(per_layer), len(shared))), per_layer], axis=1)
+    for i in range(len(spec.hidden) + 1):
+        dense = theta[f"dense_{i}"]
+        x = x @ dense["kernel"] + dense["bias"]
+        if i < len(spec.hidden):
+            x = np.tanh(x)
+    logits = x[:, :-1] + np.where(np.arange(len(spec.directions)) == 0, spec.mix_bias, -spec.mix_bias).astype(x.dtype)
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+    limit = network._STEP_LOG_LIMIT
+    return odds / odds.sum(axis=1, keepdims=True), np.clip(spec.step_gain * x[:, -1], -limit, limit)
+
+
+def _coefficients(mix: np.ndarray, step_norm: np.ndarray, gram: np.ndarray, norm: np.ndarray) -> np.ndarray:
+    """λ μ_p / (‖d_p‖ ‖Σ_q μ_q unit(d_q)‖), [L, P]; 0 for a direction of norm 0, which has no unit vector."""
+    inverse = np.divide(1, norm, out=np.zeros_like(norm), where=norm > 0)
+    cosine = gram * inverse[:, :, None] * inverse[:, None, :]
+    mixed_norm = np.sqrt(np.maximum(np.einsum("lp,lpq,lq->l", mix, cosine, mix), 0))
+    return mix * inverse * (step_norm / np.maximum(mixed_norm, np.float32(_MIN_MIX_NORM)))[:, None]
