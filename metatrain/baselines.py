@@ -98,8 +98,8 @@ def deployed_params(state: optax.OptState, params: Any) -> Any:
     return params
 
 
-def chosen_baselines(names: Sequence[str], schedules: Sequence[str]) -> list[tuple[str, str]]:
-    """(baseline, schedule) pairs to compare with; "all" stands for every baseline.
+def chosen_baselines(names: Sequence[str], schedules: Sequence[str]) -> dict[str, list[str]]:
+    """{baseline: its schedules} to compare with; "all" stands for every baseline.
 
     Raises:
       UserError: a name that does not exist.
@@ -108,4 +108,4 @@ def chosen_baselines(names: Sequence[str], schedules: Sequence[str]) -> list[tup
     for kind, given, known in (("baseline", wanted, list(BASELINES)), ("schedule", schedules, SCHEDULES)):
         if unknown := [name for name in given if name not in known]:
             raise UserError(f"no {kind} {', '.join(unknown)}; allowed are {', '.join(known)}")
-    return [(name, schedule) for name in wanted for schedule in schedules if schedule in BASELINES[name].schedules]
+    return {name: [schedule for schedule in schedules if schedule in BASELINES[name].schedules] for name in wanted}

@@ -125,11 +125,10 @@ class Worker:
 
 @dataclasses.dataclass(eq=False)
 class _Member:
-    """A worker as the driver sees it."""
+    """A worker as the driver sees it; in `RayEvaluator._members` once it is set up."""
 
     actor: Any
     chunk: int
-    ready: bool = False
     calls: dict[Any, tuple[int, int]] = dataclasses.field(default_factory=dict)  # ref -> (round, shard)
     since: float = 0.0  # when it was last given work, or answered
     answered: int = 0
@@ -201,14 +200,13 @@ class RayEvaluator:
         while not shards.finished:
             self._recruit()
             now = time.monotonic()
-            ready = [member for member in self._members if member.ready]
-            for member in ready:
-                self._hand_out(member, shards, shared, len(ready), now)
-            if waiting and self._begun and not ready and not told:
+            for member in self._members:
+                self._hand_out(member, shards, shared, len(self._members), now)
+            if waiting and self._begun and not self._members and not told:
                 told = True
                 waiting("no worker is left: waiting for the cluster")
             refs = [*self._starting, *(ref for member in self._members for ref in member.calls)]
-            idle = any(member.ready and not member.calls for member in self._members)
+            idle = any(not member.calls for member in self._members)
             for ref in self._wait(refs, _WATCH_SECONDS if idle else _POLL_SECONDS):
                 self._receive(ref, shards, fitness)
             self._replace_hung(shards)
@@ -220,7 +218,7 @@ class RayEvaluator:
 
     def _group(self, horizon: int) -> list[np.ndarray]:
         """Chunks put together to shards. A worker calls chunk by chunk, so the values do not depend on it."""
-        workers = max(sum(member.ready for member in self._members), 1)
+        workers = max(len(self._members), 1)
         enough = math.ceil(len(self._chunks) / (_SHARDS_A_WORKER * workers))
         wanted = math.ceil(_SHARD_SECONDS / (self._pace * horizon)) if self._pace else 1
         size = min(wanted, enough)
@@ -229,7 +227,7 @@ class RayEvaluator:
     def report(self) -> dict[str, Any]:
         """Workers now; since the start: workers lost, shards started twice, members evaluated again
         because their worker was lost, answers that came too late, answers that could not be used."""
-        return {"workers": sum(member.ready for member in self._members), **self._counts}
+        return {"workers": len(self._members), **self._counts}
 
     def close(self) -> None:
         for member in [*self._members, *self._starting.values()]:
@@ -375,7 +373,7 @@ class RayEvaluator:
             self._start(member)
             return
         self._stillborn = 0
-        member.ready = self._begun = True
+        self._begun = True
         self._members.append(member)
 
     def _failed(self, member: _Member, shards: Shards, current: bool, shard: int, error: Any) -> None:

@@ -155,9 +155,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except UserError:
         raise
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {_one_line(error)}") from None
+        raise UserError(f"{path}: {one_line(error)}") from None
     except Exception as error:  # PyYAML's errors have no common base that is not Exception
-        raise UserError(f"{path} cannot be read as YAML: {_one_line(error)}") from None
+        raise UserError(f"{path} cannot be read as YAML: {one_line(error)}") from None
     assert isinstance(data, dict)
     return check_config(data, str(path))
 
@@ -195,5 +195,6 @@ def _sentence(error: Any) -> str:
     return f"{key or 'config'}: {message[0].lower() + message[1:]}{shown}"
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
+    """An error's whole message, without line breaks."""
     return " ".join(str(error).split())

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from metatrain.config import ExecutionConfig, UserError
+from metatrain.config import ExecutionConfig, UserError, one_line
 
 _PROBE_SECONDS = 10.0
 
@@ -41,7 +41,7 @@ def connect(execution: ExecutionConfig) -> bool:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             problem = None
         except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
-            problem = _one_line(error)
+            problem = one_line(error)[:400]
         said = captured()
     if problem and "InvalidAuthToken" in said + problem:
         raise UserError(f"the cluster at {address} refuses the Ray token, or the lack of one")
@@ -142,10 +142,6 @@ def probe(host: str, port: int) -> None:
             pass
     except OSError as error:
         raise UserError(f"nobody answers at {host}:{port} ({error.strerror or error}); is the cluster up?") from None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400]
 
 
 def first_line(error: BaseException) -> str:

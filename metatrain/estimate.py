@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,10 +12,12 @@ import numpy as np
 from rich.table import Table
 
 from metatrain.config import Config, UserError
+from metatrain.plan import time_steps
 from metatrain.population import candidate_losses, cut
 from metatrain.trainer import Setup
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128)
+_STEPS, _ROUNDS = 10, 3  # of the measurement
 _ANSWER_BYTES = 200  # of an answer beside its scalars, pickled
 
 
@@ -75,24 +76,16 @@ def estimate(config: Config) -> Estimate:
     spec = setup.generation(0)
     shard = cut(population, members)[0]
     call = candidate_losses(setup.task, setup.spec, setup.strategy, plan)
-    arguments = jax.device_put((state, spec.key, spec.sample), jax.local_devices()[0])
-    data = jax.device_put(setup.task.data, jax.local_devices()[0])
-
-    def seconds(steps: int) -> float:
-        began = time.perf_counter()
-        np.asarray(call(*arguments, np.int32(steps), data, jax.device_put(shard, jax.local_devices()[0])))
-        return time.perf_counter() - began
-
-    seconds(1)  # compiles
-    few, many = (min(seconds(steps) for _ in range(3)) for steps in (1, 11))
-    a_step = max((many - few) / 10 / members, 1e-9)
+    placed = jax.device_put((state, spec.key, spec.sample, setup.task.data, shard), jax.local_devices()[0])
+    *arguments, data, shard = placed
+    a_step, a_call = time_steps(lambda steps: call(*arguments, np.int32(steps), data, shard), _STEPS, _ROUNDS)
     host: Any = jax.tree.leaves(jax.tree.map(np.asarray, (state, spec.key, spec.sample)))
     return Estimate(
         horizons=horizons,
         population=population,
         members_per_shard=members,
-        seconds_a_step=a_step,
-        seconds_a_call=max(few - members * a_step, 0.0),
+        seconds_a_step=max(a_step / members, 1e-9),
+        seconds_a_call=max(a_call, 0.0),
         state_bytes=sum(leaf.nbytes for leaf in host),
         shard_bytes=_ANSWER_BYTES + 4 * 2 * members,
     )

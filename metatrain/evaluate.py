@@ -164,7 +164,7 @@ def evaluate(
         raise UserError(
             f"horizons {list(horizons)}, seeds {seeds}, tuning seeds {tuning_seeds}: all ≥ 1, tuning ≤ seeds"
         )
-    pairs = chosen_baselines(baselines, schedules)
+    rivals = chosen_baselines(baselines, schedules)
     theta, spec, _ = l3rs.restore(optimizer)
     records: list[Record] = []
     tuning: dict[str, Any] = {}
@@ -182,10 +182,7 @@ def evaluate(
             say=say,
         )
         jobs = [functools.partial(_run_l3rs, spec, theta, comparison)]
-        jobs += [
-            functools.partial(_tune, name, [schedule for other, schedule in pairs if other == name], comparison)
-            for name in dict.fromkeys(name for name, _ in pairs)
-        ]
+        jobs += [functools.partial(_tune, name, theirs, comparison) for name, theirs in rivals.items()]
         parts = _on_devices(jobs)
         records += [record for part in parts for record in part.records]
         tuning[comparison.setting] = {name: grid for part in parts for name, grid in part.tuning.items()}

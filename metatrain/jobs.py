@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from metatrain.config import Config, UserError, dump_config
+from metatrain.config import Config, UserError, dump_config, load_config
 from metatrain.connection import first_line, is_loopback, probe, require_token, split_address
 
 CLIENT = "L3RS_CLIENT"  # environment: the versions of who submitted, as JSON
@@ -178,8 +178,6 @@ def _progress(last: dict[str, Any], seconds: list[float], job: Job) -> str:
     saved = Path(job.folder) / "config.yaml"
     total = None
     if saved.is_file():
-        from metatrain.config import load_config
-
         total = load_config(saved).outer.steps
     left = "" if total is None else f", about {sum(seconds) / len(seconds) * (total - done):,.0f} s left"
     loss = "not finite" if last["meta_loss_mean"] is None else f"{last['meta_loss_mean']:.4f}"

@@ -25,6 +25,7 @@ _SHARE = 0.8  # of a device's memory; the rest is fragmentation and what others 
 
 _MEMBERS = 2  # enough for `vmap` to show what it makes of convolutions
 _STEPS = 4
+_ROUNDS = 2
 
 
 def device_memory(device: jax.Device) -> int | None:
@@ -49,8 +50,8 @@ def choose_plan(task: Task, spec: l3rs.Spec) -> Plan:
     members = jax.tree.map(lambda x: np.stack([x] * _MEMBERS), theta)
     fused = jax.jit(jax.vmap(fused_rollout(task, learned(spec), ("inner_valid",)), (0, None, None, None)))
     seconds = {
-        "stepwise": _seconds_a_step(lambda steps: stepwise(theta, data, chosen, jnp.int32(steps))),
-        "fused": _seconds_a_step(lambda steps: fused(members, data, chosen, jnp.int32(steps))) / _MEMBERS,
+        "stepwise": time_steps(lambda n: stepwise(theta, data, chosen, jnp.int32(n)), _STEPS, _ROUNDS)[0],
+        "fused": time_steps(lambda n: fused(members, data, chosen, jnp.int32(n)), _STEPS, _ROUNDS)[0] / _MEMBERS,
     }
     _log.info("ms a candidate-step: %s", {plan: round(1e3 * s, 2) for plan, s in seconds.items()})
     return "stepwise" if seconds["stepwise"] < seconds["fused"] else "fused"
@@ -101,14 +102,19 @@ def _scratch(task: Task, spec: l3rs.Spec, strategy: Strategy, members: int) -> i
     return int(compiled.memory_analysis().temp_size_in_bytes)
 
 
-def _seconds_a_step(run: Callable[[int], object]) -> float:
-    def seconds(steps: int) -> float:
+def time_steps(run: Callable[[int], object], steps: int, rounds: int) -> tuple[float, float]:
+    """(seconds of a step, seconds of a call beside its steps): the best of `rounds` calls of 1 step
+    against the best of as many with `steps` more."""
+
+    def seconds(count: int) -> float:
         began = time.perf_counter()
-        jax.block_until_ready(run(steps))
+        jax.block_until_ready(run(count))
         return time.perf_counter() - began
 
     seconds(1)  # compiles
-    return (min(seconds(_STEPS + 1) for _ in range(2)) - min(seconds(1) for _ in range(2))) / _STEPS
+    many, one = (min(seconds(count) for _ in range(rounds)) for count in (steps + 1, 1))
+    a_step = (many - one) / steps
+    return a_step, one - a_step
 
 
 def _has_convolutions(task: Task) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import signal
 import socket
@@ -13,6 +14,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import psutil
 
 _RAY = Path(sys.executable).with_name("ray")
 _START_SECONDS = 120
@@ -89,3 +92,15 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+def worker_processes() -> list[psutil.Process]:
+    """The processes of `metatrain.cluster.Worker` and its subclasses on this machine; Ray names them so."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if re.match(r"ray::\w*Worker\b", " ".join(process.cmdline())):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
+            continue
+    return found

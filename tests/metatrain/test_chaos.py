@@ -12,13 +12,12 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from metatrain.config import dump_config
 from metatrain.trainer import run
 from tests.metatrain.common import assert_same_theta, metrics, small_config
-from tests.metatrain.nodes import Nodes, ray_nodes
+from tests.metatrain.nodes import Nodes, ray_nodes, worker_processes
 from tests.metatrain.test_trainer import being_saved, count_lines
 
 ROOT = Path(__file__).parents[2]
@@ -31,17 +30,6 @@ def _driver(nodes: Nodes, config: Path, folder: Path, log: Path) -> subprocess.P
     environment = {**nodes.env, "PYTHONPATH": str(ROOT)}
     with log.open("ab") as out:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
-
-
-def _workers() -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::Worker"):
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
-            continue
-    return found
 
 
 @pytest.mark.slow
@@ -62,7 +50,7 @@ def test_a_run_survives_everything(tmp_path: Path) -> None:
 
         def murder() -> None:
             while not over.wait(4.0):
-                if victims := _workers():
+                if victims := worker_processes():
                     os.kill(rng.choice(victims).pid, signal.SIGKILL)
                     deaths["workers"] += 1
 

@@ -24,6 +24,7 @@ from metatrain.strategy import make_strategy
 from metatrain.trainer import run
 from tasks import make_task
 from tests.metatrain.common import REGRESSION, assert_same_theta, metrics, small_config
+from tests.metatrain.nodes import worker_processes
 from tests.metatrain.test_population import generation
 
 _OUTER = {"steps": 10, "population": 16}
@@ -63,17 +64,6 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quiet") / "run"
     run(small_config(outer=_OUTER, execution={"members_per_call": 2, "plan": "fused"}), folder)
     return folder
-
-
-def _actors() -> list[psutil.Process]:
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if "ray::Worker" in " ".join(process.cmdline()):
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue
-    return found
 
 
 @pytest.mark.usefixtures("cluster")
@@ -155,7 +145,7 @@ def test_a_stopped_worker_is_overtaken_and_a_killed_one_replaced() -> None:
     try:
         expected = {n: local.evaluate(state, generation(n)) for n in range(4)}
         np.testing.assert_array_equal(remote.evaluate(state, generation(0)), expected[0])
-        stopped = _actors()[0]
+        stopped = worker_processes()[0]
         stopped.suspend()
         began = time.monotonic()
         np.testing.assert_array_equal(remote.evaluate(state, generation(1)), expected[1])
@@ -163,7 +153,7 @@ def test_a_stopped_worker_is_overtaken_and_a_killed_one_replaced() -> None:
         assert remote.report()["duplicated"] >= 1
         np.testing.assert_array_equal(remote.evaluate(state, generation(2)), expected[2])
         stopped.resume()
-        killed = next(process for process in _actors() if process.pid != stopped.pid)
+        killed = next(process for process in worker_processes() if process.pid != stopped.pid)
         threading.Timer(0.3, lambda: os.kill(killed.pid, signal.SIGKILL)).start()
         np.testing.assert_array_equal(remote.evaluate(state, generation(3)), expected[3])
         assert remote.report()["lost"] == 1
@@ -182,7 +172,7 @@ def test_a_worker_that_hangs_for_ever_is_replaced(monkeypatch: pytest.MonkeyPatc
     remote, local, state = evaluator(ray_config(1), said.append)
     try:
         remote.evaluate(state, generation(0))
-        [only] = _actors()
+        [only] = worker_processes()
         only.suspend()
         np.testing.assert_array_equal(remote.evaluate(state, generation(1)), local.evaluate(state, generation(1)))
         assert any("no answer for" in sentence for sentence in said)
@@ -206,8 +196,9 @@ def test_every_worker_does_its_share() -> None:
         assert min(answered) >= 2, "one worker did it all"
         # Calls of 2 candidates, 50 ms each, are put together to shards of .25 s, as long as there are 4 a worker.
         assert [len(shard) for shard in remote._group(horizon=5)] == [2] * 8
-        remote._members[0].ready = False
+        other = remote._members.pop()
         assert [len(shard) for shard in remote._group(horizon=5)] == [4] * 4
+        remote._members.append(other)
     finally:
         remote.close()
         local.close()

@@ -155,7 +155,14 @@ def test_nobody_answers_is_one_sentence(tmp_path: Path) -> None:
     port = free_port()
     for words in (
         ["list", "--address", f"http://127.0.0.1:{port}"],
-        ["run", str(config), "execution.backend=ray", f"execution.address=127.0.0.1:{port}"],
+        [
+            "run",
+            str(config),
+            "execution.backend=ray",
+            f"execution.address=127.0.0.1:{port}",
+            "--out",
+            str(tmp_path / "run"),
+        ],
     ):
         done = subprocess.run(
             [sys.executable, "-m", "metatrain.cli", *words], capture_output=True, text=True, check=False, cwd=ROOT
