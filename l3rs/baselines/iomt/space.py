@@ -1,0 +1,174 @@
+"""The optimizers to choose from, and all of them as one transformation that switches without recompiling."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from l3rs.spec import L3RSError
+
+Moments = Literal["keep", "reset"]
+
+
+class Optimizer(NamedTuple):
+    """An optimizer and the values that its hyper-parameters may take."""
+
+    make: Callable[..., Any]  # hyper-parameters, by keyword and traced -> optax transformation
+    hyperparameters: Mapping[str, Sequence[float]]  # e.g. {"learning_rate": (0.1, 0.01), "b1": (0.9, 0.5)}
+
+
+Space = Mapping[str, Optimizer]
+
+
+class Choice(NamedTuple):
+    """What trains one stage."""
+
+    optimizer: str
+    hyperparameters: dict[str, float]
+
+
+_RATES = {"learning_rate": (0.1, 0.01, 0.001)}
+
+# The paper's space, with PyTorch's defaults as it has them.
+SPACE: Space = {
+    "sgd": Optimizer(optax.sgd, _RATES),
+    "sgdm": Optimizer(functools.partial(optax.sgd, momentum=0.9), _RATES),
+    "adagrad": Optimizer(functools.partial(optax.adagrad, initial_accumulator_value=0.0, eps=1e-10), _RATES),
+    "rmsprop": Optimizer(functools.partial(optax.rmsprop, decay=0.99, eps_in_sqrt=False), _RATES),
+    "adam": Optimizer(optax.adam, _RATES),
+}
+
+
+def choices(space: Space) -> list[list[Choice]]:
+    """For each optimizer, every combination of its hyper-parameters.
+
+    Raises:
+      L3RSError: no optimizer, no value, or one that is not a finite number.
+    """
+    if not space:
+        raise L3RSError("the space has no optimizer")
+    for name, optimizer in space.items():
+        for key, values in optimizer.hyperparameters.items():
+            if not len(values) or not np.all(np.isfinite(np.asarray(values, np.float64))):
+                raise L3RSError(f"{key} of {name} is {values}; it must be one or more finite numbers")
+    return [
+        [
+            Choice(name, dict(zip(optimizer.hyperparameters, map(float, values), strict=True)))
+            for values in itertools.product(*optimizer.hyperparameters.values())
+        ]
+        for name, optimizer in space.items()
+    ]
+
+
+def encode(space: Space, choice: Choice) -> dict[str, np.ndarray]:
+    """A choice as what the update of `interleave` takes by keyword.
+
+    Returns:
+      optimizer: int32 [], its place in the space. hyperparameters: float [k], its values in order,
+      padded with zeros to the k of the optimizer that has most.
+
+    Raises:
+      L3RSError: the space has no such optimizer, or that one has other hyper-parameters.
+    """
+    optimizer = space.get(choice.optimizer)
+    if optimizer is None or list(optimizer.hyperparameters) != list(choice.hyperparameters):
+        raise L3RSError(f"{choice} is not a choice of a space of {', '.join(space)}")
+    values = np.zeros(_width(space), jnp.result_type(float))
+    values[: len(choice.hyperparameters)] = list(choice.hyperparameters.values())
+    return {"optimizer": np.asarray(list(space).index(choice.optimizer), np.int32), "hyperparameters": values}
+
+
+def _width(space: Space) -> int:
+    return max(len(optimizer.hyperparameters) for optimizer in space.values())
+
+
+class InterleavedState(NamedTuple):
+    """State of `interleave`: as large as those of all its optimizers together."""
+
+    last: jax.Array  # int32 [], the optimizer of the last step; before the first -1
+    states: tuple[Any, ...]  # of each optimizer, in the order of the space
+
+
+def interleave(space: Space, moments: Moments = "keep") -> optax.GradientTransformationExtraArgs:
+    """All optimizers of a space as one transformation, which is told at each update which one it is.
+
+    The choice is traced, so that nothing is compiled again when it changes.
+
+    Args:
+      space: the optimizers by name; states must not change in form with hyper-parameters.
+      moments: what an optimizer finds when it takes over from another one, which the source leaves
+        open: "keep", the state that it left behind, step count included; "reset", a new one.
+
+    Returns:
+      A transformation; update(grads, state, params, *, optimizer, hyperparameters, **more), where
+      the two are those of `encode`, and `more`, e.g. value=loss, goes to the optimizers that read it.
+      Updates have the dtypes of the params.
+
+    Raises:
+      L3RSError: a bad space, or moments that are neither.
+
+    Example:
+      >>> import jax
+      >>> from l3rs.baselines import iomt
+      >>> tx = iomt.interleave(iomt.SPACE)
+      >>> params = jax.numpy.ones(3)
+      >>> state = tx.init(params)
+      >>> choice = iomt.encode(iomt.SPACE, iomt.Choice("adam", {"learning_rate": 0.01}))
+      >>> updates, state = tx.update(params, state, params, **choice)
+      >>> int(state.last)
+      4
+    """
+    if moments not in get_args(Moments):
+        raise L3RSError(f"moments is {moments!r}; allowed are {', '.join(get_args(Moments))}")
+    firsts = [of_one[0] for of_one in choices(space)]
+
+    def made(i: int, values: Sequence[Any]) -> optax.GradientTransformationExtraArgs:
+        optimizer = list(space.values())[i]
+        return optax.with_extra_args_support(
+            optimizer.make(**dict(zip(optimizer.hyperparameters, values, strict=False)))
+        )
+
+    def fresh(i: int, params: optax.Params) -> Any:
+        return jax.tree.map(_strong, made(i, list(firsts[i].hyperparameters.values())).init(params))
+
+    def init_fn(params: optax.Params) -> InterleavedState:
+        return InterleavedState(jnp.full([], -1, jnp.int32), tuple(fresh(i, params) for i in range(len(space))))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: InterleavedState,
+        params: optax.Params,
+        *,
+        optimizer: jax.Array,
+        hyperparameters: jax.Array,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, InterleavedState]:
+        def branch(i: int) -> Callable[[], tuple[optax.Updates, tuple[Any, ...]]]:
+            def run() -> tuple[optax.Updates, tuple[Any, ...]]:
+                old = state.states[i]
+                if moments == "reset":
+                    taken_over = state.last != optimizer
+                    old = jax.tree.map(lambda new, kept: jnp.where(taken_over, new, kept), fresh(i, params), old)
+                moved, new = made(i, list(hyperparameters)).update(updates, old, params, **extra_args)
+                new = jax.tree.map(lambda x, like: _strong(x, like.dtype), new, old)
+                moved = jax.tree.map(lambda u, p: _strong(u, jnp.result_type(p)), moved, params)
+                return moved, (*state.states[:i], new, *state.states[i + 1 :])
+
+            return run
+
+        moved, states = jax.lax.switch(optimizer, [branch(i) for i in range(len(space))])
+        return moved, InterleavedState(jnp.asarray(optimizer, jnp.int32), states)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _strong(x: Any, dtype: Any = None) -> jax.Array:
+    """An array without a weak type: what a loop carries must not change its type."""
+    return jnp.asarray(x, jnp.result_type(x) if dtype is None else dtype)
