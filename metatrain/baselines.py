@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,20 +16,34 @@ import optax
 import optax.contrib
 
 from l3rs.baselines import BASELINES as OWN
-from metatrain.config import UserError
+from l3rs.baselines import iomt
+from metatrain.config import UserError, one_line
 
 SCHEDULES = ("constant", "cosine", "warmup_cosine")
-DEFAULT_SCHEDULES = ("constant", "cosine")
-DEFAULT = ("adam", "sgdm")
 _WARMUP = 0.1  # of the horizon
 
 
 class Baseline(NamedTuple):
     """A family of optimizers with one learning rate to tune."""
 
-    make: Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
+    make: Callable[..., optax.GradientTransformation]  # of a learning rate or schedule
     learning_rate: float  # where the search begins
     schedules: Sequence[str] = SCHEDULES  # that make sense with it
+    knows_horizon: bool = False  # `make` wants `total_steps`, too
+    tuned: bool = True  # else its learning rate is the one that was given
+
+
+def _learning(own: Callable[..., optax.GradientTransformation]) -> Callable[..., optax.GradientTransformation]:
+    """MADA and HyperAdam learn from step 50 on, so that in fewer steps they would be plain Adam. Here it is from
+    a tenth of the horizon on where that is earlier, but not before the second step; `start_step` decides otherwise."""
+
+    @functools.wraps(own)
+    def make(
+        learning_rate: optax.ScalarOrSchedule, *, total_steps: int | jax.Array = 500, **options: Any
+    ) -> optax.GradientTransformation:
+        return own(learning_rate, **{"start_step": jnp.clip(jnp.asarray(total_steps) // 10, 2, 50), **options})
+
+    return make
 
 
 def _schedule_free(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -34,9 +53,9 @@ def _schedule_free(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTrans
 
 BASELINES = {
     "sgd": Baseline(optax.sgd, 2.0**-3),
-    "sgdm": Baseline(lambda rate: optax.sgd(rate, momentum=0.9), 2.0**-5),
+    "sgdm": Baseline(functools.partial(optax.sgd, momentum=0.9), 2.0**-5),
     "adam": Baseline(optax.adam, 2.0**-9),
-    "adamw": Baseline(lambda rate: optax.adamw(rate, weight_decay=1e-2), 2.0**-9),
+    "adamw": Baseline(functools.partial(optax.adamw, weight_decay=1e-2), 2.0**-9),
     "amsgrad": Baseline(optax.amsgrad, 2.0**-9),
     "adagrad": Baseline(optax.adagrad, 2.0**-6),
     "rmsprop": Baseline(optax.rmsprop, 2.0**-10),
@@ -46,14 +65,58 @@ BASELINES = {
     "schedule_free": Baseline(_schedule_free, 2.0**-8, ("constant",)),
     "prodigy": Baseline(optax.contrib.prodigy, 1.0),
     # The systems of l3rs.baselines. Those that schedule themselves, or rest on a constant rate, get no other schedule.
-    "mada": Baseline(OWN["mada"], 2.0**-9),
-    "hyper_adam": Baseline(OWN["hyper_adam"], 2.0**-9),
+    "mada": Baseline(_learning(OWN["mada"]), 2.0**-9, knows_horizon=True),
+    "hyper_adam": Baseline(_learning(OWN["hyper_adam"]), 2.0**-9, knows_horizon=True),
     "avgrad": Baseline(OWN["avgrad"], 2.0**-9),
     "padam": Baseline(OWN["padam"], 2.0**-4),
     "adabound": Baseline(OWN["adabound"], 2.0**-9),
     "amsbound": Baseline(OWN["amsbound"], 2.0**-9),
     "swats": Baseline(OWN["swats"], 2.0**-9, ("constant",)),
 }
+
+
+class Interleaved(NamedTuple):
+    """IOMT: a controller on the host chooses, every τ steps, which of five optimizers trains the next stage.
+
+    What is tuned is the middle of the three learning rates of its space, a factor 10 apart: the search
+    begins at the paper's .1, .01 and .001.
+    """
+
+    options: Mapping[str, Any]  # fields of `iomt.Options`
+    learning_rate: float = 1e-2
+    schedules: Sequence[str] = ("constant",)
+    tuned: bool = True
+
+    def at(self, horizon: int) -> iomt.Options:
+        """The options for so many steps, where they are not given: as the paper's from 1,250 steps on.
+
+        τ is 25, or a fiftieth of the horizon where that is less; the initial phase n_ini is 20 stages, or two
+        fifths of them where that is less.
+        """
+        options = iomt.Options(**{"stage_steps": min(25, max(1, horizon // 50)), **self.options})
+        initial = min(20, max(1, round(0.4 * math.ceil(horizon / options.stage_steps))))
+        return dataclasses.replace(options, **{"initial_stages": initial, **self.options})
+
+    def space(self, rate: float) -> iomt.Space:
+        """The optimizers, with learning rates around this one."""
+        rates = (10 * rate, rate, rate / 10)
+        return {name: optimizer._replace(hyperparameters={"learning_rate": rates}) for name, optimizer in _SPACE}
+
+
+_SPACE = tuple(iomt.SPACE.items())
+
+# The ablations of the paper's Tables 7 to 9. `transferability` is measured where it is not given.
+INTERLEAVED = {
+    "iomt": Interleaved({}),
+    "doit": Interleaved({"variant": "doit"}),
+    "iomt_random": Interleaved({"switch": "random"}),
+    "iomt_cyclical": Interleaved({"switch": "cyclical"}),
+    "iomt_no_transferability": Interleaved({"transferability": 0.0}),
+    "iomt_no_halving": Interleaved({"halving": None}),
+    "iomt_unweighted": Interleaved({"start": "uniform"}),
+}
+
+ALL = (*BASELINES, "iomt", "doit")  # what "all" stands for: the ablations go by name
 
 
 class Tuned(NamedTuple):
@@ -68,8 +131,10 @@ class Tuned(NamedTuple):
         return cls(jnp.asarray(rates, jnp.float32), jnp.full(len(rates), SCHEDULES.index(schedule), jnp.int32))
 
 
-def make_baseline(name: str, hyper: Tuned, horizon: int | jax.Array) -> optax.GradientTransformationExtraArgs:
-    """The optimizer `name` at one learning rate and schedule; `horizon` may be traced.
+def make_baseline(
+    baseline: str | Baseline, hyper: Tuned, horizon: int | jax.Array
+) -> optax.GradientTransformationExtraArgs:
+    """A baseline, or the one of that name, at one learning rate and schedule; `horizon` may be traced.
 
     constant: the rate itself. cosine: decays to zero over the horizon. warmup_cosine: rises linearly
     over the first tenth of it, at least one step, then decays to zero along a cosine.
@@ -85,7 +150,83 @@ def make_baseline(name: str, hyper: Tuned, horizon: int | jax.Array) -> optax.Gr
         factors = jnp.stack([jnp.float32(1), cosine(step / horizon), jnp.where(step < warmup, rising, falling)])
         return hyper.learning_rate * factors[hyper.schedule]
 
-    return optax.with_extra_args_support(BASELINES[name].make(schedule))
+    if isinstance(baseline, str):
+        baseline = _named(baseline)
+    more = {"total_steps": horizon} if baseline.knows_horizon else {}
+    return optax.with_extra_args_support(baseline.make(schedule, **more))
+
+
+class MissingBaselineError(UserError):
+    """A baseline of the user's whose package is not there."""
+
+
+def find_baseline(name: str, options: Mapping[str, Any] | None = None) -> Baseline | Interleaved:
+    """A baseline by name, or by `package.module:function` for a function of the user's own.
+
+    The function takes a learning rate or an optax schedule, and `total_steps` if it has such a
+    parameter; it returns an optax transformation. The search begins at its attribute `learning_rate`.
+
+    Args:
+      name: of `BASELINES` or `INTERLEAVED`, or a function's.
+      options: for the optimizer's constructor; for IOMT, fields of `l3rs.baselines.iomt.Options`. A
+        `learning_rate` is taken as it is, and not tuned.
+
+    Raises:
+      MissingBaselineError: its module cannot be imported.
+      UserError: no such name or function, or an option that it does not have or refuses.
+    """
+    found = INTERLEAVED[name] if name in INTERLEAVED else _named(name)
+    options = dict(options or {})
+    if "learning_rate" in options:
+        rate = options.pop("learning_rate")
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+            raise UserError(f"baseline {name}: learning_rate is {rate!r}; it must be one number > 0")
+        found = found._replace(learning_rate=float(rate), tuned=False)
+    if not options:
+        return found
+    known = _option_names(found)
+    if known is not None and (unknown := [option for option in options if option not in known]):
+        allowed = ", ".join(["learning_rate", *known])
+        raise UserError(f"baseline {name} has no option {', '.join(unknown)}; allowed are {allowed}")
+    try:
+        if isinstance(found, Interleaved):
+            found = found._replace(options={**found.options, **options})
+            found.at(1)
+            return found
+        bound = found._replace(make=functools.partial(found.make, **options))
+        params = {"w": jnp.zeros((2, 2))}
+        jax.eval_shape(lambda: make_baseline(bound, Tuned(jnp.float32(0.1), jnp.int32(0)), 10).init(params))
+    except (TypeError, ValueError) as error:  # L3RSError and optax's own
+        raise UserError(f"baseline {name}: {one_line(error)}") from None
+    return bound
+
+
+def _option_names(baseline: Baseline | Interleaved) -> list[str] | None:
+    """Of the options of its constructor; None where that takes any and says itself which it does not."""
+    if isinstance(baseline, Interleaved):
+        return [field.name for field in dataclasses.fields(iomt.Options)]
+    _, *parameters = inspect.signature(baseline.make).parameters.values()  # the first is the learning rate
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return [p.name for p in parameters if p.name != "total_steps"]
+
+
+def _named(name: str) -> Baseline:
+    """The baseline that a transformation of that name makes."""
+    if name in BASELINES:
+        return BASELINES[name]
+    module_name, _, attribute = name.partition(":")
+    if not attribute:
+        known = ", ".join((*BASELINES, *INTERLEAVED))
+        raise UserError(f"no baseline {name}; allowed are {known} and package.module:function")
+    try:
+        make = getattr(importlib.import_module(module_name), attribute)
+    except ImportError as error:
+        raise MissingBaselineError(f"baseline {name} is left out: {error}") from None
+    except AttributeError:
+        raise UserError(f"baseline {name}: {module_name} has no function {attribute!r}") from None
+    wants_horizon = "total_steps" in inspect.signature(make).parameters
+    return Baseline(make, getattr(make, "learning_rate", 2.0**-9), knows_horizon=wants_horizon)
 
 
 def deployed_params(state: optax.OptState, params: Any) -> Any:
@@ -98,14 +239,52 @@ def deployed_params(state: optax.OptState, params: Any) -> Any:
     return params
 
 
-def chosen_baselines(names: Sequence[str], schedules: Sequence[str]) -> dict[str, list[str]]:
-    """{baseline: its schedules} to compare with; "all" stands for every baseline.
+def chosen_baselines(
+    entries: Sequence[str | Mapping[str, Any]], schedules: Sequence[str]
+) -> tuple[dict[str, Baseline | Interleaved], list[str]]:
+    """({label: baseline, with those of the schedules that make sense with it}, [why one of them is left out]).
+
+    Args:
+      entries: names, or mappings of a name, options and a label: {name: mada, b1: 0.5, label: mada, poor β1}.
+        Without a label it is the name with the options: mada(b1=0.5). "all" stands for every baseline of
+        ours. They keep their order; an entry that comes again counts once.
+      schedules: of the learning rate.
 
     Raises:
-      UserError: a name that does not exist.
+      UserError: a name, option or schedule that does not exist, or two baselines with one label.
     """
-    wanted = list(BASELINES) if list(names) == ["all"] else list(names)
-    for kind, given, known in (("baseline", wanted, list(BASELINES)), ("schedule", schedules, SCHEDULES)):
-        if unknown := [name for name in given if name not in known]:
-            raise UserError(f"no {kind} {', '.join(unknown)}; allowed are {', '.join(known)}")
-    return {name: [schedule for schedule in schedules if schedule in BASELINES[name].schedules] for name in wanted}
+    if unknown := [schedule for schedule in schedules if schedule not in SCHEDULES]:
+        raise UserError(f"no schedule {', '.join(unknown)}; allowed are {', '.join(SCHEDULES)}")
+    parsed: dict[str, tuple[str, dict[str, Any]]] = {}
+    for entry in (own for given in entries for own in (ALL if given == "all" else [given])):
+        label, name, options = _parse(entry)
+        if parsed.setdefault(label, (name, options)) != (name, options):
+            raise UserError(f"two baselines are called {label!r}; give one of them another label")
+    chosen: dict[str, Baseline | Interleaved] = {}
+    missing = []
+    for label, (name, options) in parsed.items():
+        try:
+            found = find_baseline(name, options)
+        except MissingBaselineError as error:
+            missing.append(str(error))
+            continue
+        chosen[label] = found._replace(schedules=[s for s in schedules if s in found.schedules])
+        if not chosen[label].schedules:
+            missing.append(f"baseline {label} is left out: it goes with {', '.join(found.schedules)} only")
+            del chosen[label]
+    return chosen, missing
+
+
+def _parse(entry: str | Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
+    """(label, name, options)"""
+    if isinstance(entry, str):
+        return entry, entry, {}
+    options = {key: value for key, value in entry.items() if key not in ("name", "label")}
+    name = entry.get("name")
+    if not isinstance(name, str):
+        raise UserError(f"a baseline needs a name, found {dict(entry)}")
+    shown = ", ".join(f"{key}={value}" for key, value in options.items())
+    label = entry.get("label", f"{name}({shown})" if shown else name)
+    if not isinstance(label, str) or not label or "/" in label or label == "l3rs":
+        raise UserError(f"baseline {name}: label is {label!r}; it must be a text without /, and not l3rs")
+    return label, name, options

@@ -15,12 +15,11 @@ from rich.console import Console
 
 import l3rs
 from l3rs import L3RSError
-from metatrain import estimate, jobs, report, trainer
-from metatrain.baselines import DEFAULT, DEFAULT_SCHEDULES
+from metatrain import estimate, jobs, live, report, trainer
 from metatrain.config import UserError, load_config
 from metatrain.devices import use_cores
-from metatrain.evaluate import Results
 from metatrain.evaluate import evaluate as compare
+from metatrain.results import Results
 from tasks import TASKS, TaskError, make_task, prepare_task
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -56,6 +55,10 @@ def _whole_numbers(text: str, option: str, example: str) -> list[int]:
         raise UserError(f"{option} is {text!r}; write numbers separated by commas, e.g. {example}") from None
 
 
+def _names(text: str | None) -> list[str] | None:
+    return text.split(",") if text else None
+
+
 @app.command()
 def run(
     config: Annotated[Path, typer.Argument(help="a YAML file, e.g. configs/digits.yaml")],
@@ -87,40 +90,54 @@ def evaluate(
     optimizer: Annotated[Path, typer.Argument(help="a checkpoint folder")],
     config: Annotated[Path, typer.Argument(help="the configuration whose task is used")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. task.target=uci")] = None,
-    horizons: Annotated[str, typer.Option(help="numbers of steps, separated by commas")] = "10,30,100",
+    horizons: Annotated[str | None, typer.Option(help="numbers of steps, separated by commas")] = None,
     settings: Annotated[str | None, typer.Option(help="of evaluation.settings, e.g. A,B; all if not given")] = None,
-    seeds: Annotated[int, typer.Option(help="training runs of each optimizer and horizon")] = 6,
+    seeds: Annotated[int | None, typer.Option(help="training runs of each optimizer and horizon")] = None,
     tuning_seeds: Annotated[
         int | None, typer.Option(help="how many of them tune the baselines; all if not given")
     ] = None,
-    baselines: Annotated[str, typer.Option(help="names separated by commas, or all")] = ",".join(DEFAULT),
-    schedules: Annotated[str, typer.Option(help="of the learning rate")] = ",".join(DEFAULT_SCHEDULES),
+    baselines: Annotated[str | None, typer.Option(help="names separated by commas, or all")] = None,
+    schedules: Annotated[str | None, typer.Option(help="of the learning rate")] = None,
     out: Annotated[Path | None, typer.Option(help="where the results go")] = None,
 ) -> None:
-    """Compare an optimizer with tuned baselines, in each of the configuration's settings."""
-    steps = _whole_numbers(horizons, "--horizons", "10,30,100")
-    folder = out or Path("runs") / f"evaluation-{optimizer.name}"
+    """Compare an optimizer with tuned baselines, in each of the configuration's settings.
+
+    What is not given here is what the configuration's `evaluation` says.
+    """
+    folder = out or Path("runs") / f"evaluation-{Path(optimizer).name}"
     if (folder / "results.json").exists():
         raise UserError(f"{folder / 'results.json'} exists; choose another folder with --out")
-    chosen = settings.split(",") if settings else None
-    setup = load_config(config, overrides or ())
     results = compare(
         optimizer,
-        setup,
-        steps,
-        seeds,
-        tuning_seeds,
-        settings=chosen,
-        baselines=baselines.split(","),
-        schedules=schedules.split(","),
+        load_config(config, overrides or ()),
+        settings=_names(settings),
         say=_console.print,
+        horizons=_whole_numbers(horizons, "--horizons", "10,30,100") if horizons else None,
+        seeds=seeds,
+        tuning_seeds=tuning_seeds,
+        baselines=_names(baselines),
+        schedules=_names(schedules),
     )
     saved = results.save(folder)
-    for i, setting in enumerate(results.settings()):
+    for setting in results.settings():
         _console.print(report.table(results, setting))
-        _console.print(report.verdict(results, setting))
-        picture = report.figure(results, setting, folder / f"horizons{i or ''}.png")
-        _console.print(f"figure: {picture}\nresults: {saved}")
+    _console.print(report.verdict(results))
+    for note in results.notes:
+        _console.print(f"note: {note}")
+    _console.print(f"report: {report.write(results, folder)}\nresults: {saved}")
+
+
+@app.command("report")
+def report_(
+    folder: Annotated[Path, typer.Argument(help="an evaluation's folder with its results.json, or a run's folder")],
+) -> None:
+    """Write the page of an evaluation, or of a run, again."""
+    if (folder / "results.json").is_file():
+        _console.print(f"report: {report.write(Results.load(folder / 'results.json'), folder)}")
+    elif (folder / "config.yaml").is_file():
+        _console.print(f"report: {live.write(folder, going=False)}")
+    else:
+        raise UserError(f"{folder} is neither an evaluation, with a results.json, nor a run, with a config.yaml")
 
 
 @app.command()

@@ -60,7 +60,7 @@ class Answer(NamedTuple):
 class _Job:
     """What a worker needs to know, pickled once."""
 
-    task: dict[str, Any]  # a Task's fields, arrays replaced by their numbers
+    tasks: list[dict[str, Any]]  # each Task's fields, arrays replaced by their numbers
     arrays: list[Resident | None]  # where each array is in the cache
     spec: l3rs.Spec
     outer: OuterConfig
@@ -100,10 +100,10 @@ class Worker:
                 found[i] = array
         if missing := [i for i in range(len(job.arrays)) if i not in found]:
             return missing
-        data = jax.tree.map(lambda i: found[i], job.task["data"])
-        task = Task(**{**job.task, "data": data})
+        data = [jax.tree.map(lambda i: found[i], fields["data"]) for fields in job.tasks]
+        tasks = [Task(**{**fields, "data": own}) for fields, own in zip(job.tasks, data, strict=True)]
         strategy = make_strategy(job.outer, l3rs.init(jax.random.key(0), job.spec))
-        self._call = candidate_losses(task, job.spec, strategy, job.plan)
+        self._calls = [candidate_losses(task, job.spec, strategy, job.plan) for task in tasks]
         self._device = jax.local_devices()[0]
         self._data = jax.device_put(data, self._device)
         return []
@@ -113,11 +113,13 @@ class Worker:
         import ray
 
         if round_ != self._round:
-            self._shared = jax.device_put(ray.get(shared[0]), self._device)
+            self._task, arguments = ray.get(shared[0])
+            self._shared = jax.device_put(arguments, self._device)
             self._round = round_
 
         def call(part: np.ndarray) -> np.ndarray:
-            return np.asarray(self._call(*self._shared, self._data, jax.device_put(part, self._device)))
+            data = self._data[self._task]
+            return np.asarray(self._calls[self._task](*self._shared, data, jax.device_put(part, self._device)))
 
         fitness, chunk = fitness_by_halves(call, members, chunk)
         return Answer(round_, shard, fitness, chunk)
@@ -139,7 +141,7 @@ class RayEvaluator:
     """Evaluates on the workers of a Ray cluster; see `metatrain.population.Evaluator`.
 
     Args:
-      task, spec, outer, plan: what candidates are, and what they train.
+      tasks, spec, outer, plan: what candidates are, and what they train.
       members_per_call: candidates in one compiled call; a shard is one or more calls.
       execution: address, workers, resources, security.
       say: told of workers lost and found.
@@ -150,7 +152,7 @@ class RayEvaluator:
 
     def __init__(
         self,
-        task: Task,
+        tasks: Sequence[Task],
         spec: l3rs.Spec,
         outer: OuterConfig,
         members_per_call: int,
@@ -166,10 +168,14 @@ class RayEvaluator:
         self._execution, self._population, self._chunk = execution, outer.population, members_per_call
         self._shards_of = self._chunks = cut(outer.population, members_per_call)
         self._pace = 0.0  # seconds of a chunk's step, in the last generation
-        arrays, treedef = jax.tree.flatten(task.data)
+        arrays, treedef = jax.tree.flatten([task.data for task in tasks])
         self._arrays = [np.asanyarray(array) for array in arrays]
-        fields = {field.name: getattr(task, field.name) for field in dataclasses.fields(task)}
-        hollow = {**fields, "data": jax.tree.unflatten(treedef, range(len(arrays)))}
+        numbers = jax.tree.unflatten(treedef, range(len(arrays)))
+        names = [field.name for field in dataclasses.fields(Task)]
+        hollow = [
+            {**{name: getattr(task, name) for name in names}, "data": own}
+            for task, own in zip(tasks, numbers, strict=True)
+        ]
         where = [resident(array) for array in self._arrays]
         self._blob = ray.put(cloudpickle.dumps(_Job(hollow, where, spec, outer, plan, versions())))
         self._refs: dict[int, Any] = {}
@@ -195,7 +201,7 @@ class RayEvaluator:
         shards = Shards(len(self._shards_of))
         fitness = np.full(self._population, np.nan, np.float32)
         host = jax.tree.map(np.asarray, (state, spec.key, spec.sample))
-        shared = [self._ray.put((*host, np.int32(spec.horizon)))]
+        shared = [self._ray.put((spec.task, (*host, np.int32(spec.horizon))))]
         told = False
         while not shards.finished:
             self._recruit()

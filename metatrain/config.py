@@ -6,9 +6,9 @@ A file is YAML; `key=value` overrides are merged into it (OmegaConf); pydantic c
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pydantic
 from omegaconf import OmegaConf
@@ -17,6 +17,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from l3rs import Direction
 from l3rs.directions import make_direction
+from tasks import Task, make_task
 
 
 class UserError(ValueError):
@@ -28,10 +29,19 @@ class _Section(pydantic.BaseModel):
 
 
 class TaskConfig(pydantic.BaseModel):
-    """`name` is a name of `metatrain list-tasks` or `package.module:function`; the rest are its options."""
+    """`name` is a name of `metatrain list-tasks` or `package.module:function`; the rest are its options.
+
+    With `variants`, mappings of options that replace these (`name`, too), every generation draws one of them.
+    """
 
     model_config = pydantic.ConfigDict(extra="allow", frozen=True)
     name: str
+    variants: tuple[dict[str, Any], ...] = ()
+
+    def make(self, replaced: Mapping[str, Any] | None = None) -> Task:
+        """The task, with some of its options replaced."""
+        options = {"name": self.name, **self.options, **(replaced or {})}
+        return make_task(options.pop("name"), options)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -43,6 +53,7 @@ class OptimizerConfig(_Section):
 
     directions: tuple[str | dict[str, Any], ...] = ("adam", "sgd")
     hidden: tuple[PositiveInt, ...] = (32, 32)
+    embedding: Literal["table", "descriptor"] = "table"
     embedding_dim: PositiveInt = 8
     step: Literal["rms", "relative"] = "rms"
     step_scale: PositiveFloat = 3e-3
@@ -110,9 +121,22 @@ class CheckpointConfig(_Section):
 
 
 class EvaluationConfig(_Section):
-    """Where an optimizer is judged: {setting: options that replace the task's}; the task itself when empty."""
+    """How an optimizer is judged; the options of `metatrain evaluate` replace it."""
 
-    settings: dict[str, dict[str, Any]] = {}
+    settings: dict[str, dict[str, Any]] = {}  # {setting: options that replace the task's}; the task itself when empty
+    horizons: tuple[PositiveInt, ...] = Field(default=(10, 30, 100), min_length=1)
+    seeds: PositiveInt = 6  # training runs of each optimizer and horizon; a seed is an init and its batches
+    tuning_seeds: PositiveInt | None = None  # how many of them tune the baselines; all when null
+    # Names of metatrain/baselines.py, package.module:function, or all; or mappings of a name, its options and a label.
+    baselines: tuple[str | dict[str, Any], ...] = ("adam", "sgdm")
+    schedules: tuple[str, ...] = ("constant", "cosine")  # of the learning rate: also warmup_cosine
+    curve_points: PositiveInt = 16  # how often a run is judged on test along its way
+
+    @pydantic.model_validator(mode="after")
+    def _within(self) -> EvaluationConfig:
+        if self.tuning_seeds is not None and self.tuning_seeds > self.seeds:
+            raise ValueError(f"tuning_seeds {self.tuning_seeds} is larger than seeds {self.seeds}")
+        return self
 
 
 class LoggingConfig(_Section):
@@ -164,15 +188,34 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def check_config(data: dict[Any, Any], where: str = "config") -> Config:
     """A `Config` from plain dictionaries; errors name the key, what was found and what is allowed."""
+    return check_section(Config, data, where)
+
+
+Section = TypeVar("Section", bound=pydantic.BaseModel)
+
+
+def check_section(section: type[Section], data: dict[Any, Any], where: str) -> Section:
+    """The same for one section."""
     try:
-        return Config.model_validate(data)
+        return section.model_validate(data)
     except pydantic.ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_sentence(e) for e in error.errors())) from None
+        raise UserError(f"{where}: " + "; ".join(_sentence(e, section) for e in error.errors())) from None
 
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML, such that `load_config` gives it back."""
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def portable(value: Any) -> Any:
+    """Absolute paths cut to their end: a checkpoint goes to others, the folders of this machine do not."""
+    if isinstance(value, dict):
+        return {key: portable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [portable(item) for item in value]
+    if isinstance(value, str) and value.startswith("/"):
+        return "…/" + "/".join(Path(value).parts[-2:])
+    return value
 
 
 def _parse(overrides: Sequence[str]) -> Any:
@@ -182,10 +225,9 @@ def _parse(overrides: Sequence[str]) -> Any:
     return OmegaConf.from_dotlist(list(overrides))
 
 
-def _sentence(error: Any) -> str:
+def _sentence(error: Any, section: Any) -> str:
     key = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("function-", "tuple[", "literal[")))
     if error["type"] == "extra_forbidden":
-        section: Any = Config
         for part in error["loc"][:-1]:
             section = section.model_fields[part].annotation
         return f"unknown key {key}; allowed here are {', '.join(section.model_fields)}"

@@ -15,6 +15,7 @@ from metatrain.config import Config, UserError
 from metatrain.plan import time_steps
 from metatrain.population import candidate_losses, cut
 from metatrain.trainer import Setup
+from tasks import Task, sample
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128)
 _STEPS, _ROUNDS = 10, 3  # of the measurement
@@ -75,10 +76,15 @@ def estimate(config: Config) -> Estimate:
     state = setup.fresh().strategy
     spec = setup.generation(0)
     shard = cut(population, members)[0]
-    call = candidate_losses(setup.task, setup.spec, setup.strategy, plan)
-    placed = jax.device_put((state, spec.key, spec.sample, setup.task.data, shard), jax.local_devices()[0])
-    *arguments, data, shard = placed
-    a_step, a_call = time_steps(lambda steps: call(*arguments, np.int32(steps), data, shard), _STEPS, _ROUNDS)
+    device = jax.local_devices()[0]
+
+    def measure(task: Task) -> tuple[float, float]:
+        call = candidate_losses(task, setup.spec, setup.strategy, plan)
+        placed = jax.device_put((state, spec.key, sample(task, jax.random.key(0)), task.data, shard), device)
+        *arguments, data, own_shard = placed
+        return time_steps(lambda steps: call(*arguments, np.int32(steps), data, own_shard), _STEPS, _ROUNDS)
+
+    a_step, a_call = (float(x) for x in np.mean([measure(task) for task in setup.tasks], axis=0))
     host: Any = jax.tree.leaves(jax.tree.map(np.asarray, (state, spec.key, spec.sample)))
     return Estimate(
         horizons=horizons,

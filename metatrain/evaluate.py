@@ -6,15 +6,16 @@ baseline's learning rate is tuned for each horizon on inner_valid; test is only 
 
 from __future__ import annotations
 
-import dataclasses
+import datetime
 import functools
-import json
 import logging
 import math
 import os
+import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,182 +24,136 @@ import jax.numpy as jnp
 import numpy as np
 
 import l3rs
-from metatrain.baselines import BASELINES, DEFAULT, DEFAULT_SCHEDULES, Tuned, chosen_baselines, make_baseline
-from metatrain.config import Config, UserError
-from metatrain.plan import choose_plan
-from metatrain.rollout import MakeOptimizer, Plan, Score, fused_rollout, learned, stepwise_rollout
-from tasks import Task, TaskSample, make_task
+from l3rs import L3RSError
+from l3rs.baselines import iomt
+from metatrain.baselines import Baseline, Interleaved, Tuned, chosen_baselines, make_baseline
+from metatrain.config import Config, EvaluationConfig, UserError, check_section, portable
+from metatrain.interleaved import Trainers, interleaved_rollout, trainers
+from metatrain.plan import choose_plan, time_steps
+from metatrain.results import L3RS, Cost, Curve, DecisionPath, Record, Results, Speedup
+from metatrain.rollout import MakeOptimizer, Plan, Score, fused_rollout, learned, stepwise_rollout, walk
+from metatrain.statistics import area_under_curve, speedup
+from tasks import Task, TaskSample
 
 _log = logging.getLogger("metatrain")
 
-L3RS = "l3rs"
-_GRID = 11  # learning rates a factor 2 apart, around the baseline's own
-_GROW = 4  # added at an edge that holds the best value
+NO_OPTIMIZER = "-"  # instead of a checkpoint: the baselines alone
+
+_GRID = 12  # learning rates a factor 2 apart, around the baseline's own
+_GROW = 4  # added at an edge that holds the best value; also how many run in one compiled call
 _GROWTHS = 3  # at most
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """One training run."""
-
-    setting: str
-    optimizer: str  # "l3rs", "adam/cosine", …
-    horizon: int  # inner steps
-    seed: int
-    loss: float  # on test
-    accuracy: float  # on test
-    seconds: float  # wall time of the compiled call that held it, over the runs in that call
-    hparams: dict[str, float]
-
-
-@dataclasses.dataclass(frozen=True)
-class Speedup:
-    """Steps that a baseline needs for the accuracy that L3RS has at `horizon`, over `horizon`."""
-
-    setting: str
-    baseline: str
-    horizon: int
-    steps_ratio: float | None  # None: not reached at the longest horizon
-
-
-@dataclasses.dataclass(frozen=True)
-class Results:
-    """What `evaluate` found; `results.json` holds its fields."""
-
-    optimizer: str
-    records: list[Record]
-    speedup: list[Speedup]
-    tuning: dict[str, Any]  # {setting: {baseline: {horizon: grid, inner_valid_loss, chosen}}}
-
-    def mean(self, setting: str, optimizer: str, horizon: int, field: str = "loss") -> float:
-        """Mean over seeds of `loss` or `accuracy`."""
-        return float(np.mean([getattr(r, field) for r in self.select(setting, optimizer, horizon)]))
-
-    def select(self, setting: str, optimizer: str, horizon: int) -> list[Record]:
-        return [r for r in self.records if (r.setting, r.optimizer, r.horizon) == (setting, optimizer, horizon)]
-
-    def optimizers(self) -> list[str]:
-        return list(dict.fromkeys(r.optimizer for r in self.records))
-
-    def horizons(self) -> list[int]:
-        return sorted({r.horizon for r in self.records})
-
-    def settings(self) -> list[str]:
-        return list(dict.fromkeys(r.setting for r in self.records))
-
-    def summary(self) -> dict[str, Any]:
-        """{setting: {optimizer: {horizon: [mean test loss, mean test accuracy, seeds]}}}."""
-        return _finite(
-            {
-                setting: {
-                    optimizer: {
-                        str(horizon): [
-                            *(
-                                round(self.mean(setting, optimizer, horizon, field), 4)
-                                for field in ("loss", "accuracy")
-                            ),
-                            len(self.select(setting, optimizer, horizon)),
-                        ]
-                        for horizon in self.horizons()
-                    }
-                    for optimizer in self.optimizers()
-                }
-                for setting in self.settings()
-            }
-        )
-
-    @classmethod
-    def load(cls, file: str | Path) -> Results:
-        """Read a `results.json`.
-
-        Raises:
-          UserError: not one.
-        """
-        try:
-            data = json.loads(Path(file).read_text())
-            records = [Record(**_numbers(record)) for record in data["records"]]
-            return cls(data["optimizer"], records, [Speedup(**s) for s in data["speedup"]], data["tuning"])
-        except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file} is not a results.json: {error!r}") from None
-
-    def save(self, folder: Path) -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / "results.json"
-        scratch = file.with_suffix(".tmp")
-        scratch.write_text(json.dumps(_finite(dataclasses.asdict(self)), indent=1, allow_nan=False) + "\n")
-        os.replace(scratch, file)
-        return file
+_PATH_STEPS = 100  # the horizon whose path of (μ, λ) is kept is the nearest to it
+_TIMED_STEPS = {"fused": 60, "stepwise": 8}  # long enough for a clock, short enough to wait for
 
 
 def evaluate(
     optimizer: str | Path,
     config: Config,
-    horizons: Sequence[int] = (10, 30, 100),
-    seeds: int = 6,
-    tuning_seeds: int | None = None,
     settings: Sequence[str] | None = None,
-    baselines: Sequence[str] = DEFAULT,
-    schedules: Sequence[str] = DEFAULT_SCHEDULES,
     say: Callable[[str], None] = _log.info,
+    **options: Any,
 ) -> Results:
     """Compare a deployed optimizer with tuned baselines in the configuration's settings.
 
     Args:
-      optimizer: a checkpoint folder.
-      config: whose `evaluation.settings` are used; its task when it has none.
-      horizons: inner steps.
-      seeds: training runs of each optimizer and horizon; a seed is an init and its batches.
-      tuning_seeds: how many of them a baseline's learning rate is tuned on; all when not given.
+      optimizer: a checkpoint; or "-" for the baselines alone.
+      config: its `evaluation` says how; the settings are those of `evaluation.settings`, the task as it is
+        when there are none.
       settings: which of the settings; all when not given.
-      baselines: names of `metatrain.baselines`, or "all".
-      schedules: of the learning rate, those that make sense with a baseline: constant, cosine, warmup_cosine.
       say: told what has been done.
+      **options: replace fields of `evaluation`, e.g. `horizons=(10, 100), seeds=3`.
 
     Raises:
-      UserError, L3RSError, TaskError: bad input.
+      UserError, L3RSError, TaskError: bad input; an optimizer that fits the model of no setting; nothing to
+        compare.
     """
-    tuning_seeds = seeds if tuning_seeds is None else tuning_seeds
-    if not horizons or min(horizons) < 1 or seeds < 1 or not 1 <= tuning_seeds <= seeds:
-        raise UserError(
-            f"horizons {list(horizons)}, seeds {seeds}, tuning seeds {tuning_seeds}: all ≥ 1, tuning ≤ seeds"
-        )
-    rivals = chosen_baselines(baselines, schedules)
-    theta, spec, _ = l3rs.restore(optimizer)
-    records: list[Record] = []
+    began = time.perf_counter()
+    how = _options(config.evaluation, options)
+    config = config.model_copy(update={"evaluation": how})
+    rivals, notes = chosen_baselines(how.baselines, how.schedules)
+    ours, info = _restored(optimizer)
+    if ours is None and not rivals:
+        raise UserError(f"there is nothing to compare: no optimizer and no baseline{''.join(f'; {n}' for n in notes)}")
+    parts: list[_Part] = []
     tuning: dict[str, Any] = {}
-    for setting, options in _settings(config, settings).items():
-        task = make_task(config.task.name, options)
-        l3rs.l3rs(theta, spec, 1).init(task.params_shape())  # a mismatch is said before anything is computed
-        plan = config.execution.plan
+    costs: list[Cost] = []
+    refused: list[str] = []
+    for setting, task_options in _settings(config, settings).items():
+        task = config.task.make(task_options)
+        label = f"{setting}: {task.name}" if setting else task.name
+        try:
+            if ours is not None:
+                l3rs.l3rs(ours.theta, ours.spec, 1).init(task.params_shape())
+        except L3RSError as error:
+            refused.append(f"{label} is left out: {error}")
+            continue
+        spec = l3rs.Spec.create(task.params_shape()) if ours is None else ours.spec
+        plan = choose_plan(task, spec) if config.execution.plan == "auto" else config.execution.plan
         comparison = _Comparison(
-            setting=f"{setting}: {task.name}" if setting else task.name,
+            setting=label,
             task=task,
-            samples=held_out_samples(task, config.seed, seeds),
-            horizons=horizons,
-            tuning_seeds=tuning_seeds,
-            plan=choose_plan(task, spec) if plan == "auto" else plan,
+            samples=held_out_samples(task, config.seed, how.seeds),
+            horizons=sorted(how.horizons),
+            tuning_seeds=how.tuning_seeds or how.seeds,
+            points=how.curve_points,
+            plan=plan,
+            trainers=trainers(task, plan),
             say=say,
         )
-        jobs = [functools.partial(_run_l3rs, spec, theta, comparison)]
-        jobs += [functools.partial(_tune, name, theirs, comparison) for name, theirs in rivals.items()]
-        parts = _on_devices(jobs)
-        records += [record for part in parts for record in part.records]
-        tuning[comparison.setting] = {name: grid for part in parts for name, grid in part.tuning.items()}
-    return Results(str(optimizer), records, _speedups(records), tuning)
+        jobs = [] if ours is None else [functools.partial(_run_l3rs, ours.spec, ours.theta, comparison)]
+        jobs += [functools.partial(_tune, name, baseline, comparison) for name, baseline in rivals.items()]
+        found = _on_devices(jobs)
+        parts += found
+        tuning[label] = {name: grid for part in found for name, grid in part.tuning.items()}
+        costs = costs or _costs(ours, rivals, comparison)
+    if not parts:
+        raise L3RSError(f"{optimizer} fits the model of no setting; {refused[0]}")
+    records = [record for part in parts for record in part.records]
+    notes += refused
+    notes += _diverged(records) + _at_edges(tuning)
+    return Results(
+        optimizer=portable(str(optimizer)),
+        records=records,
+        speedup=_speedups(records),
+        tuning=tuning,
+        curves=[curve for part in parts for curve in part.curves],
+        paths=[path for part in parts for path in part.paths],
+        costs=costs,
+        notes=notes,
+        meta_training={k: info[k] for k in ("horizon", "generations", "candidate_steps", "seconds") if k in info},
+        environment={**_environment(), "evaluation_seconds": round(time.perf_counter() - began, 1)},
+        config=portable(config.model_dump(mode="json")),
+    )
+
+
+class _Learned(NamedTuple):
+    """An optimizer of ours."""
+
+    theta: l3rs.spec.Theta
+    spec: l3rs.Spec
+
+
+def _restored(optimizer: str | Path) -> tuple[_Learned | None, dict[str, Any]]:
+    """(the optimizer of a checkpoint, what the checkpoint says of it); (None, {}) for "-"."""
+    if str(optimizer) == NO_OPTIMIZER:
+        return None, {}
+    theta, spec, info = l3rs.restore(optimizer)
+    return _Learned(theta, spec), info
+
+
+def _options(section: EvaluationConfig, options: Mapping[str, Any]) -> EvaluationConfig:
+    data = {**section.model_dump(), **{key: value for key, value in options.items() if value is not None}}
+    return check_section(EvaluationConfig, data, "evaluation")
 
 
 def _settings(config: Config, chosen: Sequence[str] | None) -> dict[str, dict[str, Any]]:
-    """{setting: the task's options in it}; the task as it is when the configuration has no settings."""
+    """{setting: what it replaces of the task's options}; nothing when the configuration has no settings."""
     known = config.evaluation.settings
     if unknown := [name for name in chosen or () if name not in known]:
         raise UserError(
             f"no setting {', '.join(unknown)} in evaluation.settings; allowed are {', '.join(known) or 'none'}"
         )
-    if not known:
-        return {"": config.task.options}
-    return {name: {**config.task.options, **known[name]} for name in chosen or known}
+    return {name: known[name] for name in chosen or known} or {"": {}}
 
 
 def held_out_samples(task: Task, seed: int, count: int) -> TaskSample:
@@ -220,55 +175,95 @@ class _Comparison(NamedTuple):
     samples: TaskSample
     horizons: Sequence[int]
     tuning_seeds: int
+    points: int
     plan: Plan
+    trainers: Trainers
     say: Callable[[str], None]
 
 
 class _Part(NamedTuple):
+    """What one job found."""
+
     records: list[Record]
+    curves: list[Curve]
+    paths: list[DecisionPath]
     tuning: dict[str, Any]
 
 
 def _run_l3rs(spec: l3rs.Spec, theta: l3rs.spec.Theta, comparison: _Comparison, device: jax.Device) -> _Part:
     run = _Runner(comparison, learned(spec), device)
-    records = []
+    part = _Part([], [], [], {})
     for horizon in comparison.horizons:
-        scores, seconds = run(jax.tree.map(lambda x: jnp.asarray(x)[None], theta), horizon, "test")
-        records += _records(scores, seconds, comparison.setting, L3RS, horizon, {})
+        run.judge(part, jax.tree.map(lambda x: jnp.asarray(x)[None], theta), L3RS, horizon, {})
         comparison.say(f"{comparison.setting}: l3rs, {horizon} steps")
-    return _Part(records, {})
+    part.paths.append(_decisions(spec, theta, comparison, device))
+    return part
 
 
-def _tune(name: str, schedules: Sequence[str], comparison: _Comparison, device: jax.Device) -> _Part:
-    run = _Runner(comparison, lambda hyper, horizon: make_baseline(name, hyper, horizon), device)
-    records: list[Record] = []
-    tuning: dict[str, Any] = {}
-    for schedule in schedules:
+def _decisions(spec: l3rs.Spec, theta: l3rs.spec.Theta, comparison: _Comparison, device: jax.Device) -> DecisionPath:
+    """μ and λ at every step of the first seed's run."""
+    horizon = min(comparison.horizons, key=lambda steps: abs(math.log(steps / _PATH_STEPS)))
+    task = comparison.task
+    theta, data, samples = jax.device_put((theta, task.data, comparison.samples), device)
+    first = jax.tree.map(lambda x: x[0], samples)
+    steps = [
+        (np.asarray(carry.state.mix), np.asarray(carry.state.step_norm))
+        for carry in walk(task, learned(spec), theta, data, first, horizon)
+    ]
+    mix, step_norm = (np.stack(values) for values in zip(*steps, strict=True))
+    layers = l3rs.spec.layers_of(task.params_shape())
+    return DecisionPath(
+        setting=comparison.setting,
+        horizon=horizon,
+        layers=[layer.path for layer in layers],
+        shapes=[list(layer.shape) for layer in layers],
+        directions=[direction.name for direction in spec.directions],
+        mix=mix.round(4).tolist(),
+        step_rms=_significant(step_norm / np.sqrt([max(layer.size, 1) for layer in layers])).tolist(),
+    )
+
+
+def _significant(x: np.ndarray) -> np.ndarray:
+    """Four digits: more would only make the file long."""
+    return np.array([float(f"{value:.4g}") for value in x.ravel()]).reshape(x.shape)
+
+
+def _tune(name: str, baseline: Baseline | Interleaved, comparison: _Comparison, device: jax.Device) -> _Part:
+    run = _Runner(comparison, _maker(baseline), device)
+    part = _Part([], [], [], {})
+    for schedule in baseline.schedules:
         label = f"{name}/{schedule}"
-        tuning[label] = {}
+        part.tuning[label] = {}
         for horizon in comparison.horizons:
-            grid = _search(run, BASELINES[name].learning_rate, schedule, horizon, comparison.tuning_seeds)
+            grid = _search(run, baseline, schedule, horizon, comparison.tuning_seeds)
             chosen = grid["chosen"]
-            scores, seconds = run(Tuned.grid([chosen], schedule), horizon, "test")
-            records += _records(scores, seconds, comparison.setting, label, horizon, {"learning_rate": chosen})
-            tuning[label][str(horizon)] = grid
+            run.judge(part, Tuned.grid([chosen], schedule), label, horizon, {"learning_rate": chosen})
+            part.tuning[label][str(horizon)] = grid
             tried = len(grid["learning_rate"])
             comparison.say(f"{comparison.setting}: {label}, {horizon} steps, best of {tried} learning rates")
-    return _Part(records, tuning)
+    return part
 
 
-def _search(run: _Runner, start: float, schedule: str, horizon: int, tuning_seeds: int) -> dict[str, Any]:
+def _maker(baseline: Baseline | Interleaved) -> MakeOptimizer | Interleaved:
+    return baseline if isinstance(baseline, Interleaved) else functools.partial(make_baseline, baseline)
+
+
+def _search(
+    run: _Runner, baseline: Baseline | Interleaved, schedule: str, horizon: int, tuning_seeds: int
+) -> dict[str, Any]:
     """The grid of learning rates, its mean inner_valid losses over the first `tuning_seeds` samples,
-    and its best, which is not at the edge. Test is not read."""
+    and its best, which is not at the edge. Test is not read. A learning rate that was given is the grid."""
     losses: dict[float, float] = {}
-    exponents = list(range(-(_GRID // 2), _GRID - _GRID // 2))
+    start = baseline.learning_rate
+    exponents = list(range(-(_GRID // 2), _GRID - _GRID // 2)) if baseline.tuned else [0]
     for growth in range(_GROWTHS + 1):
-        rates = [start * 2.0**k for k in exponents]
-        scores, _ = run(Tuned.grid(rates, schedule), horizon, "inner_valid", tuning_seeds)
-        losses |= {rate: _mean_or_inf(loss) for rate, loss in zip(rates, scores.loss, strict=True)}
+        for first in range(0, len(exponents), _GROW):
+            rates = [start * 2.0**k for k in exponents[first : first + _GROW]]
+            scores, _ = run(Tuned.grid(rates, schedule), horizon, "inner_valid", tuning_seeds)
+            losses |= {rate: _mean_or_inf(loss) for rate, loss in zip(rates, scores.loss, strict=True)}
         ordered = sorted(losses)
         best = min(ordered, key=lambda rate: losses[rate])
-        if growth == _GROWTHS or best not in (ordered[0], ordered[-1]):
+        if growth == _GROWTHS or not baseline.tuned or best not in (ordered[0], ordered[-1]):
             break
         edge = round(math.log2(best / start))
         outwards = -1 if best == ordered[0] else 1
@@ -278,52 +273,73 @@ def _search(run: _Runner, start: float, schedule: str, horizon: int, tuning_seed
         "inner_valid_loss": [losses[rate] for rate in ordered],
         "seeds": tuning_seeds,
         "chosen": best,
-        "at_edge": best in (ordered[0], ordered[-1]),
+        "at_edge": baseline.tuned and best in (ordered[0], ordered[-1]),
     }
-
-
-def _records(
-    scores: Score, seconds: float, setting: str, optimizer: str, horizon: int, hparams: dict[str, float]
-) -> list[Record]:
-    """Of scores [1, S]: one hyper-parameter on S samples."""
-    pairs = zip(scores.loss[0].tolist(), scores.accuracy[0].tolist(), strict=True)
-    return [
-        Record(setting, optimizer, horizon, seed, loss, accuracy, seconds, hparams)
-        for seed, (loss, accuracy) in enumerate(pairs)
-    ]
 
 
 class _Runner:
     """Rollouts of hyper-parameters on samples, on one device: all in one compiled call, or stepwise."""
 
-    def __init__(self, comparison: _Comparison, make: MakeOptimizer, device: jax.Device) -> None:
-        self._plan = comparison.plan
+    def __init__(self, comparison: _Comparison, make: MakeOptimizer | Interleaved, device: jax.Device) -> None:
+        self._interleaved = make if isinstance(make, Interleaved) else None
+        self._on_host = comparison.plan == "stepwise" or self._interleaved is not None
+        self._setting = comparison.setting
+        self._points = comparison.points
         self._device = device
         self._data, self._samples = jax.device_put((comparison.task.data, comparison.samples), device)
-        if self._plan == "stepwise":
-            self._call: Any = stepwise_rollout(comparison.task, make, ())
+        if isinstance(make, Interleaved):
+            self._call: Any = interleaved_rollout(comparison.task, make, comparison.plan, comparison.trainers)
+        elif comparison.plan == "stepwise":
+            self._call = stepwise_rollout(comparison.task, make, ())
         else:
             rollout = fused_rollout(comparison.task, make, ())
 
-            def grid(hyper: Any, data: Any, samples: TaskSample, steps: jax.Array, splits: tuple[str, ...]) -> Any:
-                one = functools.partial(rollout, splits=splits)
+            def grid(
+                hyper: Any, data: Any, samples: TaskSample, steps: jax.Array, splits: tuple[str, ...], points: Any
+            ) -> Any:
+                one = functools.partial(rollout, splits=splits, points=points)
                 return jax.vmap(jax.vmap(one, (None, None, 0, None)), (0, None, None, None))(
                     hyper, data, samples, steps
                 )
 
             self._call = jax.jit(grid, static_argnums=4)
 
-    def __call__(self, hyper: Any, horizon: int, split: str, seeds: int | None = None) -> tuple[Score, float]:
-        """Scores [H, S] on `split` of all H rows of `hyper` on the first S samples, and seconds a run."""
+    def __call__(
+        self, hyper: Any, horizon: int, split: str, seeds: int | None = None, points: Sequence[int] | None = None
+    ) -> tuple[Score, float]:
+        """Scores [H, S] on `split` of all H rows of `hyper` on the first S samples, and seconds a run.
+        With `points`, numbers of steps, they are scores after each of these: [H, S, K]."""
         began = time.perf_counter()
         samples = jax.tree.map(lambda x: x[:seeds], self._samples)
-        hyper, steps = jax.device_put((hyper, np.int32(horizon)), self._device)
-        if self._plan == "stepwise":
-            runs = [[self._call(h, self._data, s, steps, (split,)) for s in _rows(samples)] for h in _rows(hyper)]
+        at = None if points is None else np.asarray(points, np.int32)
+        hyper, steps, at = jax.device_put((hyper, np.int32(horizon), at), self._device)
+        if self._on_host:
+            runs = [[self._call(h, self._data, s, steps, (split,), at) for s in _rows(samples)] for h in _rows(hyper)]
             scores = _stack([_stack(row) for row in runs])[split]
         else:
-            scores = jax.tree.map(np.asarray, self._call(hyper, self._data, samples, steps, (split,))[split])
-        return scores, (time.perf_counter() - began) / scores.loss.size
+            scores = jax.tree.map(np.asarray, self._call(hyper, self._data, samples, steps, (split,), at)[split])
+        return scores, (time.perf_counter() - began) / math.prod(scores.loss.shape[:2])
+
+    def judge(self, part: _Part, hyper: Any, label: str, horizon: int, hparams: dict[str, float]) -> None:
+        """Run one hyper-parameter on all samples, and put records and curve into `part`."""
+        stage = self._interleaved.at(horizon).stage_steps if self._interleaved else 1
+        points = _points(horizon, self._points, stage)
+        scores, seconds = self(hyper, horizon, "test", points=points)
+        steps, kept = np.unique(points, return_index=True)
+        loss, accuracy = (np.asarray(score[0], float)[:, kept] for score in scores)  # [S, K]
+        for seed, (losses, accuracies) in enumerate(zip(loss.tolist(), accuracy.tolist(), strict=True)):
+            area = area_under_curve(steps.tolist(), losses)
+            run = Record(self._setting, label, horizon, seed, losses[-1], accuracies[-1], seconds, dict(hparams), area)
+            part.records.append(run)
+        means = [_significant(values.mean(0)).tolist() for values in (loss, accuracy)]
+        part.curves.append(Curve(self._setting, label, horizon, steps.tolist(), *means))
+
+
+def _points(horizon: int, count: int, stage: int = 1) -> list[int]:
+    """Where a run is judged: the start, and `count` numbers of steps, denser where more happens, each the end
+    of a stage. Short horizons repeat some, so that one compiled program serves all."""
+    steps = [math.ceil(horizon * (k / count) ** 2) for k in range(count + 1)]
+    return [min(-(-step // stage) * stage, horizon) for step in steps]
 
 
 def _rows(tree: Any) -> list[Any]:
@@ -342,57 +358,92 @@ def _on_devices(jobs: Iterable[Callable[[jax.Device], _Part]]) -> list[_Part]:
         return [future.result() for future in futures]
 
 
+def _costs(ours: _Learned | None, rivals: Mapping[str, Baseline | Interleaved], comparison: _Comparison) -> list[Cost]:
+    """What a training step costs with each optimizer: one run at a time, nothing beside it."""
+    device = jax.local_devices()[0]
+    shape = comparison.task.params_shape()
+    size = max(sum(leaf.size for leaf in jax.tree.leaves(shape)), 1)
+    costs = []
+
+    def measure(labels: Sequence[str], make: MakeOptimizer | Interleaved, hypers: Sequence[Any]) -> None:
+        run = _Runner(comparison, make, device)
+        for label, hyper in zip(labels, hypers, strict=True):
+            one = jax.tree.map(lambda x: x[0], hyper)
+            steps = _TIMED_STEPS[comparison.plan]
+            if isinstance(make, Interleaved):  # a whole run: what its controller costs grows with the stages
+                steps = max(comparison.horizons)
+                state = jax.eval_shape(iomt.interleave(make.space(0.1)).init, shape)
+            else:
+                state = jax.eval_shape(lambda h, params: make(h, jnp.int32(1)).init(params), one, shape)
+            alone = functools.partial(run, hyper, split="inner_valid", seeds=1)
+            seconds, _ = time_steps(alone, steps, 3)
+            floats = sum(leaf.size for leaf in jax.tree.leaves(state)) / size
+            costs.append(Cost(comparison.setting, label, seconds, floats))
+
+    if ours is not None:
+        measure([L3RS], learned(ours.spec), [jax.tree.map(lambda x: jnp.asarray(x)[None], ours.theta)])
+    for name, baseline in rivals.items():
+        measure(
+            [f"{name}/{schedule}" for schedule in baseline.schedules],
+            _maker(baseline),
+            [Tuned.grid([baseline.learning_rate], schedule) for schedule in baseline.schedules],
+        )
+    return costs
+
+
 def _speedups(records: list[Record]) -> list[Speedup]:
     """From the baselines' accuracy at the evaluated horizons, linear in log steps between them."""
     results = Results("", records, [], {})
     horizons = results.horizons()
-    speedups = []
+    speedups: list[Speedup] = []
+    if L3RS not in results.optimizers():
+        return speedups
     for setting in results.settings():
-        for baseline in results.optimizers():
-            if baseline == L3RS:
-                continue
-            curve = [results.mean(setting, baseline, horizon, "accuracy") for horizon in horizons]
-            for horizon in horizons:
-                target = results.mean(setting, L3RS, horizon, "accuracy")
-                steps = steps_to_reach(horizons, curve, target)
-                speedups.append(Speedup(setting, baseline, horizon, None if steps is None else steps / horizon))
+        ours = results.accuracy_curve(setting, L3RS)
+        for baseline in results.baselines():
+            theirs = results.accuracy_curve(setting, baseline)
+            for at, horizon in enumerate(horizons):
+                found = [x if math.isfinite(x) else None for x in speedup(horizons, ours, theirs, at)]
+                speedups.append(Speedup(setting, baseline, horizon, *found))
     return speedups
 
 
-def steps_to_reach(horizons: Sequence[int], curve: Sequence[float], target: float) -> float | None:
-    """The first number of steps at which `curve`, linear in log steps, reaches `target`.
+def _diverged(records: Sequence[Record]) -> list[str]:
+    """What has no finite test loss."""
+    found: dict[tuple[str, str, int], int] = {}
+    for r in records:
+        if not math.isfinite(r.loss):
+            found[r.setting, r.optimizer, r.horizon] = found.get((r.setting, r.optimizer, r.horizon), 0) + 1
+    return [
+        f"{setting}: {optimizer} has no finite test loss after {horizon} steps in {count} of its runs"
+        for (setting, optimizer, horizon), count in found.items()
+    ]
 
-    Args:
-      horizons: increasing numbers of steps.
-      curve: the accuracy at each.
-      target: the accuracy to reach.
 
-    Returns:
-      Steps; the first horizon if that is enough already; None if none is.
-    """
-    for i, (steps, value) in enumerate(zip(horizons, curve, strict=True)):
-        if value >= target:
-            if i == 0 or value == target:
-                return float(steps)
-            share = (target - curve[i - 1]) / (value - curve[i - 1])
-            return math.exp(math.log(horizons[i - 1]) + share * math.log(steps / horizons[i - 1]))
-    return None
+def _at_edges(tuning: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """Grids that grew as far as they may and have their best value at the edge all the same."""
+    return [
+        f"{setting}: {label} has its best learning rate for {horizon} steps, {grid['chosen']:.3g}, at the edge of "
+        f"a grid of {len(grid['learning_rate'])}"
+        for setting, labels in tuning.items()
+        for label, horizons in labels.items()
+        for horizon, grid in horizons.items()
+        if grid["at_edge"]
+    ]
+
+
+def _environment() -> dict[str, Any]:
+    devices = jax.local_devices()
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "versions": {name: metadata.version(name) for name in ("l3rs", "jax", "optax", "flax", "numpy")},
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "devices": f"{len(devices)} × {devices[0].device_kind}",
+    }
 
 
 def _mean_or_inf(losses: np.ndarray) -> float:
     mean = float(np.mean(losses))
     return mean if math.isfinite(mean) else math.inf
-
-
-def _numbers(record: dict[str, Any]) -> dict[str, Any]:
-    """Null, which stood for a loss that is no number, is NaN again."""
-    return {**record, **{key: math.nan for key in ("loss", "accuracy") if record.get(key) is None}}
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity and no NaN: they become null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

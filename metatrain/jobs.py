@@ -276,8 +276,8 @@ def _package(config: Config) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="l3rs-job-") as scratch:
         place = Path(scratch)
         (place / "config.yaml").write_text(dump_config(config))
-        module = config.task.name.partition(":")[0]
-        if ":" in config.task.name and (top := module.partition(".")[0]) not in _OURS:
+        names = {config.task.name, *(variant.get("name", config.task.name) for variant in config.task.variants)}
+        for top in sorted({name.partition(":")[0].partition(".")[0] for name in names if ":" in name} - set(_OURS)):
             _copy_module(top, place)
         yield place
 

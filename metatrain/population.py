@@ -29,6 +29,7 @@ class GenerationSpec(NamedTuple):
     key: jax.Array  # uint32 [2], of `Strategy.ask`
     sample: TaskSample
     horizon: int
+    task: int = 0  # which of the run's tasks
 
 
 class Evaluator(Protocol):
@@ -51,7 +52,7 @@ class LocalEvaluator:
     """Evaluates on devices of this process.
 
     Args:
-      task: what candidates train.
+      tasks: what candidates train; each generation one of them.
       spec: the form of the candidates.
       strategy: makes the members.
       population: members of a generation.
@@ -62,7 +63,7 @@ class LocalEvaluator:
 
     def __init__(
         self,
-        task: Task,
+        tasks: Sequence[Task],
         spec: l3rs.Spec,
         strategy: Strategy,
         population: int,
@@ -71,11 +72,11 @@ class LocalEvaluator:
         devices: Sequence[jax.Device] | None = None,
     ) -> None:
         self._devices = list(devices or jax.local_devices())
-        self._data = [jax.device_put(task.data, device) for device in self._devices]
+        self._data = [[jax.device_put(task.data, device) for device in self._devices] for task in tasks]
         self._population = population
         self._chunk = members_per_call
         self._pool = ThreadPoolExecutor(len(self._devices))
-        self._call = candidate_losses(task, spec, strategy, plan)
+        self._calls = [candidate_losses(task, spec, strategy, plan) for task in tasks]
 
     def evaluate(self, state: State, spec: GenerationSpec, waiting: Callable[[str], None] | None = None) -> np.ndarray:
         del waiting  # this process is always there
@@ -84,6 +85,7 @@ class LocalEvaluator:
             chunks.put(members)
 
         fitness = np.full(self._population, np.nan, np.float32)
+        call = self._calls[spec.task]
 
         def work(device: jax.Device, data: Any) -> None:
             arguments = jax.device_put((state, spec.key, spec.sample, np.int32(spec.horizon)), device)
@@ -93,13 +95,15 @@ class LocalEvaluator:
                 except queue.Empty:
                     return
                 fitness[members], self._chunk = fitness_by_halves(
-                    lambda part: np.asarray(self._call(*arguments, data, jax.device_put(part, device))),
+                    lambda part: np.asarray(call(*arguments, data, jax.device_put(part, device))),
                     members,
                     self._chunk,
                 )
 
         try:
-            for done in [self._pool.submit(work, *place) for place in zip(self._devices, self._data, strict=True)]:
+            for done in [
+                self._pool.submit(work, *place) for place in zip(self._devices, self._data[spec.task], strict=True)
+            ]:
                 done.result()
         finally:
             while not chunks.empty():  # interrupted, or a device failed: the others need not go on

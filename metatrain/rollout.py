@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -48,19 +48,29 @@ def fused_rollout(task: Task, make_optimizer: MakeOptimizer, splits: Sequence[st
       splits: where the end result is judged, unless a call says otherwise.
 
     Returns:
-      (hyper-parameters, data, task sample, horizon int32 [], splits) -> {split: Score}. It can be
-      jitted, and vmapped over hyper-parameters or samples.
+      (hyper-parameters, data, task sample, horizon int32 [], splits, points) -> {split: Score}. With
+      `points`, increasing numbers of steps int32 [K], it is judged after each of them, and scores are
+      [K]; else at the horizon. It can be jitted, and vmapped over hyper-parameters or samples.
     """
 
     def rollout(
-        hyper: Any, data: Data, sample: TaskSample, horizon: jax.Array, splits: Sequence[str] = splits
+        hyper: Any,
+        data: Data,
+        sample: TaskSample,
+        horizon: jax.Array,
+        splits: Sequence[str] = splits,
+        points: jax.Array | None = None,
     ) -> dict[str, Score]:
         optimizer = make_optimizer(hyper, horizon)
-        start = _start(task, optimizer, data, sample)
         step = functools.partial(_step, task, optimizer, data, sample)
-        end = jax.lax.while_loop(lambda carry: carry.step < horizon, step, start)
-        params = deployed_params(end.state, end.params)
-        return {split: evaluate_split(task, data, split, params, end.stats) for split in splits}
+
+        def advance(carry: Carry, until: jax.Array) -> tuple[Carry, dict[str, Score]]:
+            carry = jax.lax.while_loop(lambda c: c.step < until, step, carry)
+            params = deployed_params(carry.state, carry.params)
+            return carry, {split: evaluate_split(task, data, split, params, carry.stats) for split in splits}
+
+        start = _start(task, optimizer, data, sample)
+        return (advance(start, horizon) if points is None else jax.lax.scan(advance, start, points))[1]
 
     return rollout
 
@@ -74,36 +84,54 @@ def stepwise_rollout(task: Task, make_optimizer: MakeOptimizer, splits: Sequence
     vmapped.
     """
 
-    @jax.jit
-    def start(hyper: Any, data: Data, sample: TaskSample, horizon: jax.Array) -> Carry:
-        return _start(task, make_optimizer(hyper, horizon), data, sample)
-
-    @functools.partial(jax.jit, donate_argnums=4)
-    def step(hyper: Any, data: Data, sample: TaskSample, horizon: jax.Array, carry: Carry) -> Carry:
-        return _step(task, make_optimizer(hyper, horizon), data, sample, carry)
+    start, step = _compiled(task, make_optimizer)
 
     @functools.partial(jax.jit, static_argnums=(1, 3))
     def score(data: Data, split: str, first: jax.Array, count: int, carry: Carry) -> jax.Array:
         batch = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, count), data[split])
         return _score(task, deployed_params(carry.state, carry.params), carry.stats, batch) * count
 
+    def scores(data: Data, split: str, carry: Carry) -> np.ndarray:
+        n = size(data[split])
+        parts = [
+            score(data, split, np.int32(first), min(_EVALUATION_CHUNK, n - first), carry)
+            for first in range(0, n, _EVALUATION_CHUNK)
+        ]
+        return np.sum([np.asarray(part) for part in parts], axis=0) / n
+
     def rollout(
-        hyper: Any, data: Data, sample: TaskSample, horizon: jax.Array, splits: Sequence[str] = splits
+        hyper: Any,
+        data: Data,
+        sample: TaskSample,
+        horizon: jax.Array,
+        splits: Sequence[str] = splits,
+        points: Sequence[int] | np.ndarray | None = None,
     ) -> dict[str, Score]:
         carry = start(hyper, data, sample, horizon)
-        for _ in range(int(horizon)):
-            carry = step(hyper, data, sample, horizon, carry)
-        scores = {}
-        for split in splits:
-            n = size(data[split])
-            parts = [
-                score(data, split, np.int32(first), min(_EVALUATION_CHUNK, n - first), carry)
-                for first in range(0, n, _EVALUATION_CHUNK)
-            ]
-            scores[split] = Score(*np.sum([np.asarray(part) for part in parts], axis=0) / n)
-        return scores
+        done, judged = 0, []
+        for until in [int(horizon)] if points is None else [int(point) for point in points]:
+            for _ in range(done, until):
+                carry = step(hyper, data, sample, horizon, carry)
+            done = max(done, until)
+            judged.append({split: scores(data, split, carry) for split in splits})
+        if points is None:
+            return {split: Score(*found) for split, found in judged[0].items()}
+        return {split: Score(*np.stack([row[split] for row in judged]).T) for split in splits}
 
     return rollout
+
+
+def walk(
+    task: Task, make_optimizer: MakeOptimizer, hyper: Any, data: Data, sample: TaskSample, horizon: int
+) -> Iterator[Carry]:
+    """One inner loop, a step at a time: yields what there is after each of `horizon` steps. A `Carry`
+    must be read before the next is asked for: its memory is used again."""
+    start, step = _compiled(task, make_optimizer)
+    total = jnp.int32(horizon)
+    carry = start(hyper, data, sample, total)
+    for _ in range(horizon):
+        carry = step(hyper, data, sample, total, carry)
+        yield carry
 
 
 class Carry(NamedTuple):
@@ -113,6 +141,20 @@ class Carry(NamedTuple):
     params: Params
     stats: Stats
     state: optax.OptState
+
+
+def _compiled(task: Task, make_optimizer: MakeOptimizer) -> tuple[Callable[..., Carry], Callable[..., Carry]]:
+    """The loop's beginning, (hyper, data, sample, horizon) -> carry, and its step, (…, carry) -> carry."""
+
+    @jax.jit
+    def start(hyper: Any, data: Data, sample: TaskSample, horizon: jax.Array) -> Carry:
+        return _start(task, make_optimizer(hyper, horizon), data, sample)
+
+    @functools.partial(jax.jit, donate_argnums=4)
+    def step(hyper: Any, data: Data, sample: TaskSample, horizon: jax.Array, carry: Carry) -> Carry:
+        return _step(task, make_optimizer(hyper, horizon), data, sample, carry)
+
+    return start, step
 
 
 def _start(task: Task, optimizer: optax.GradientTransformationExtraArgs, data: Data, sample: TaskSample) -> Carry:

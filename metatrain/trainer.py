@@ -2,6 +2,7 @@
 
 runs/NAME/config.yaml   the resolved configuration
 runs/NAME/metrics.jsonl one object a generation
+runs/NAME/report.html   a page, kept up to date
 runs/NAME/tensorboard/
 runs/NAME/state/        to resume (Orbax)
 runs/NAME/optimizer/    to deploy (`l3rs.load`)
@@ -32,14 +33,15 @@ import optax
 
 import l3rs
 from metatrain.cluster import RayEvaluator
-from metatrain.config import Config, ExecutionConfig, UserError, dump_config, load_config
+from metatrain.config import Config, ExecutionConfig, UserError, dump_config, load_config, portable
+from metatrain.live import Live
 from metatrain.plan import choose_plan, members_per_call
 from metatrain.population import Evaluator, GenerationSpec, LocalEvaluator
 from metatrain.progress import Display
 from metatrain.remote import RunFolder, run_folder
 from metatrain.state import Progress, StateStore
 from metatrain.strategy import Strategy, make_strategy
-from tasks import Task, make_task, sample
+from tasks import Task, sample
 
 _log = logging.getLogger("metatrain")
 
@@ -151,24 +153,34 @@ class Setup:
     """What a configuration stands for, with everything that was left to "auto" decided."""
 
     config: Config
-    task: Task
+    tasks: tuple[Task, ...]  # every generation is of one of them
     spec: l3rs.Spec
     strategy: Strategy
 
     @classmethod
     def build(cls, config: Config) -> Setup:
-        task = make_task(config.task.name, config.task.options)
+        tasks = tuple(config.task.make(variant) for variant in config.task.variants or ({},))
+        task = tasks[0]
         spec = l3rs.Spec.create(task.params_shape(), **config.optimizer.model_dump())
+        for other in tasks[1:]:
+            try:
+                l3rs.l3rs(l3rs.init(jax.random.key(0), spec), spec, 1).init(other.params_shape())
+            except l3rs.L3RSError as error:
+                raise UserError(
+                    f"task.variants have different networks ({error}): optimizer.embedding must be descriptor"
+                ) from None
         plan, members = config.execution.plan, config.execution.members_per_call
         if plan == "auto":
             plan = choose_plan(task, spec)
         strategy = make_strategy(config.outer, l3rs.init(jax.random.key(0), spec))
         if members == "auto":
             devices = jax.local_devices() * (_shards_a_device(config.execution))
-            members = members_per_call(task, spec, strategy, config.outer.population, plan, devices)
+            members = min(
+                members_per_call(task, spec, strategy, config.outer.population, plan, devices) for task in tasks
+            )
         execution = config.execution.model_copy(update={"plan": plan, "members_per_call": members})
         config = config.model_copy(update={"execution": execution})
-        return cls(config, task, spec, strategy)
+        return cls(config, tasks, spec, strategy)
 
     def evaluator(self, say: Callable[[str], None]) -> Evaluator:
         execution, outer = self.config.execution, self.config.outer
@@ -176,8 +188,8 @@ class Setup:
         assert plan != "auto"
         assert members != "auto"
         if execution.backend == "ray":
-            return RayEvaluator(self.task, self.spec, outer, members, plan, execution, say)
-        return LocalEvaluator(self.task, self.spec, self.strategy, outer.population, members, plan)
+            return RayEvaluator(self.tasks, self.spec, outer, members, plan, execution, say)
+        return LocalEvaluator(self.tasks, self.spec, self.strategy, outer.population, members, plan)
 
     def fresh(self) -> Progress:
         theta_key, strategy_key = jax.random.split(jax.random.key(self.config.seed))
@@ -190,7 +202,8 @@ class Setup:
         ask_key, sample_key, horizon_key = jax.random.split(key, 3)
         low, high = math.log(self.config.outer.horizon.min), math.log(self.config.outer.horizon.max)
         horizon = round(math.exp(low + float(jax.random.uniform(horizon_key)) * (high - low)))
-        return GenerationSpec(number, jax.random.key_data(ask_key), sample(self.task, sample_key), horizon)
+        task = int(jax.random.randint(jax.random.fold_in(key, 0), (), 0, len(self.tasks)))
+        return GenerationSpec(number, jax.random.key_data(ask_key), sample(self.tasks[task], sample_key), horizon, task)
 
 
 def _train(folder: RunFolder, setup: Setup) -> Run:
@@ -200,6 +213,7 @@ def _train(folder: RunFolder, setup: Setup) -> Run:
     store = StateStore(folder.path / "state", config.checkpoint.keep)
     progress = store.restore(setup.fresh().strategy) or setup.fresh()
     metrics = _Metrics(folder.path, progress.generation, config.logging.tensorboard)
+    page = Live(folder.path)
     display.begin(progress.generation)
 
     def waiting(sentence: str) -> None:
@@ -215,6 +229,7 @@ def _train(folder: RunFolder, setup: Setup) -> Run:
                     progress, line = _generation(setup, evaluator, progress, interrupts, waiting)
                     metrics.write(line)
                     display.update(line)
+                    page.tick()
                     if progress.failures:
                         display.say(f"generation {line['generation']}: no candidate has a finite loss; the state stays")
                     if progress.failures >= config.outer.max_failures:
@@ -225,6 +240,7 @@ def _train(folder: RunFolder, setup: Setup) -> Run:
             except KeyboardInterrupt:
                 interrupted = True
             store.save(progress)
+            page.close()
             folder.saved(True)
         if progress.failures >= config.outer.max_failures:
             raise UserError(
@@ -241,6 +257,7 @@ def _train(folder: RunFolder, setup: Setup) -> Run:
         evaluator.close()
         display.close()
         metrics.close()
+        page.close()
         store.close()
     optimizer = _save_optimizer(setup, progress, folder.path / "optimizer", overwrite=True)
     folder.saved(True)
@@ -269,6 +286,7 @@ def _generation(
     line = {
         "generation": spec.generation,
         "horizon": spec.horizon,
+        "task": spec.task,
         "init": int(spec.sample.init),
         "meta_loss_mean": float(finite.mean()) if finite.size else None,
         "meta_loss_best": float(finite.min()) if finite.size else None,
@@ -299,27 +317,16 @@ def _save_optimizer(
     config = setup.config
     info = {
         "name": config.name,
-        "task": setup.task.name,
+        "task": ", ".join(dict.fromkeys(task.name for task in setup.tasks)),
         "horizon": config.outer.horizon.model_dump(),
         "generations": progress.generation,
         "candidate_steps": progress.candidate_steps,
         "seconds": round(progress.seconds, 1),
-        "config": _portable(config.model_dump(mode="json")),
+        "config": portable(config.model_dump(mode="json")),
     }
     if results is not None:
         info["results"] = dict(results)
     return l3rs.save(destination, setup.strategy.mean(progress.strategy), setup.spec, info, overwrite=overwrite)
-
-
-def _portable(value: Any) -> Any:
-    """Absolute paths cut to their end: a checkpoint goes to others, the folders of this machine do not."""
-    if isinstance(value, dict):
-        return {key: _portable(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_portable(item) for item in value]
-    if isinstance(value, str) and value.startswith("/"):
-        return "…/" + "/".join(Path(value).parts[-2:])
-    return value
 
 
 def _shards_a_device(execution: ExecutionConfig) -> int:

@@ -1,9 +1,9 @@
-"""Fine-tuning a small MLP on handwritten digits: a task that needs no download."""
+"""Fine-tuning a small network on handwritten digits: a task that needs no download."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -13,64 +13,100 @@ from tasks.classification import RANDOM_POOLS, classification_loss
 from tasks.data import digits as digits_data
 from tasks.data.cache import cached
 from tasks.data.splits import cut
-from tasks.models import make_model
+from tasks.models import MODELS, make_model
 from tasks.pretrained import cached_inits, pretrain
+
+Start = Literal["pretrained", "warm", "random"]
 
 
 def digits(
     target: Literal["mnist", "uci"] = "mnist",
     init: Literal["mnist", "uci", "random"] = "uci",
-    hidden: Sequence[int] = (64, 64),
+    model: str | Mapping[str, Any] = "mlp",
     batch_size: int = 64,
     inits: int = 10,
     held_out_inits: int = 6,
     pretrain_steps: tuple[int, int] = (150, 600),
+    starts: Sequence[Start] = ("pretrained",),
 ) -> Task:
-    """Fine-tune an MLP on 14 × 14 handwritten digits.
+    """Fine-tune a small network on 14 × 14 handwritten digits.
 
     Args:
       target: the digits to fine-tune on.
-      init: the digits that the MLPs were pretrained on, or random initialization.
-      hidden: widths of the hidden layers.
+      init: the digits that the networks were pretrained on, or random initialization.
+      model: a name of `tasks.models`, or a mapping of it and its options, e.g. {name: mlp, hidden: [64, 64]}.
       batch_size: examples a step.
       inits: pretrained networks for meta-training; they differ in seed and in training length.
       held_out_inits: further ones, never used in meta-training.
       pretrain_steps: the shortest and the longest pretraining.
+      starts: where meta-training starts from, `inits` networks of each kind: pretrained ones; "warm" ones, which
+        are these after 10 to 1,000 steps of fine-tuning, with little left to learn; random ones. Held-out inits
+        are pretrained ones in any case.
     """
-    for name, value, allowed in (("target", target, ("mnist", "uci")), ("init", init, ("mnist", "uci", "random"))):
-        if value not in allowed:
-            raise TaskError(f"task.{name} is {value!r}; allowed are {', '.join(allowed)}")
-    for name, number in (("batch_size", batch_size), ("inits", inits), ("held_out_inits", held_out_inits)):
-        if number < 1:
-            raise TaskError(f"task.{name} is {number}; it must be ≥ 1")
+    _check(target, init, starts, {"batch_size": batch_size, "inits": inits, "held_out_inits": held_out_inits})
     splits = _digits_splits(target)
     if batch_size > len(splits["inner_train"]["label"]):
         raise TaskError(f"task.batch_size is {batch_size}; {target} has {len(splits['inner_train']['label'])} examples")
 
-    model = make_model("mlp", splits["test"]["image"].shape[1:], 10, hidden=hidden)
-    loss = classification_loss(model)
+    form = {"name": model} if isinstance(model, str) else dict(model)
+    if "name" not in form:
+        raise TaskError(f"task.model is {form}; it needs a name, one of {', '.join(MODELS)}")
+    network = make_model(image_shape=splits["test"]["image"].shape[1:], classes=10, **form)
+    loss = classification_loss(network)
     name = f"digits({init} → {target})"
     batch = uniform_batches(batch_size)
 
     if init == "random":
-        return Task(name, splits, lambda _, i: model.init(jax.random.key(i)), batch, loss, RANDOM_POOLS)
+        return Task(name, splits, lambda _, i: network.init(jax.random.key(i)), batch, loss, RANDOM_POOLS)
 
     count = inits + held_out_inits
     # Interleaved, so that both pools hold short and long pretrainings.
     low, high = pretrain_steps
     steps = [low + (high - low) * (i * 7 % count) // max(count - 1, 1) for i in range(count)]
-    key = {"digits": init, "hidden": list(hidden), "steps": steps, "batch_size": 64}
-    stacked = cached_inits(
-        key,
-        jax.eval_shape(model.init, jax.random.key(0)),
-        lambda: pretrain(model, loss, _digits_splits(init), range(count), steps, 64),
-    )
+    key = {"digits": init, "model": form, "steps": steps, "batch_size": 64}
+    shape = jax.eval_shape(network.init, jax.random.key(0))
+
+    def train(data: Data, lengths: Sequence[int], start: Any = None) -> tuple[Params, Stats]:
+        return pretrain(network, loss, data, range(len(lengths)), lengths, 64, start)
+
+    stacked = cached_inits(key, shape, lambda: train(_digits_splits(init), steps))
+    pools: dict[str, list[int]] = {"meta_train": [], "held_out": list(range(inits, count))}
+    if "pretrained" in starts:
+        pools["meta_train"] += range(inits)
+    if "warm" in starts:
+        lengths = np.geomspace(10, 1000, inits).round().astype(int).tolist()
+        cold = jax.tree.map(lambda x: x[:inits], stacked)
+        warm = cached_inits({**key, "warm": [target, lengths]}, shape, lambda: train(splits, lengths, cold))
+        stacked = _append(stacked, warm, pools["meta_train"])
+    if "random" in starts:
+        keys = jax.random.split(jax.random.key(0), inits)
+        stacked = _append(stacked, jax.tree.map(np.asarray, jax.vmap(network.init)(keys)), pools["meta_train"])
 
     def pretrained(data: Data, i: jax.Array) -> tuple[Params, Stats]:
         return jax.tree.map(lambda x: x[i], data["inits"])
 
-    pools = {"meta_train": range(inits), "held_out": range(inits, count)}
     return Task(name, {**splits, "inits": stacked}, pretrained, batch, loss, pools)
+
+
+def _check(target: str, init: str, starts: Sequence[str], numbers: Mapping[str, int]) -> None:
+    for name, value, allowed in (("target", target, ("mnist", "uci")), ("init", init, ("mnist", "uci", "random"))):
+        if value not in allowed:
+            raise TaskError(f"task.{name} is {value!r}; allowed are {', '.join(allowed)}")
+    for name, number in numbers.items():
+        if number < 1:
+            raise TaskError(f"task.{name} is {number}; it must be ≥ 1")
+    kinds = get_args(Start)
+    if not starts or isinstance(starts, str) or set(starts) - set(kinds) or (init == "random" and "warm" in starts):
+        raise TaskError(
+            f"task.starts is {starts!r}; it must be a list of {', '.join(kinds)} (init: random has no warm)"
+        )
+
+
+def _append(stacked: Any, more: Any, pool: list[int]) -> Any:
+    """Inits behind the others, their rows in the pool."""
+    first, count = (jax.tree.leaves(tree)[0].shape[0] for tree in (stacked, more))
+    pool += range(first, first + count)
+    return jax.tree.map(lambda *x: np.concatenate(x), stacked, more)
 
 
 def _digits_splits(name: str) -> dict[str, dict[str, np.ndarray]]:

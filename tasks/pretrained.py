@@ -26,7 +26,13 @@ _Carry = tuple[Params, Stats, Any]  # and the optimizer's state
 
 
 def pretrain(
-    model: Model, loss: Loss, data: Data, seeds: Sequence[int], steps: Sequence[int], batch_size: int
+    model: Model,
+    loss: Loss,
+    data: Data,
+    seeds: Sequence[int],
+    steps: Sequence[int],
+    batch_size: int,
+    start: tuple[Params, Stats] | None = None,
 ) -> tuple[Params, Stats]:
     """Train one network per seed with Adam (learning rate 1e-3) on inner_train of `data`.
 
@@ -36,6 +42,7 @@ def pretrain(
       seeds: one network each [N]; decides initialization and batches.
       steps: how long each of them trains [N].
       batch_size: examples a step.
+      start: (params, stats) to begin with, leading axis [N]; fresh ones when not given.
 
     Returns:
       (params, stats), every array with a leading axis [N].
@@ -43,16 +50,15 @@ def pretrain(
     tx = optax.adam(1e-3)
     step = _training_step(loss, tx, uniform_batches(batch_size))
 
-    def train(source: Data, seed: jax.Array, n_steps: jax.Array) -> tuple[Params, Stats]:
+    def train(source: Data, seed: jax.Array, n_steps: jax.Array, given: Any) -> tuple[Params, Stats]:
         init_key, batch_key = jax.random.split(jax.random.key(seed))
-        params, stats = model.init(init_key)
-
-        start = (params, stats, tx.init(params))
-        params, stats, _ = jax.lax.fori_loop(0, n_steps, lambda i, carry: step(carry, source, batch_key, i), start)
+        params, stats = model.init(init_key) if given is None else given
+        carry = (params, stats, tx.init(params))
+        params, stats, _ = jax.lax.fori_loop(0, n_steps, lambda i, carry: step(carry, source, batch_key, i), carry)
         return params, stats
 
     source = {"inner_train": data["inner_train"]}
-    return jax.jit(jax.vmap(train, (None, 0, 0)))(source, jnp.asarray(seeds), jnp.asarray(steps))
+    return jax.jit(jax.vmap(train, (None, 0, 0, 0)))(source, jnp.asarray(seeds), jnp.asarray(steps), start)
 
 
 def _training_step(

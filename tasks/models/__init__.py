@@ -10,6 +10,7 @@ from typing import Any
 from flax import nnx
 
 from tasks.base import TaskError
+from tasks.models.cnn import CNN
 from tasks.models.functional import Model, functional
 from tasks.models.mlp import MLP
 from tasks.models.resnet import cifar_resnet, imagenet_resnet
@@ -26,9 +27,16 @@ def _mlp(image_shape: Sequence[int], classes: int, *, hidden: Sequence[int] = (6
     return MLP(image_shape, hidden, classes, rngs=rngs)
 
 
+def _cnn(image_shape: Sequence[int], classes: int, *, widths: Sequence[int] = (8, 16), rngs: nnx.Rngs) -> CNN:
+    for width in widths:
+        _check_number("each of widths", width, 1)
+    return CNN(image_shape, widths, classes, rngs=rngs)
+
+
 # name -> (image_shape, classes, *, options, rngs) -> module
 MODELS: dict[str, Callable[..., nnx.Module]] = {
     "mlp": _mlp,
+    "cnn": _cnn,
     **{f"resnet{depth}": functools.partial(cifar_resnet, depth) for depth in (8, 20, 32, 56)},
     **{f"resnet{depth}": functools.partial(imagenet_resnet, depth) for depth in (18, 34, 50)},
     "vit_tiny": functools.partial(vit, dim=192, heads=3),

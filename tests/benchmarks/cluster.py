@@ -47,13 +47,13 @@ def _generation(task: Task, horizon: int) -> GenerationSpec:
 
 def _local(task: Task, population: int, plan: Plan) -> tuple[Evaluator, Any]:
     spec, _, strategy, state = _parts(task, population)
-    return LocalEvaluator(task, spec, strategy, population, 1, plan, jax.local_devices()[:1]), state
+    return LocalEvaluator([task], spec, strategy, population, 1, plan, jax.local_devices()[:1]), state
 
 
 def _remote(task: Task, population: int, plan: Plan, workers: int) -> tuple[RayEvaluator, Any]:
     spec, outer, _, state = _parts(task, population)
     execution = ExecutionConfig(backend="ray", workers=workers)
-    return RayEvaluator(task, spec, outer, 1, plan, execution, print), state
+    return RayEvaluator([task], spec, outer, 1, plan, execution, print), state
 
 
 def _overhead() -> None:

@@ -63,14 +63,24 @@ def test_inspect_and_export(finished: Path, tmp_path: Path) -> None:
     assert (tmp_path / "x" / "l3rs.json").is_file()
 
 
-def test_evaluate_prints_a_table_and_where_the_figure_is(finished: Path, config: Path, tmp_path: Path) -> None:
+def test_evaluate_prints_a_table_and_where_the_page_is(finished: Path, config: Path, tmp_path: Path) -> None:
     words = ("evaluate", finished / "optimizer", config, "--horizons", "1,8", "--seeds", "2", "--out", tmp_path / "e")
     done = metatrain(*words)
     assert done.returncode == 0, done.stderr
     assert "adam/cosine" in done.stdout
-    assert f"figure: {tmp_path / 'e' / 'horizons.png'}" in done.stdout
-    assert (tmp_path / "e" / "horizons.png").read_bytes().startswith(b"\x89PNG")
+    assert f"report: {tmp_path / 'e' / 'report.html'}" in done.stdout
+    assert (tmp_path / "e" / "horizons-loss.png").read_bytes().startswith(b"\x89PNG")
     assert "exists; choose another folder" in refused(metatrain(*words))
+    (tmp_path / "e" / "report.html").unlink()
+    assert metatrain("report", tmp_path / "e").returncode == 0
+    assert (tmp_path / "e" / "report.html").is_file()
+
+
+def test_a_run_has_a_page(finished: Path, tmp_path: Path) -> None:
+    assert "finished" in (finished / "report.html").read_text()
+    done = metatrain("report", finished)
+    assert done.stdout.strip() == f"report: {finished / 'report.html'}"
+    assert "neither an evaluation" in refused(metatrain("report", tmp_path))
 
 
 def test_list_tasks() -> None:

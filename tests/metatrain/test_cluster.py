@@ -28,11 +28,12 @@ from tests.metatrain.nodes import worker_processes
 from tests.metatrain.test_population import generation
 
 _OUTER = {"steps": 10, "population": 16}
+_TASK = {"name": REGRESSION, "variants": [{}, {"examples": 48}]}  # a generation is of one of the two
 
 
 def ray_config(workers: int | str = 2, task: dict | None = None, **execution: object) -> Config:
     return small_config(
-        task={"name": REGRESSION, **(task or {})},
+        task={**_TASK, **(task or {})},
         outer=_OUTER,
         execution={"backend": "ray", "workers": workers, "members_per_call": 2, **execution},
     )
@@ -40,12 +41,12 @@ def ray_config(workers: int | str = 2, task: dict | None = None, **execution: ob
 
 def evaluator(config: Config, say: Callable[[str], None] = print) -> tuple[RayEvaluator, LocalEvaluator, object]:
     """The Ray evaluator of a configuration, the local one, and a state of the strategy."""
-    task = make_task(config.task.name, config.task.options)
+    task = config.task.make()
     spec = l3rs.Spec.create(task.params_shape(), hidden=(4,), embedding_dim=2)
     theta = l3rs.init(jax.random.key(0), spec)
     strategy = make_strategy(config.outer, theta)
-    local = LocalEvaluator(task, spec, strategy, config.outer.population, 2, "fused", jax.devices()[:1])
-    remote = RayEvaluator(task, spec, config.outer, 2, "fused", config.execution, say)
+    local = LocalEvaluator([task], spec, strategy, config.outer.population, 2, "fused", jax.devices()[:1])
+    remote = RayEvaluator([task], spec, config.outer, 2, "fused", config.execution, say)
     return remote, local, strategy.init(jax.random.key(0), theta)
 
 
@@ -62,7 +63,7 @@ def cluster() -> Iterator[None]:
 def quiet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten generations in this process."""
     folder = tmp_path_factory.mktemp("quiet") / "run"
-    run(small_config(outer=_OUTER, execution={"members_per_call": 2, "plan": "fused"}), folder)
+    run(small_config(task=_TASK, outer=_OUTER, execution={"members_per_call": 2, "plan": "fused"}), folder)
     return folder
 
 
@@ -239,7 +240,7 @@ def test_a_worker_with_other_versions_or_without_the_tasks_code_says_so() -> Non
 
     config = ray_config()
     spec = l3rs.Spec.create(make_task(REGRESSION, {}).params_shape())
-    job = _Job({}, [], spec, config.outer, "fused", {**versions(), "jax": "0.0.1"})
+    job = _Job([], [], spec, config.outer, "fused", {**versions(), "jax": "0.0.1"})
     assert "(driver: 0.0.1); all machines need the same versions" in str(setup(cloudpickle.dumps(job)))
     missing = cloudpickle.dumps(job).replace(b"metatrain.cluster", b"metatrain.clusteX")
     assert "the task's code cannot be imported on" in str(setup(missing))

@@ -13,10 +13,10 @@ import optax.contrib
 import pytest
 
 import l3rs
-from metatrain import report
 from metatrain.baselines import BASELINES, Tuned, deployed_params, make_baseline
 from metatrain.config import UserError
-from metatrain.evaluate import Record, Results, evaluate, held_out_samples, steps_to_reach
+from metatrain.evaluate import evaluate, held_out_samples
+from metatrain.results import Record, Results
 from tests.metatrain.common import REGRESSION, small_config
 from tests.metatrain.quadratic import regression
 
@@ -29,7 +29,7 @@ def optimizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(optimizer: Path) -> Results:
-    return evaluate(optimizer, small_config(), (1, 20), seeds=3)
+    return evaluate(optimizer, small_config(), horizons=(1, 20), seeds=3)
 
 
 def test_every_optimizer_runs_every_horizon_and_seed(results: Results) -> None:
@@ -47,14 +47,14 @@ def test_the_choice_has_the_lowest_inner_valid_loss_of_a_grid_no_coarser_than_tw
             assert grid["at_edge"] == (grid["chosen"] in (rates[0], rates[-1]))
     # 20 steps of plain least squares want a larger rate than the grid starts with: it has to grow.
     grown = results.tuning["regression"]["adam/constant"]["20"]
-    assert len(grown["learning_rate"]) > 11
+    assert len(grown["learning_rate"]) > 12
     assert not grown["at_edge"]
 
 
 def test_tuning_on_fewer_seeds_and_stepwise(optimizer: Path, results: Results) -> None:
     config = small_config(execution={"plan": "stepwise"})
-    found = evaluate(optimizer, config, (3,), seeds=2, tuning_seeds=1)
-    whole = evaluate(optimizer, small_config(), (3,), seeds=2, tuning_seeds=1)
+    found = evaluate(optimizer, config, horizons=(3,), seeds=2, tuning_seeds=1)
+    whole = evaluate(optimizer, small_config(), horizons=(3,), seeds=2, tuning_seeds=1)
     assert [r.hparams for r in found.records] == [r.hparams for r in whole.records]
     for one, two in zip(found.records, whole.records, strict=True):
         assert one.loss == pytest.approx(two.loss, rel=1e-4)
@@ -64,7 +64,7 @@ def test_tuning_on_fewer_seeds_and_stepwise(optimizer: Path, results: Results) -
 
 def test_tuning_never_reads_test(optimizer: Path, results: Results) -> None:
     poisoned = small_config(task={"name": REGRESSION, "poison": "test"})
-    found = evaluate(optimizer, poisoned, (1, 20), seeds=3)
+    found = evaluate(optimizer, poisoned, horizons=(1, 20), seeds=3)
     assert found.tuning == results.tuning
     assert all(math.isnan(record.loss) for record in found.records)
 
@@ -72,22 +72,22 @@ def test_tuning_never_reads_test(optimizer: Path, results: Results) -> None:
 def test_settings_replace_options_of_the_task(optimizer: Path, results: Results) -> None:
     settings = {"A": {}, "B": {"poison": "test"}}
     config = small_config(evaluation={"settings": settings})
-    found = evaluate(optimizer, config, (1, 20), seeds=3)
+    found = evaluate(optimizer, config, horizons=(1, 20), seeds=3)
     assert found.settings() == ["A: regression", "B: regression"]
     same = [
         dataclasses.replace(record, setting="", seconds=0.0) for record in found.records if record.setting[0] == "A"
     ]
     assert same == [dataclasses.replace(record, setting="", seconds=0.0) for record in results.records]
     assert all(math.isnan(record.loss) for record in found.records if record.setting[0] == "B")
-    assert evaluate(optimizer, config, (1,), seeds=1, settings=["B"]).settings() == ["B: regression"]
+    assert evaluate(optimizer, config, horizons=(1,), seeds=1, settings=["B"]).settings() == ["B: regression"]
     with pytest.raises(UserError, match=r"no setting Z in evaluation\.settings; allowed are A, B"):
-        evaluate(optimizer, config, (1,), settings=["A", "Z"])
+        evaluate(optimizer, config, horizons=(1,), settings=["A", "Z"])
 
 
 def test_a_record_is_the_run_it_says(results: Results) -> None:
     """An adam/cosine record is repeated with optax's own cosine schedule, step by step."""
     task, horizon = regression(), 20
-    record = results.select("regression", "adam/cosine", horizon)[1]
+    (record,) = [r for r in results.records if (r.optimizer, r.horizon, r.seed) == ("adam/cosine", horizon, 1)]
     samples = held_out_samples(task, 0, 3)
     data = jax.tree.map(jnp.asarray, task.data)
     params, stats = task.init(data, samples.init[1])
@@ -126,9 +126,15 @@ def test_schedules_are_optax_own(schedule: str, expected: optax.Schedule) -> Non
         assert float(updates["w"]) == pytest.approx(-float(expected(step)), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_every_baseline_trains_and_runs_in_one_call(optimizer: Path) -> None:
     found = evaluate(
-        optimizer, small_config(), (60,), seeds=2, baselines=["all"], schedules=["constant", "cosine", "warmup_cosine"]
+        optimizer,
+        small_config(),
+        horizons=(60,),
+        seeds=2,
+        baselines=["all"],
+        schedules=["constant", "cosine", "warmup_cosine"],
     )
     labels = {label.partition("/")[0] for label in found.optimizers()}
     assert labels == {"l3rs", *BASELINES}
@@ -137,10 +143,13 @@ def test_every_baseline_trains_and_runs_in_one_call(optimizer: Path) -> None:
     start = np.mean([float(task.loss(*task.init(task.data, i), task.data["test"], False)[0]) for i in range(8, 12)])
     for label in found.optimizers()[1:]:
         assert found.mean("regression", label, 60) < 0.7 * start, label
+
+
+def test_names_that_do_not_exist(optimizer: Path) -> None:
     with pytest.raises(UserError, match=r"no baseline adma; allowed are sgd, sgdm, adam"):
-        evaluate(optimizer, small_config(), (1,), baselines=["adma"])
+        evaluate(optimizer, small_config(), horizons=(1,), baselines=["adma"])
     with pytest.raises(UserError, match=r"no schedule cosinus; allowed are constant, cosine, warmup_cosine"):
-        evaluate(optimizer, small_config(), (1,), schedules=["cosinus"])
+        evaluate(optimizer, small_config(), horizons=(1,), schedules=["cosinus"])
 
 
 def test_schedule_free_is_judged_at_its_average() -> None:
@@ -165,58 +174,97 @@ def test_held_out_samples_never_meet_meta_training() -> None:
     assert len({tuple(key) for key in samples.key.tolist()}) == 6
 
 
-@pytest.mark.parametrize(
-    ("target", "steps"),
-    [(0.5, 10.0), (0.4, 10.0), (0.7, math.sqrt(10 * 40)), (0.9, 40.0), (0.95, None)],
-)
-def test_steps_to_reach_on_a_curve_drawn_by_hand(target: float, steps: float | None) -> None:
-    found = steps_to_reach([10, 40, 100], [0.5, 0.9, 0.9], target)
-    assert found == (None if steps is None else pytest.approx(steps))
-
-
 def test_speedup_is_the_baselines_steps_over_ours() -> None:
     from metatrain.evaluate import _speedups
 
     curves = {"l3rs": {10: 0.6, 100: 0.9}, "sgd": {10: 0.3, 100: 0.6}}
     records = [
-        Record("s", name, horizon, 0, 1.0, value, 0.1, {})
+        Record("s", name, horizon, seed, 1.0, value, 0.1, {}, 1.0)
         for name, curve in curves.items()
         for horizon, value in curve.items()
+        for seed in range(3)
     ]
-    assert [(s.horizon, s.steps_ratio) for s in _speedups(records)] == [(10, 10.0), (100, None)]
+    early, late = _speedups(records)
+    assert (early.steps_ratio, early.low, early.high) == pytest.approx((10, 10, 10))
+    assert (late.steps_ratio, late.low, late.high) == (None, None, None)
+
+
+def test_curves_and_paths_are_those_of_the_runs(results: Results) -> None:
+    for curve in results.curves:
+        assert curve.steps[0] == 0
+        assert curve.steps[-1] == curve.horizon
+        end = results.mean(curve.setting, curve.optimizer, curve.horizon)
+        assert curve.loss[-1] == pytest.approx(end, rel=1e-3)
+    starts = {curve.loss[0] for curve in results.curves}
+    assert len(starts) == 1  # all begin at the same inits
+    by_hand = [c for c in results.curves if c.optimizer == "l3rs" and c.horizon == 20]
+    losses = np.array(by_hand[0].loss, float)
+    area = np.trapezoid(losses, by_hand[0].steps) / 20
+    assert results.mean("regression", "l3rs", 20, "auc") == pytest.approx(area, rel=1e-3)
+    (path,) = results.paths
+    assert path.layers == ["b", "w"]
+    assert np.shape(path.mix) == (20, 2, 2)
+    np.testing.assert_allclose(np.sum(path.mix, -1), 1, atol=1e-3)
+    assert (np.array(path.step_rms) > 0).all()
+
+
+def test_costs_are_measured(results: Results) -> None:
+    assert [cost.optimizer for cost in results.costs] == results.optimizers()
+    assert results.seconds_a_step("l3rs") > 0
+    (adam,) = [cost for cost in results.costs if cost.optimizer == "adam/constant"]
+    assert adam.state_floats_a_parameter == pytest.approx(2, abs=0.5)  # and two counters, of five parameters
+
+
+def test_an_optimizer_for_another_model_is_left_out_and_said(optimizer: Path) -> None:
+    settings = {"A": {}, "B": {"dimension": 5}}
+    found = evaluate(optimizer, small_config(evaluation={"settings": settings}), horizons=(2,), seeds=1, baselines=[])
+    assert found.settings() == ["A: regression"]
+    assert any("B: regression is left out: layer 'w' has shape" in note for note in found.notes)
+    assert found.difference("A: regression", "l3rs", 2).low == -math.inf  # of one seed
+
+
+def test_a_baseline_that_diverges_is_said(optimizer: Path) -> None:
+    config = small_config(evaluation={"baselines": ["tests.metatrain.test_evaluate:exploding", "adam"]})
+    found = evaluate(optimizer, config, horizons=(30,), seeds=2, schedules=["constant"])
+    label = "tests.metatrain.test_evaluate:exploding/constant"
+    assert f"regression: {label} has no finite test loss after 30 steps in 2 of its runs" in found.notes
+    assert found.best_baseline("regression", 30) == "adam/constant"
+    assert found.win_rate("regression", label, 30) == 1
+    assert any(f"{label} has its best learning rate" in note and "edge" in note for note in found.notes)
+
+
+def exploding(learning_rate: optax.Schedule, total_steps: jax.Array) -> optax.GradientTransformation:
+    """A baseline of a user's own, and a bad one."""
+    del learning_rate
+    return optax.sgd(1e30 * total_steps)
+
+
+def test_a_baseline_whose_package_is_missing_is_left_out_and_said(optimizer: Path) -> None:
+    names = ["sgd", "no_such_package:velo"]
+    found = evaluate(optimizer, small_config(), horizons=(2,), seeds=1, baselines=names, schedules=["constant"])
+    assert found.baselines() == ["sgd/constant"]
+    assert found.notes[0] == "baseline no_such_package:velo is left out: No module named 'no_such_package'"
+    with pytest.raises(UserError, match="has no function 'velo'"):
+        evaluate(optimizer, small_config(), horizons=(2,), baselines=["tests.metatrain.common:velo"])
 
 
 def test_results_json_and_what_a_person_sees(results: Results, tmp_path: Path) -> None:
     saved = json.loads(results.save(tmp_path).read_text())
-    assert set(saved) == {"optimizer", "records", "speedup", "tuning"}
-    fields = {"setting", "optimizer", "horizon", "seed", "loss", "accuracy", "seconds", "hparams"}
+    assert {"optimizer", "records", "speedup", "tuning", "curves", "paths", "costs", "notes"} <= set(saved)
+    fields = {"setting", "optimizer", "horizon", "seed", "loss", "accuracy", "seconds", "hparams", "auc"}
     assert set(saved["records"][0]) == fields
-    assert set(saved["speedup"][0]) == {"setting", "baseline", "horizon", "steps_ratio"}
+    assert set(saved["speedup"][0]) == {"setting", "baseline", "horizon", "steps_ratio", "low", "high"}
     assert Results.load(tmp_path / "results.json") == results
     loss, accuracy, seeds = results.summary()["regression"]["sgdm/cosine"]["20"]
     assert (loss, seeds) == (round(results.mean("regression", "sgdm/cosine", 20), 4), 3)
     assert accuracy == round(results.mean("regression", "sgdm/cosine", 20, "accuracy"), 4)
-    assert report.figure(results, "regression", tmp_path / "f.png").stat().st_size > 10_000
-    verdict = report.verdict(results, "regression")
-    ours = results.mean("regression", "l3rs", 20)
-    assert f"at 20 steps ({ours:.3f} / " in verdict
-    assert verdict.count("wins") + verdict.count("loses") == 2
-
-
-def test_a_figure_shows_the_best_schedule_of_the_strongest_families() -> None:
-    losses = {"l3rs": 0.1, "a/constant": 0.9, "a/cosine": 0.2, "b/constant": 0.3, "b/cosine": 0.4, "c/cosine": math.nan}
-    records = [Record("s", label, h, 0, x * h, 0.5, 0.1, {}) for label, x in losses.items() for h in (1, 10)]
-    results = Results("o", records, [], {})
-    assert report.strongest(results, "s", 5) == list(losses)[1:]
-    assert report.strongest(results, "s", 4) == ["a/cosine", "b/constant", "c/cosine"]
-    assert report.strongest(results, "s", 1) == ["a/cosine"]
 
 
 def test_diverged_runs_are_null_in_json_and_lose(results: Results, tmp_path: Path) -> None:
     broken = [Record(**{**r.__dict__, "loss": math.nan}) if r.optimizer == "l3rs" else r for r in results.records]
     bad = Results("o", broken, [], {})
     assert json.loads(bad.save(tmp_path).read_text())["records"][0]["loss"] is None
-    assert "wins" not in report.verdict(bad, "regression")
+    assert math.isnan(Results.load(tmp_path / "results.json").mean("regression", "l3rs", 1))
 
 
 def test_results_that_cannot_be_read(tmp_path: Path) -> None:
@@ -229,13 +277,17 @@ def test_results_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_bad_input(optimizer: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="≥ 1"):
-        evaluate(optimizer, small_config(), (0, 10))
-    with pytest.raises(UserError, match="≥ 1"):
-        evaluate(optimizer, small_config(), (10,), seeds=0)
-    with pytest.raises(UserError, match="tuning ≤ seeds"):
-        evaluate(optimizer, small_config(), (10,), seeds=2, tuning_seeds=3)
+    config = small_config()
+    for options, sentence in (
+        ({"horizons": (0, 10)}, r"evaluation: horizons\.0: input should be greater than 0, found 0"),
+        ({"horizons": ()}, "evaluation: horizons"),
+        ({"seeds": 0}, "evaluation: seeds: input should be greater than 0, found 0"),
+        ({"seeds": 2, "tuning_seeds": 3}, "tuning_seeds 3 is larger than seeds 2"),
+        ({"horizon": 3}, "unknown key horizon; allowed here are settings, horizons"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            evaluate(optimizer, config, **options)
     with pytest.raises(l3rs.L3RSError, match="not an L3RS checkpoint"):
-        evaluate(tmp_path, small_config(), (10,))
-    with pytest.raises(l3rs.L3RSError, match="layer 'w' has shape"):
-        evaluate(optimizer, small_config(task={"name": REGRESSION, "dimension": 5}), (10,))
+        evaluate(tmp_path, config)
+    with pytest.raises(l3rs.L3RSError, match=r"fits the model of no setting; .* layer 'w' has shape"):
+        evaluate(optimizer, small_config(task={"name": REGRESSION, "dimension": 5}), horizons=(10,))

@@ -27,7 +27,7 @@ def evaluator(
     theta = l3rs.init(jax.random.key(0), spec)
     strategy = make_strategy(small_config(outer={"population": population}).outer, theta)
     state = strategy.init(jax.random.key(0), theta)
-    return LocalEvaluator(task, spec, strategy, population, members, plan, devices), state
+    return LocalEvaluator([task], spec, strategy, population, members, plan, devices), state
 
 
 def generation(number: int = 0, horizon: int = 5) -> GenerationSpec:
@@ -69,7 +69,7 @@ def test_one_compilation_a_device_for_all_generations() -> None:
     local, state = evaluator(jax.devices()[:1])
     for number, horizon in enumerate((3, 9, 4)):
         local.evaluate(state, generation(number, horizon))
-    assert local._call._cache_size() == 1
+    assert local._calls[0]._cache_size() == 1
 
 
 def test_chunks_that_do_not_fit_the_memory_are_halved() -> None:

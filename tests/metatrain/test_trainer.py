@@ -15,7 +15,7 @@ import pytest
 
 import l3rs
 from metatrain import trainer
-from metatrain.config import UserError, dump_config
+from metatrain.config import UserError, dump_config, portable
 from tests.metatrain.common import REGRESSION, assert_same_theta, metrics, small_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,7 +128,7 @@ def test_a_half_written_line_of_metrics_is_written_again(quiet: Path, tmp_path: 
 
 
 def test_a_checkpoint_names_no_folder_of_this_machine(tmp_path: Path) -> None:
-    assert trainer._portable({"a": ["/home/me/data/set/1.0", 3], "b": "set/1.0"}) == {
+    assert portable({"a": ["/home/me/data/set/1.0", 3], "b": "set/1.0"}) == {
         "a": ["…/set/1.0", 3],
         "b": "set/1.0",
     }
@@ -215,3 +215,24 @@ def count_lines(folder: Path) -> int:
 
 def being_saved(folder: Path) -> bool:
     return any("tmp" in p.name for p in (folder / "state").glob("*"))
+
+
+_VARIANTS = {"name": REGRESSION, "variants": [{"examples": 48}, {"examples": 64}]}
+
+
+def test_every_generation_draws_one_of_the_variants(tmp_path: Path) -> None:
+    trainer.run(small_config(task=_VARIANTS), tmp_path / "quiet")
+    drawn = [line["task"] for line in metrics(tmp_path / "quiet")]
+    assert set(drawn) == {0, 1}
+    stopped_at(3, tmp_path / "run", task=_VARIANTS)
+    assert trainer.resume(tmp_path / "run").finished
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "quiet")
+    assert_same_theta(tmp_path / "run" / "optimizer", tmp_path / "quiet" / "optimizer")
+
+
+def test_variants_with_other_networks_need_a_descriptor(tmp_path: Path) -> None:
+    task = {"name": REGRESSION, "variants": [{}, {"dimension": 5}]}
+    with pytest.raises(UserError, match=r"different networks .*optimizer\.embedding must be descriptor"):
+        trainer.run(small_config(task=task), tmp_path / "table")
+    config = small_config(task=task, optimizer={"embedding": "descriptor"})
+    assert trainer.run(config, tmp_path / "descriptor").finished

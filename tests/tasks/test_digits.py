@@ -133,3 +133,21 @@ def test_a_task_needs_all_splits_and_both_pools(digits: Task) -> None:
         Task("t", without, pools=digits.pools, **parts)
     with pytest.raises(TaskError, match="no inits in pool 'held_out'"):
         Task("t", digits.data, pools={"meta_train": [0]}, **parts)
+
+
+def test_other_starts_are_only_for_meta_training(digits: Task) -> None:
+    warm = make_task("digits", {"starts": ["pretrained", "warm", "random"]})
+    assert warm.pools["held_out"] == digits.pools["held_out"]
+    assert warm.pools["meta_train"] == [*range(10), *range(16, 36)]
+    for i in (0, 15):  # what was there stays as it is
+        for one, other in zip(jax.tree.leaves(warm.init(warm.data, i)), jax.tree.leaves(digits.init(digits.data, i)),
+                              strict=True):  # fmt: skip
+            np.testing.assert_array_equal(one, other)
+    loss = jax.jit(lambda data, i: warm.loss(*warm.init(data, i), data["outer_valid"], False)[0])
+    losses = [float(loss(warm.data, jnp.int32(i))) for i in warm.pools["meta_train"]]
+    assert min(losses[:10]) > 2  # networks of the other digits
+    assert losses[10] > 1 > 0.4 > max(losses[17:20])  # after 10 steps of fine-tuning, and after hundreds
+    assert all(loss == pytest.approx(np.log(10), abs=0.5) for loss in losses[20:])  # what chance has
+    for starts in ([], "warm", ["hot"]):
+        with pytest.raises(TaskError, match=r"task\.starts is .*; it must be a list of pretrained, warm, random"):
+            make_task("digits", {"starts": starts})

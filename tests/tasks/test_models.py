@@ -256,7 +256,7 @@ def test_parameters_are_as_many_as_published(name: str, parameters: int) -> None
 @pytest.mark.parametrize(
     ("name", "options", "sentence"),
     [
-        ("resnet9", {}, "unknown model 'resnet9'; allowed are mlp, resnet8"),
+        ("resnet9", {}, "unknown model 'resnet9'; allowed are mlp, cnn, resnet8"),
         ("resnet8", {"dept": 3}, "dept is not an option of model 'resnet8'; allowed are width, norm, groups, shortcut"),
         ("resnet18", {"shortcut": "pad"}, "shortcut is not an option of model 'resnet18'; allowed are width"),
         ("resnet8", {"rngs": 0}, "rngs is not an option"),
@@ -282,3 +282,17 @@ def test_wrong_image_shape_is_one_sentence() -> None:
         TaskError, match=r"model 'mlp': image_shape is \(32, 32\); it must be \(height, width, channels"
     ):
         make_model("mlp", (32, 32), CLASSES)
+
+
+def test_the_small_cnn_is_a_convolution_of_stride_two() -> None:
+    from flax import nnx
+
+    from tasks.models.cnn import Conv
+
+    conv = Conv(3, 5, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (2, 7, 14, 3))
+    expected = jax.lax.conv_general_dilated(
+        x, conv.kernel[...], (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    assert conv(x).shape == (2, 4, 7, 5)
+    np.testing.assert_allclose(conv(x), expected, atol=1e-5)

@@ -1,0 +1,125 @@
+"""Inner loops of IOMT, whose controller sits on the host, with the arguments and results of other rollouts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l3rs import L3RSError
+from l3rs.baselines import iomt
+from metatrain.baselines import Interleaved, Tuned
+from metatrain.rollout import Plan, Rollout, Score, evaluate_split
+from tasks import Task, TaskSample
+from tasks.base import Data, Params, Stats, size
+
+_CHUNK = 256  # examples a forward pass, where the host drives them
+
+# (stage steps, moments) -> training of the task in such stages
+Trainers = Callable[[int, iomt.space.Moments], Callable[..., iomt.Result]]
+
+
+def trainers(task: Task, plan: Plan) -> Trainers:
+    """Compiled training for each τ, which all variants of IOMT share. The batches are those of other rollouts."""
+
+    def loss(params: Params, stats: Stats, batch: Any) -> tuple[jax.Array, Stats]:
+        value, aux = task.loss(params, stats, batch, True)
+        return value, aux.stats
+
+    def batch(inputs: dict[str, Any], step: jax.Array) -> Any:
+        key = jax.random.wrap_key_data(inputs["key"])
+        return task.batch(inputs["data"], jax.random.fold_in(key, step))
+
+    # The surrogates silence it, too, but what one thread silences another one may hear.
+    warnings.filterwarnings("ignore", "The optimal value found", module=r"sklearn\.gaussian_process")
+
+    @functools.cache
+    def trainer(stage_steps: int, moments: iomt.space.Moments) -> Callable[..., iomt.Result]:
+        return iomt.make_train(loss, batch, options=iomt.Options(stage_steps=stage_steps, moments=moments), plan=plan)
+
+    return trainer
+
+
+def interleaved_rollout(task: Task, entry: Interleaved, plan: Plan, trainer: Trainers) -> Rollout:
+    """The inner loop of IOMT, driven from the host, stage by stage.
+
+    ω_t is what the entry says, else the accuracy of the init as it is on the first 256 examples of
+    inner_train: equation 6 with β = 1, because a task shows neither features nor source classes. The
+    controller's random choices follow from the sample's key. A run whose loss is not finite before
+    the first step has scores that are no numbers.
+
+    Args:
+      task: what is trained.
+      entry: which variant.
+      plan: how a stage runs.
+      trainer: of `trainers(task, plan)`.
+
+    Returns:
+      (hyper: Tuned, data, task sample, horizon, splits, points) -> {split: Score}, as
+      `stepwise_rollout`; points are ends of stages, or 0.
+    """
+    start = jax.jit(task.init)
+    score = _scorer(task, plan)
+
+    def rollout(
+        hyper: Tuned,
+        data: Data,
+        sample: TaskSample,
+        horizon: jax.Array,
+        splits: Sequence[str] = ("inner_valid",),
+        points: Collection[int] | None = None,
+    ) -> dict[str, Score]:
+        steps = int(horizon)
+        wanted = [steps] if points is None else [int(point) for point in points]
+        params, stats = start(data, sample.init)
+        found: dict[int, dict[str, np.ndarray]] = {}
+
+        def judge(params: Params, stats: Stats, step: int) -> None:
+            if step in wanted:
+                found[step] = {split: score(data[split], params, stats) for split in splits}
+
+        options = entry.at(steps)
+        if "transferability" not in entry.options:
+            few = jax.tree.map(lambda x: x[:_CHUNK], data["inner_train"])
+            accuracy = float(score(few, params, stats)[1])
+            options = dataclasses.replace(options, transferability=accuracy if 0 <= accuracy <= 1 else 0.0)
+        seed = int(np.asarray(sample.key)[-1])
+        controller = iomt.Controller(entry.space(float(hyper.learning_rate)), options, seed)
+        judge(params, stats, 0)
+        try:
+            train = trainer(options.stage_steps, options.moments)
+            train(params, stats, {"data": data, "key": sample.key}, steps, controller=controller, after_stage=judge)
+        except L3RSError:  # no finite loss to begin with
+            found = {step: {split: np.full(2, np.nan) for split in splits} for step in wanted}
+        if points is None:
+            return {split: Score(*found[steps][split]) for split in splits}
+        return {split: Score(*np.stack([found[step][split] for step in wanted]).T) for split in splits}
+
+    return rollout
+
+
+def _scorer(task: Task, plan: Plan) -> Callable[[Any, Params, Stats], np.ndarray]:
+    """(examples, params, stats) -> their mean loss and accuracy, [2]. Stepwise it goes over chunks on the host: a
+    convolution inside a compiled loop is slow on a CPU."""
+
+    @jax.jit
+    def one(examples: Any, params: Params, stats: Stats) -> jax.Array:
+        return jnp.stack(evaluate_split(task, {"": examples}, "", params, stats))
+
+    def score(examples: Any, params: Params, stats: Stats) -> np.ndarray:
+        n = size(examples)
+        if plan == "fused" or n <= _CHUNK:
+            return np.asarray(one(examples, params, stats))
+        total = np.zeros(2)
+        for first in range(0, n, _CHUNK):
+            chunk = jax.tree.map(lambda x, first=first: x[first : first + _CHUNK], examples)
+            total += np.asarray(one(chunk, params, stats)) * size(chunk)
+        return total / n
+
+    return score

@@ -1,0 +1,105 @@
+"""Numbers and names as a reader wants them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from metatrain.results import L3RS
+from metatrain.statistics import Interval
+
+MISSING = "–"
+
+
+def number(value: float) -> str:
+    """Three significant digits, but all of an integer part; a dash for what is no number."""
+    if math.isnan(value):
+        return MISSING
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    size = abs(value)
+    if size >= 100 or value == int(value):
+        text = f"{value:,.0f}"
+    elif size < 1e-3:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        text = f"{mantissa}e{int(exponent)}"
+    else:
+        text = f"{value:.{min(2 - math.floor(math.log10(size)), 3)}f}"
+    return text.replace("-", "−")
+
+
+def tick(value: float) -> str:
+    """As short as it can be: the value is round."""
+    if 0 < abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa.removesuffix('.0')}e{int(exponent)}".replace("-", "−")
+    return (f"{value:,.0f}" if abs(value) >= 1e3 else f"{value:.3g}").replace("-", "−")
+
+
+def signed(value: float) -> str:
+    text = number(value)
+    return text if text.startswith(("−", MISSING)) or value == 0 else f"+{text}"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    return MISSING if math.isnan(share) else f"{100 * share:.{digits}f}".replace("-", "−") + " %"
+
+
+def ratio(value: float) -> str:
+    """A speed-up."""
+    if not math.isfinite(value):
+        return number(value)
+    return f"{value:.2f}×" if value < 10 else f"{value:,.0f}×"
+
+
+def duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return number(seconds)
+    for limit, unit, name in ((1e-3, 1e-6, "µs"), (1.0, 1e-3, "ms"), (120.0, 1.0, "s"), (7200.0, 60.0, "min")):
+        if seconds < limit:
+            shown = seconds / unit
+            return f"{shown:.{2 if shown < 10 else 1 if shown < 100 else 0}f} {name}"
+    return f"{seconds / 3600:,.1f} h"
+
+
+def about(seconds: float) -> str:
+    """A duration that is only reckoned."""
+    for limit, unit, name in ((90.0, 1.0, "s"), (5400.0, 60.0, "min"), (172_800.0, 3600.0, "h")):
+        if seconds < limit:
+            return f"{max(seconds / unit, 1):.0f} {name}"
+    return f"{seconds / 86_400:.1f} days"
+
+
+def bounds(interval: Interval, kind: str = "number") -> str:
+    """The interval's ends, or nothing where there is no interval (a single seed, a run that diverged)."""
+    if math.isnan(interval.low) or math.isnan(interval.high) or interval.low == -math.inf:
+        return ""
+    if kind == "percent":
+        return f"{100 * interval.low:.1f} … {100 * interval.high:.1f}".replace("-", "−")
+    if kind == "signed":
+        return f"{signed(interval.low)} … {signed(interval.high)}"
+    shown = ratio if kind == "ratio" else number
+    return f"{shown(interval.low)} … {shown(interval.high)}".replace("×", "")
+
+
+def optimizer(label: str) -> str:
+    return "L3RS" if label == L3RS else label
+
+
+def family(label: str) -> str:
+    """`adam` of `adam/cosine`."""
+    return label.partition("/")[0]
+
+
+def short(setting: str) -> str:
+    """`A` of `A: resnet8(imagenet → places)`; the name itself where it has no such letter."""
+    return setting.partition(": ")[0] or "the task"
+
+
+def listed(names: Sequence[str]) -> str:
+    """a, b and c."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

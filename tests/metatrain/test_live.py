@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from metatrain import live
+from metatrain.config import UserError, dump_config
+from metatrain.live import History, Live, running_median
+from tests.metatrain.common import small_config
+from tests.metatrain.test_report import check_in_a_browser, check_page, needs_browser
+
+
+def run_folder(folder: Path, generations: int, total: int = 1000, **more: Any) -> Path:
+    rng = np.random.default_rng(0)
+    (folder / "config.yaml").write_text(dump_config(small_config(outer={"steps": total})))
+    with (folder / "metrics.jsonl").open("w") as file:
+        for i in range(generations):
+            horizon = round(10 * 20 ** rng.random())
+            loss = 2 / horizon**0.5 + math.exp(-i / 100) + 0.05 * rng.normal()
+            line = {
+                "generation": i, "horizon": horizon, "init": 0, "meta_loss_mean": loss, "meta_loss_best": loss - 0.1,
+                "finite": 32, "psi_norm": 10 + i / 100, "candidate_steps_per_s": 2000.0, "seconds": 0.6, "workers": 2,
+            }  # fmt: skip
+            file.write(json.dumps({**line, **more}) + "\n")
+    return folder
+
+
+def test_page_of_a_run_that_goes_on(tmp_path: Path) -> None:
+    page = check_page(live.write(run_folder(tmp_path, 700)))
+    assert "700 of 1,000 generations done; about 3 min left." in page.text
+    assert ("meta", {"http-equiv": "refresh", "content": "60"}) in page.tags
+    for title in (
+        "Meta-loss",
+        "Meta-loss by horizon",
+        "Candidate-steps a second",
+        "Seconds a generation",
+        "Norm of ψ",
+        "Workers",
+    ):
+        assert title in page.text
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_page_of_a_run_that_has_ended(tmp_path: Path) -> None:
+    finished = check_page(live.write(run_folder(tmp_path, 10, total=10)))
+    assert "Finished: 10 generations in 6.00 s." in finished.text
+    stopped = check_page(live.write(run_folder(tmp_path, 5, total=10), going=False))
+    assert "Stopped after 5 of 10 generations; `metatrain resume` goes on with it." in stopped.text
+    for page in (finished, stopped):
+        assert all(attrs.get("http-equiv") != "refresh" for _, attrs in page.tags)
+
+
+@pytest.mark.filterwarnings("error")
+def test_page_of_hardly_anything(tmp_path: Path) -> None:
+    run_folder(tmp_path, 0)
+    assert "No generation is done yet" in check_page(live.write(tmp_path)).text
+    (tmp_path / "metrics.jsonl").unlink()
+    assert "No generation is done yet" in check_page(live.write(tmp_path)).text
+    check_page(live.write(run_folder(tmp_path, 1)))
+    check_page(live.write(run_folder(tmp_path, 3, meta_loss_mean=None, meta_loss_best=None)))
+    check_page(live.write(run_folder(tmp_path, 40, meta_loss_mean=1.0, horizon=10, workers=None)))
+    with pytest.raises(UserError, match=r"is not a run: it has no config\.yaml"):
+        live.write(tmp_path / "none")
+
+
+def test_a_half_written_line_is_passed_over(tmp_path: Path) -> None:
+    run_folder(tmp_path, 5)
+    whole = History.read(tmp_path / "metrics.jsonl")
+    for half in ('{"generation": 5, "hor', "7", "", '{"generation": 4}x'):
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write(half)
+        assert History.read(tmp_path / "metrics.jsonl").done == whole.done == 5
+        (tmp_path / "metrics.jsonl").write_text((tmp_path / "metrics.jsonl").read_text().removesuffix(half))
+
+
+def test_running_median_by_hand() -> None:
+    values = np.array([1.0, 5.0, 2.0, np.nan, np.nan, np.nan, 9.0])
+    found = running_median(values, 3)
+    np.testing.assert_array_equal(found, [3.0, 2.0, 3.5, 2.0, np.nan, 9.0, 9.0])
+
+
+def test_bands_hold_every_generation_once(tmp_path: Path) -> None:
+    history = History.read(run_folder(tmp_path, 200) / "metrics.jsonl")
+    bands = history.bands()
+    assert len(bands) == 3
+    assert (np.sum([inside for *_, inside in bands], 0) == 1).all()
+    assert all(low <= high for low, high, _ in bands)
+    assert bands[0][1] < bands[1][0]
+
+
+def test_a_tick_draws_at_most_once_in_a_while(tmp_path: Path) -> None:
+    run_folder(tmp_path, 3)
+    page = tmp_path / "report.html"
+    drawn = Live(tmp_path, every=3600)
+    drawn.tick()
+    page.unlink()
+    drawn.tick()
+    assert not page.exists()
+    drawn.close()
+    assert "Stopped after 3" in page.read_text()
+
+
+def test_a_failure_to_draw_is_one_sentence_and_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_folder(tmp_path, 3)
+    (tmp_path / "report.html").mkdir()
+    drawn = Live(tmp_path, every=0)
+    with caplog.at_level(logging.WARNING, "metatrain"):
+        drawn.tick()
+        drawn.tick()
+        drawn.close()
+    assert len(caplog.records) == 1
+    assert "has no page" in caplog.text
+
+
+def test_a_page_of_1000_generations_is_drawn_quickly(tmp_path: Path) -> None:
+    run_folder(tmp_path, 1000, total=2000)
+    live.write(tmp_path)
+    began = time.process_time()
+    live.write(tmp_path)
+    assert time.process_time() - began < 0.5
+    assert (tmp_path / "report.html").stat().st_size < 300_000
+
+
+@needs_browser
+def test_page_on_a_phone(tmp_path: Path) -> None:
+    page = live.write(run_folder(tmp_path, 300))
+    check_in_a_browser(page.read_text(), tmp_path, 390, "dark")
