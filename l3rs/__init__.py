@@ -4,21 +4,29 @@ tx = l3rs.load("checkpoints/digits-mlp", total_steps=200)
 updates, state = tx.update(grads, state, params, value=loss)
 """
 
-from l3rs.checkpoint import describe, load, restore, save
+from l3rs.checkpoint import describe, load, match, restore, save
+from l3rs.guard import Guard, guard_report
+from l3rs.layers import Match
 from l3rs.network import init
 from l3rs.optimizer import L3RSState, l3rs
+from l3rs.places import shipped as list  # noqa: A004
 from l3rs.spec import Direction, L3RSError, Layer, Spec
 
 __all__ = [
     "Direction",
+    "Guard",
     "L3RSError",
     "L3RSState",
     "Layer",
+    "Match",
     "Spec",
     "describe",
+    "guard_report",
     "init",
     "l3rs",
+    "list",
     "load",
+    "match",
     "restore",
     "save",
 ]

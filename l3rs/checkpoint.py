@@ -27,12 +27,13 @@ import optax
 
 from l3rs import network
 from l3rs.directions import make_direction
+from l3rs.guard import Guard
+from l3rs.layers import Match, MatchBy, Matching, OnUnknown, match_params
 from l3rs.optimizer import l3rs
+from l3rs.places import MANIFEST, THETA, local_folder
 from l3rs.spec import FEATURE_VERSION, L3RSError, Spec, Theta, layer_path
 
 FORMAT_VERSION = 1
-_MANIFEST = "l3rs.json"
-_THETA = "theta"
 _OVERHEAD = 1 << 17  # bytes of metadata in a small checkpoint, amply
 
 
@@ -78,10 +79,10 @@ def save(
             ocp.PyTreeCheckpointer() as checkpointer,
             saving(target, sum(leaf.nbytes for leaf in jax.tree.leaves(theta))),
         ):
-            checkpointer.save(scratch / "new" / _THETA, theta)
+            checkpointer.save(scratch / "new" / THETA, theta)
         # Orbax's mark for stores without renaming; it names the folder that was written to.
-        (scratch / "new" / _THETA / "commit_success.txt").unlink(missing_ok=True)
-        (scratch / "new" / _MANIFEST).write_text(text)
+        (scratch / "new" / THETA / "commit_success.txt").unlink(missing_ok=True)
+        (scratch / "new" / MANIFEST).write_text(text)
         # Whatever interrupts this, the old checkpoint is there: under its own name or under this one.
         old = target.with_name(f"{target.name}.replaced")
         if target.exists():
@@ -126,16 +127,24 @@ def os_errors(path: Path) -> Iterator[None]:
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The checkpoint's manifest: format, features, spec, sha256, info.
 
+    Args:
+      path: as of `load`.
+
     Raises:
       L3RSError: not a checkpoint, a damaged one, or one of a newer version.
     """
-    file = Path(path) / _MANIFEST
+    with local_folder(path) as folder:
+        return _manifest(folder)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    file = folder / MANIFEST
     try:
         manifest = json.loads(file.read_text())
     except FileNotFoundError:
-        raise L3RSError(f"{Path(path)} is not an L3RS checkpoint: it has no {_MANIFEST}") from None
+        raise L3RSError(f"{folder} is not an L3RS checkpoint: it has no {MANIFEST}") from None
     except OSError as error:
-        raise L3RSError(f"{Path(path)} is not an L3RS checkpoint: {error.strerror}") from None
+        raise L3RSError(f"{folder} is not an L3RS checkpoint: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise L3RSError(f"{file} is damaged: {error}") from None
     missing = {"format", "features", "spec", "sha256", "info"} - set(manifest if isinstance(manifest, dict) else ())
@@ -150,21 +159,22 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
 def restore(path: str | os.PathLike[str]) -> tuple[Theta, Spec, dict[str, Any]]:
     """Meta-parameters (numpy arrays), spec and info of a checkpoint.
 
+    Args:
+      path: as of `load`.
+
     Raises:
       L3RSError: not a checkpoint, or a damaged one.
     """
+    with local_folder(path) as folder:
+        return _restore(folder.absolute())
+
+
+def _restore(path: Path) -> tuple[Theta, Spec, dict[str, Any]]:
     import orbax.checkpoint as ocp
 
-    manifest = describe(path)
-    try:
-        spec = Spec.from_json(manifest["spec"])
-        for direction in spec.directions:
-            make_direction(direction)
-    except L3RSError as error:
-        raise L3RSError(f"{Path(path) / _MANIFEST} is damaged: {error}") from None
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise L3RSError(f"{Path(path) / _MANIFEST} is damaged: its spec cannot be read ({error!r})") from None
-    folder = Path(path).absolute() / _THETA
+    manifest = _manifest(path)
+    spec = _spec(path, manifest)
+    folder = path / THETA
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             theta = checkpointer.restore(folder)
@@ -174,19 +184,80 @@ def restore(path: str | os.PathLike[str]) -> tuple[Theta, Spec, dict[str, Any]]:
     theta = jax.tree.map(np.asarray, theta)
     network.check(theta, spec, str(folder))
     if _digest(theta) != manifest["sha256"]:
-        raise L3RSError(f"{folder} is damaged: its values do not have the digest that {_MANIFEST} states")
+        raise L3RSError(f"{folder} is damaged: its values do not have the digest that {MANIFEST} states")
     return theta, spec, manifest["info"]
 
 
-def load(path: str | os.PathLike[str], total_steps: int | jax.Array) -> optax.GradientTransformationExtraArgs:
+def read_spec(path: str | os.PathLike[str]) -> Spec:
+    """The spec of a checkpoint, without its values; errors as of `describe`."""
+    with local_folder(path) as folder:
+        return _spec(folder, _manifest(folder))
+
+
+def _spec(path: Path, manifest: Mapping[str, Any]) -> Spec:
+    try:
+        spec = Spec.from_json(manifest["spec"])
+        for direction in spec.directions:
+            make_direction(direction)
+    except L3RSError as error:
+        raise L3RSError(f"{path / MANIFEST} is damaged: {error}") from None
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise L3RSError(f"{path / MANIFEST} is damaged: its spec cannot be read ({error!r})") from None
+    return spec
+
+
+def load(
+    path: str | os.PathLike[str],
+    total_steps: int | jax.Array,
+    *,
+    rename: Mapping[str, str] | None = None,
+    match: MatchBy = "path",
+    on_unknown: OnUnknown = "error",
+    guard: bool | Guard = False,
+) -> optax.GradientTransformationExtraArgs:
     """A meta-trained optimizer, ready to use: see `l3rs` for its arguments and errors.
 
     Args:
-      path: a checkpoint folder.
+      path: a checkpoint: its folder, a name of `l3rs.list()`, `hf://owner/name[@revision]`, or `gs://…` or another
+        URL that fsspec has a driver for. A folder that exists goes before a name.
       total_steps: the number of steps you are going to train.
+      rename, match, on_unknown: how the params' layers find theirs in the checkpoint.
+      guard: a safety net.
     """
     theta, spec, _ = restore(path)
-    return l3rs(theta, spec, total_steps)
+    return l3rs(theta, spec, total_steps, rename=rename, match=match, on_unknown=on_unknown, guard=guard)
+
+
+def match(
+    optimizer: str | os.PathLike[str] | Spec,
+    params: optax.Params,
+    *,
+    rename: Mapping[str, str] | None = None,
+    match: MatchBy = "path",
+    on_unknown: OnUnknown = "error",
+) -> tuple[Match, ...]:
+    """What each layer of `params` is to an optimizer, in leaf order; `load` does the same with these arguments.
+
+    Args:
+      optimizer: a checkpoint, or a spec.
+      params: a pytree of arrays or shapes.
+      rename, match, on_unknown: see `l3rs`.
+
+    Raises:
+      L3RSError: as `load`.
+
+    Example:
+      >>> import jax, l3rs
+      >>> spec = l3rs.Spec.create({"dense": {"kernel": jax.numpy.ones((3, 2)), "bias": jax.numpy.ones(2)}})
+      >>> params = {"fc": {"w": jax.numpy.ones((3, 2)), "b": jax.numpy.ones(2)}, "scale": jax.numpy.ones(5)}
+      >>> for layer in l3rs.match(spec, params, rename={"fc/w": "dense/kernel"}, on_unknown="mean"):
+      ...     print(layer.name, layer.source)
+      fc/b mean
+      fc/w dense/kernel
+      scale mean
+    """
+    spec = optimizer if isinstance(optimizer, Spec) else read_spec(optimizer)
+    return match_params(spec, params, Matching.of(spec, rename, match, on_unknown))
 
 
 def _digest(theta: Theta) -> str:

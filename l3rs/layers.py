@@ -1,38 +1,352 @@
-"""Matching a network's parameters to the layers that an optimizer was meta-trained on."""
+"""Layers of a network: which layer of the checkpoint each one is, and what can be read off it by itself.
+
+With an embedding table a layer has to find its row (`match_layers`); one that has none can be given the mean of
+all rows. With descriptor embeddings there is nothing to find, any network will do (`descriptors`). Either way a
+layer's embedding is a weighted sum of the rows of theta["embedding"] (`embedding_weights`).
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
-from l3rs.spec import L3RSError, Layer, layers_of
+import numpy as np
+
+from l3rs.spec import L3RSError, Layer, Spec, layers_of
+
+MatchBy = Literal["auto", "path", "order"]
+OnUnknown = Literal["error", "mean", "descriptor"]
 
 
-def match_layers(table: tuple[Layer, ...], params: Any) -> tuple[int, ...]:
-    """For each leaf of `params`, its row in the layer table, by path.
+class Match(NamedTuple):
+    """What one layer of a network is to an optimizer."""
 
-    Layers of the table that `params` lacks are allowed: that is what `optax.masked` makes of
-    frozen parameters.
+    name: str | None  # in the network: the path of a JAX leaf, a torch parameter's name or None
+    shape: tuple[int, ...]  # as the network has it
+    row: int | None  # of the embedding table; None if it has none of its own
+    source: str  # the path of that row; else "mean" (of all rows) or "descriptor"
+
+
+@dataclasses.dataclass(frozen=True)
+class Matching:
+    """How a network's layers find theirs in the checkpoint.
+
+    Attributes:
+      rename: {name in the network: path in the checkpoint}, before anything else.
+      by: "path", a layer is the one of its name; "order", see `match_layers`; "auto", by path, or by order if no
+        name is a layer's.
+      on_unknown: what a layer that is not found, or has another shape, gets: an "error", or the "mean" embedding.
+        "descriptor" is for checkpoints with descriptor embeddings, where no layer is unknown.
+    """
+
+    rename: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    by: MatchBy = "path"
+    on_unknown: OnUnknown = "error"
+
+    @classmethod
+    def of(
+        cls, spec: Spec, rename: Mapping[str, str] | None, by: MatchBy | str, on_unknown: OnUnknown | str
+    ) -> Matching:
+        """Checked.
+
+        Raises:
+          L3RSError: a word that is not allowed, or not for this spec; a rename to a layer that is not there.
+        """
+        for name, value, allowed in (("match", by, MatchBy), ("on_unknown", on_unknown, OnUnknown)):
+            if value not in get_args(allowed):
+                raise L3RSError(f"{name} is {value!r}; allowed are {', '.join(map(repr, get_args(allowed)))}")
+        if not isinstance(rename or {}, Mapping):
+            raise L3RSError(f"rename is {rename!r}; it must be a mapping, {{name in the network: path in the table}}")
+        if spec.embedding == "table":
+            if on_unknown == "descriptor":
+                raise L3RSError(
+                    "on_unknown is 'descriptor', but this optimizer has an embedding table; allowed are 'error', 'mean'"
+                )
+            table = {layer.path: layer for layer in spec.layers}
+            for name, path in (rename or {}).items():
+                if path not in table:
+                    raise L3RSError(f"rename says {name!r} is {path!r}; {_choice(table)}")
+        return cls(dict(rename or {}), by, on_unknown)  # type: ignore[arg-type]
+
+
+class Convention(NamedTuple):
+    """How a framework names and lays out its parameters, against the checkpoint (Flax)."""
+
+    spellings: Callable[[str], Iterable[str]]  # the paths that a name may have in the checkpoint
+    shape: Callable[[tuple[int, ...]], tuple[int, ...]]  # equal for a layer and its counterpart
+    alphabetical: bool  # layers come in the order of sorted names, see `depth_order`
+
+
+JAX = Convention(lambda name: (name,), lambda shape: shape, alphabetical=True)
+
+
+def match_params(spec: Spec, params: Any, how: Matching) -> tuple[Match, ...]:
+    """What each leaf of `params`, a pytree of arrays or shapes, is; in leaf order.
+
+    Layers of the checkpoint that `params` lacks are allowed, except by order: that is what `optax.masked` makes
+    of frozen parameters.
 
     Raises:
-      L3RSError: a leaf's path is not in the table, or its shape is another one.
+      L3RSError: see `match_layers`.
     """
-    rows = {layer.path: i for i, layer in enumerate(table)}
+    layers = layers_of(params)
+    return match_layers(spec, [(layer.path, layer.shape) for layer in layers], how, JAX)
+
+
+def match_layers(
+    spec: Spec,
+    network: Sequence[tuple[str | None, tuple[int, ...]]],
+    how: Matching,
+    convention: Convention,
+    taken: Iterable[str] = (),
+) -> tuple[Match, ...]:
+    """What each layer of a network is, in the order given.
+
+    By order, the i-th layer of a shape is the table's i-th layer of that shape, in `depth_order`, and
+    as many of that shape there must be; biases are among biases, where both sides have any.
+
+    Args:
+      spec: of the optimizer.
+      network: name (None if it has none) and shape of each layer.
+      how: the rules.
+      convention: of the framework that `network` is in.
+      taken: paths that are not to be given away.
+
+    Raises:
+      L3RSError: a layer that is not found, or has another shape, unless `how.on_unknown` has an answer; a
+        rename of a layer that is not there; an order that does not tell.
+    """
+    names = [name for name, _ in network]
+    if not_there := set(how.rename) - set(names):
+        known_names = [repr(name) for name in names if name is not None]
+        raise L3RSError(
+            f"rename has {min(not_there)!r}, which is no layer of the params; they are {_abridged(known_names)}"
+        )
+    if spec.embedding == "descriptor":
+        return tuple(Match(name, shape, None, "descriptor") for name, shape in network)
+    rows = {layer.path: row for row, layer in enumerate(spec.layers)}
+    taken = set(taken)
+    table = {layer.path: layer for layer in spec.layers if layer.path not in taken}
+    paths = [_by_path(name, table, how, convention) for name in names]
+    by_name = any(path is not None and name not in how.rename for path, name in zip(paths, names, strict=True))
+    if how.by == "order" or (how.by == "auto" and not by_name):
+        _by_order(table, network, paths, how, convention)
     found = []
-    for layer in layers_of(params):
-        row = rows.get(layer.path)
-        if row is None:
-            raise L3RSError(
-                f"params have a layer {layer.path!r} that this optimizer was not meta-trained on; "
-                f"it knows {_abridged([known.path for known in table])}"
-            )
-        if table[row].shape != layer.shape:
-            raise L3RSError(
-                f"layer {layer.path!r} has shape {layer.shape}; this optimizer was meta-trained on {table[row].shape}"
-            )
-        found.append(row)
+    for i, ((name, shape), path) in enumerate(zip(network, paths, strict=True)):
+        fits = path is not None and convention.shape(shape) == convention.shape(table[path].shape)
+        if not fits and how.on_unknown == "error":
+            raise _unknown(_called(i, name), shape, path, table)
+        if path is not None and fits:
+            found.append(Match(name, shape, rows[path], path))
+        else:
+            found.append(Match(name, shape, None, "mean"))
     return tuple(found)
 
 
-def _abridged(names: list[str], most: int = 6) -> str:
+def _by_path(name: str | None, table: Mapping[str, Layer], how: Matching, convention: Convention) -> str | None:
+    if name is None:
+        return None
+    if name in how.rename:
+        if how.rename[name] not in table:
+            raise L3RSError(f"rename says {name!r} is {how.rename[name]!r}; {_choice(table)}")
+        return how.rename[name]
+    if how.by == "order":
+        return None
+    return next((path for path in convention.spellings(name) if path in table), None)
+
+
+def _by_order(
+    table: Mapping[str, Layer],
+    network: Sequence[tuple[str | None, tuple[int, ...]]],
+    paths: list[str | None],
+    how: Matching,
+    convention: Convention,
+) -> None:
+    """Fill in `paths` where they are None, among the layers that are not in it yet."""
+    names = [name for name, _ in network]
+    named = [name for name in names if name is not None]
+    biases = len(named) == len(names) and any(map(_is_bias, named)) and any(map(_is_bias, table))
+
+    def group(name: str | None, shape: tuple[int, ...]) -> tuple[bool, tuple[int, ...]]:
+        return biases and name is not None and _is_bias(name), convention.shape(shape)
+
+    free, waiting = defaultdict(list), defaultdict(list)
+    for i in depth_order(list(table)):
+        layer = list(table.values())[i]
+        if layer.path not in paths:
+            free[group(layer.path, layer.shape)].append(layer.path)
+    for i in depth_order(names, convention.alphabetical):
+        if paths[i] is None:
+            waiting[group(*network[i])].append(i)
+    for each, members in waiting.items():
+        layers = free[each]
+        too_many = len(members) > len(layers) > 0 and how.on_unknown != "error"
+        if len(members) < len(layers) or too_many:  # which of them is which cannot be told
+            i = members[0]
+            raise L3RSError(
+                f"{_called(i, names[i])} {network[i][1]} could be any of {_abridged(layers)}: there are {len(members)} "
+                f"of its shape; pass all of the model's parameters, or named ones and rename={{name: layer}}"
+            )
+        for i, path in zip(members, layers, strict=False):
+            paths[i] = path
+
+
+def embedding_weights(
+    spec: Spec, matches: Sequence[Match], layers: Sequence[Layer], convention: Convention = JAX
+) -> np.ndarray:
+    """Weights W of a network's layers, float32 [L, R]: W @ theta["embedding"] are their embeddings, [L, E].
+
+    Args:
+      spec: of the optimizer; R is the number of its layers, or of descriptors.
+      matches: of the network.
+      layers: of the network, in the checkpoint's (Flax's) layout; read by descriptors only.
+      convention: of the framework that the network is in.
+    """
+    if spec.embedding == "descriptor":
+        return descriptors(layers, convention.alphabetical)
+    weights = np.full((len(matches), len(spec.layers)), 1 / len(spec.layers), np.float32)
+    for i, match in enumerate(matches):
+        if match.row is not None:
+            weights[i] = np.arange(len(spec.layers)) == match.row
+    return weights
+
+
+# What can be read off a layer of any network, version 1
+
+
+KINDS = ("matrix", "conv", "bias", "scale", "embedding", "other")
+N_DESCRIPTORS = len(KINDS) + 3  # and depth, log fan-in, log fan-out
+
+_BIASES = {"bias", "b", "beta", "offset"}
+_SCALES = {"scale", "weight", "gamma", "g"}
+_HEADS_APART = {"query", "key", "value", "out"}  # of Flax's attention: kernels [in, heads, width], [heads, width, out]
+_FIRST = ("stem", "embed", "patch", "pos_", "position", "cls_token", "class_token", "wte", "wpe", "token")
+_LAST = {"head", "heads", "classifier", "fc", "lm_head", "logits", "score", "ln_f"}
+
+
+def descriptors(layers: Sequence[Layer], alphabetical: bool = True) -> np.ndarray:
+    """Descriptors of a network's layers, float32 [L, 9], from names and shapes (Flax's layout) alone.
+
+    - 6: one-hot, the `kind` of tensor.
+    - 1: depth: the place of the layer's module among the network's modules in `depth_order`, in [0, 1]. A module's
+      kernel and bias are equally deep.
+    - 2: fan-in and fan-out as ln(fan) / 5 - 1, in [-1, 1.5]: 1 is -1, 150 about 0, 22,000 about 1. Of a kernel
+      they are inputs and outputs times the receptive field, of an embedding rows and columns, of a bias, a scale
+      or another tensor 1 and its size.
+
+    A formula here is a feature: a change is a new feature version.
+    """
+    paths = [layer.path for layer in layers]
+    modules = list(dict.fromkeys(_module(paths[i]) for i in depth_order(paths, alphabetical)))
+    depth = {module: i / max(len(modules) - 1, 1) for i, module in enumerate(modules)}
+    rows = []
+    for layer in layers:
+        one_hot = [float(kind(layer.path, len(layer.shape)) == each) for each in KINDS]
+        fans = [min(math.log(max(fan, 1)) / 5 - 1, 1.5) for fan in _fans(layer)]
+        rows.append([*one_hot, depth[_module(layer.path)], *fans])
+    return np.array(rows, np.float32).reshape(len(layers), N_DESCRIPTORS)
+
+
+def kind(path: str, rank: int) -> str:
+    """What sort of tensor a parameter of that name and rank is, one of `KINDS`; the same in JAX and PyTorch.
+
+    By the last word of the path: a *bias* is called bias, b, beta or offset, or ends with "bias". An *embedding* has
+    rank ≥ 2 and is called embed… or pos_embed…, or is the weight of a module called so (or wte, wpe). Of what is
+    left, and not called …token, rank ≥ 3 is *conv* (a *matrix* where it is Flax's attention with its heads apart,
+    [in, heads, width]) and rank 2 a *matrix*; rank 1 is a *scale* if called scale, weight, gamma or g. Everything
+    else is *other*. A parameter without a name goes by its rank.
+    """
+    *modules, leaf = re.split("[/.]", path.lower())
+    module = modules[-1] if modules else ""
+    if leaf in _BIASES or leaf.endswith("bias"):
+        return "bias"
+    looked_up = "embed" in leaf or (leaf == "weight" and rank == 2 and ("emb" in module or module in ("wte", "wpe")))
+    if rank >= 2 and looked_up:
+        return "embedding"
+    if leaf.endswith("token"):
+        return "other"
+    if rank >= 2:
+        return "conv" if rank >= 3 and not (rank == 3 and module in _HEADS_APART) else "matrix"
+    return "scale" if rank == 1 and leaf in _SCALES else "other"
+
+
+def depth_order(names: Sequence[str | None], alphabetical: bool = True) -> list[int]:
+    """Indices of parameters, from a network's input to its output as far as their names tell.
+
+    It is the order given, in JAX that of the leaves, in PyTorch that in which parameters are passed; but that (1) a
+    layer whose name's first or second word starts with stem, embed, patch, pos_, wte … comes first, and one with head,
+    classifier, fc, lm_head, ln_f … last: a dict sorts `head` before `stem`; (2) in a module biases come last; (3) if
+    the order given is `alphabetical`, as that of JAX's dicts, numbers count: `block_9` comes before `block_10`.
+    Without a name for every parameter it is the order given.
+    """
+    if None in names:
+        return list(range(len(names)))
+    ranks: dict[Any, int] = {}  # of modules, or of the words in one place: which appeared first
+    keys = []
+    for i, name in enumerate(names):
+        assert name is not None
+        words = [word.lower() for word in re.split("[/.]", name)[:2]]
+        stage = 1 + any(word in _LAST for word in words) - any(word.startswith(_FIRST) for word in words)
+        place: tuple[Any, ...] = () if alphabetical else (ranks.setdefault(_module(name), len(ranks)),)
+        for token in re.findall(r"\d+|[^\d/.]+|[/.]", _module(name)) if alphabetical else ():
+            token = "/" if token == "." else token
+            count = (0, int(token)) if token.isdecimal() else (1, ranks.setdefault((place, token), len(ranks)))
+            place = (*place, count)
+        keys.append((stage, place, _is_bias(name), i))
+    return [key[-1] for key in sorted(keys)]
+
+
+def _module(path: str) -> str:
+    """The path without its last word; of a parameter that is in no module its own."""
+    return re.sub(r"[/.][^/.]*$", "", path)
+
+
+def _is_bias(path: str) -> bool:
+    return kind(path, 1) == "bias"
+
+
+def _fans(layer: Layer) -> tuple[int, int]:
+    shape = layer.shape
+    match kind(layer.path, len(shape)):
+        case "matrix" if len(shape) == 3 and _module(layer.path).endswith("out"):
+            return shape[0] * shape[1], shape[2]
+        case "matrix":
+            return shape[0], math.prod(shape[1:])
+        case "conv":
+            field = math.prod(shape[:-2])
+            return field * shape[-2], field * shape[-1]
+        case "embedding":
+            return math.prod(shape[:-1]), shape[-1]
+    return 1, layer.size
+
+
+# Sentences
+
+
+def _unknown(called: str, shape: tuple[int, ...], path: str | None, table: Mapping[str, Layer]) -> L3RSError:
+    if path is not None:
+        also = "" if called.endswith(repr(path)) else f", in the checkpoint {path!r},"
+        return L3RSError(f"{called}{also} has shape {shape}; this optimizer was meta-trained on {table[path].shape}")
+    rename = "rename={name: layer} says which it is, " if table else ""
+    return L3RSError(
+        f"{called} {shape} is none that this optimizer was meta-trained on; {_choice(table)}; "
+        f"{rename}on_unknown='mean' gives it the mean embedding"
+    )
+
+
+def _choice(table: Mapping[str, Layer]) -> str:
+    layers = [f"{layer.path} {layer.shape}" for layer in table.values()]
+    return f"the layers to choose from are {_abridged(layers)}" if layers else "no layer is left"
+
+
+def _called(index: int, name: str | None) -> str:
+    return f"layer {index if name is None else repr(name)}"
+
+
+def _abridged(names: Sequence[str], most: int = 6) -> str:
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from l3rs import features
+from l3rs.layers import N_DESCRIPTORS
 from l3rs.spec import L3RSError, Spec, Theta, layer_path
 
 _OUTPUT_SCALE = 1e-2  # an output layer near zero: an untrained network follows the biases
@@ -38,11 +39,13 @@ def init(key: jax.Array, spec: Spec) -> Theta:
       spec: the optimizer's spec.
 
     Returns:
-      {"embedding": float32 [L, E], "dense_i": {"kernel": [in, out], "bias": [out]}}.
+      {"embedding": float32 [R, E], "dense_i": {"kernel": [in, out], "bias": [out]}}, where R is the number of
+      layers in the table, or of descriptors.
     """
     embedding_key, *keys = jax.random.split(key, len(spec.hidden) + 2)
     widths = [sum(feature_sizes(spec)), *spec.hidden, len(spec.directions) + 1]
-    rows = jax.random.normal(embedding_key, (len(spec.layers), spec.embedding_dim), jnp.float32)
+    n_rows = len(spec.layers) if spec.embedding == "table" else N_DESCRIPTORS
+    rows = jax.random.normal(embedding_key, (n_rows, spec.embedding_dim), jnp.float32)
     theta: Theta = {"embedding": 0.5 * rows}
     for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
         scale = _OUTPUT_SCALE if i == len(spec.hidden) else 1.0

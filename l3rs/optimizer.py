@@ -15,7 +15,7 @@ arXiv 2408.09310. The form of μ, λ and the features is this project's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,8 +25,9 @@ import optax
 
 from l3rs import features, network
 from l3rs.directions import Lazy, make_direction
-from l3rs.layers import match_layers
-from l3rs.spec import L3RSError, Spec, Theta
+from l3rs.guard import Guard, GuardState, adam_share, advance, init_guard, make_guard
+from l3rs.layers import Match, MatchBy, Matching, OnUnknown, embedding_weights, match_params
+from l3rs.spec import L3RSError, Layer, Spec, Theta, layers_of
 
 _CACHED = 1 << 16  # layers of fewer parameters stay in a processor's cache: to store their directions is cheap
 _MIN_MIX_NORM = 1e-3  # directions that cancel to less than this share of their length are not blown up
@@ -42,9 +43,19 @@ class L3RSState(NamedTuple):
     mix: jax.Array  # float32 [L, P], μ of the last step
     step_norm: jax.Array  # float32 [L], λ of the last step
     directions: tuple[optax.OptState, ...]  # the base optimizers' moments, float32
+    guard: GuardState | None = None  # None: off
 
 
-def l3rs(theta: Theta, spec: Spec, total_steps: int | jax.Array) -> optax.GradientTransformationExtraArgs:
+def l3rs(
+    theta: Theta,
+    spec: Spec,
+    total_steps: int | jax.Array,
+    *,
+    rename: Mapping[str, str] | None = None,
+    match: MatchBy = "path",
+    on_unknown: OnUnknown = "error",
+    guard: bool | Guard = False,
+) -> optax.GradientTransformationExtraArgs:
     """The learned optimizer with meta-parameters `theta`.
 
     Statistics are kept in float32, updates have the parameters' dtype. A layer whose gradient is not
@@ -53,15 +64,23 @@ def l3rs(theta: Theta, spec: Spec, total_steps: int | jax.Array) -> optax.Gradie
 
     Args:
       theta: meta-parameters, from `init`, a meta-training run or a checkpoint.
-      spec: what `theta` belongs to; its layers must contain those of the params.
+      spec: what `theta` belongs to.
       total_steps: the horizon T ≥ 1, a number or a traced int32 scalar. Training may go past it.
+      rename: {path in the params: path in the checkpoint}, for layers that are called otherwise here. With
+        descriptor embeddings, the names that layers are described by.
+      match: how layers find theirs in an embedding table. "path": by name; layers may be absent (frozen). "order":
+        the i-th of a shape is the table's i-th of that shape, see `layers.match_layers`. "auto": by path, or by
+        order if no path is known. `l3rs.match` says what it comes to.
+      on_unknown: "error", or "mean": a layer that is not in the table, or has another shape there, gets the
+        mean of all embeddings. "descriptor" is for checkpoints with descriptor embeddings, which know any layer.
+      guard: True, or a `Guard`: plain Adam steps for a while when the loss runs away, see `guard_report`.
 
     Returns:
       A transformation whose update needs the params and the loss:
       `tx.update(grads, state, params, value=loss)`.
 
     Raises:
-      L3RSError: params that do not match `spec.layers`; missing params or `value`; total_steps < 1.
+      L3RSError: params that do not match `spec.layers` in that way; missing params or `value`; total_steps < 1.
 
     Example:
       >>> import jax, optax, l3rs
@@ -79,10 +98,12 @@ def l3rs(theta: Theta, spec: Spec, total_steps: int | jax.Array) -> optax.Gradie
             raise L3RSError(f"total_steps is {total_steps}; it must be a whole number ≥ 1")
     network.check(theta, spec, "theta")
     directions = [make_direction(direction) for direction in spec.directions]
+    how = Matching.of(spec, rename, match, on_unknown)
+    net = make_guard(guard, spec)
     n_norms = 2 + len(directions)
 
     def init_fn(params: optax.Params) -> L3RSState:
-        n_layers = len(match_layers(spec.layers, params))
+        n_layers = len(match_params(spec, params, how))
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
         return L3RSState(
             count=jnp.zeros([], jnp.int32),
@@ -91,6 +112,7 @@ def l3rs(theta: Theta, spec: Spec, total_steps: int | jax.Array) -> optax.Gradie
             mix=jnp.zeros((n_layers, len(directions)), jnp.float32),
             step_norm=jnp.zeros(n_layers, jnp.float32),
             directions=tuple(direction.transform.init(zeros) for direction in directions),
+            guard=None if net is None else init_guard(),
         )
 
     def update_fn(
@@ -104,9 +126,9 @@ def l3rs(theta: Theta, spec: Spec, total_steps: int | jax.Array) -> optax.Gradie
         del extra_args
         if params is None or value is None:
             raise L3RSError("L3RS reads the params and the loss: call update(grads, state, params, value=loss)")
-        rows = match_layers(spec.layers, params)
+        matches = match_params(spec, params, how)
         _check_call(updates, params, value)
-        if not rows:  # every layer is frozen
+        if not matches:  # every layer is frozen
             return updates, state
         step = state.count + 1
 
@@ -141,21 +163,48 @@ def l3rs(theta: Theta, spec: Spec, total_steps: int | jax.Array) -> optax.Gradie
         time = features.time_features(step, jnp.asarray(total_steps), spec.absolute_time)
         shared = jnp.concatenate([time, features.loss_features(loss, spec.loss_decays)])
         seen = features.norm_features(log_norms, log_norms_ema, step, spec.norm_decays)
-        embedding = theta["embedding"] if rows == tuple(range(len(spec.layers))) else theta["embedding"][np.array(rows)]
+        embedding = _embeddings(theta, spec, matches, how, params)
         decision = network.apply(theta, spec, shared, jnp.concatenate([seen, embedding], axis=1))
 
         relative = jnp.maximum(parameter_norm, _MIN_RELATIVE_RMS * root_n)
         base = jnp.asarray(root_n) if spec.step == "rms" else relative
         step_norm = spec.step_scale * base * jnp.exp(decision.log_step)
         coefficients = _coefficients(decision.mix, step_norm, gram, direction_norm)  # [L, P]
+        mix, watched = decision.mix, state.guard
+        if net is not None:
+            if watched is None:
+                raise L3RSError("the state is one of an optimizer without a guard: make it with this one's init")
+            watched = advance(net, watched, jnp.asarray(value, jnp.float32), *_fast_loss(loss, spec))
+            adam = jnp.broadcast_to(adam_share(spec), mix.shape)
+            taken_over = watched.left > 0
+            coefficients = jnp.where(taken_over, net.learning_rate * adam, coefficients)
+            mix = jnp.where(taken_over, adam, mix)
+            step_norm = jnp.where(taken_over, net.learning_rate * (adam * direction_norm).sum(1), step_norm)
         new_updates = [
             _mixture(moves[i], layer, coefficients[i]).astype(param.dtype)
             for i, (layer, param) in enumerate(zip(layers, jax.tree.leaves(params), strict=True))
         ]
-        new_state = L3RSState(step, loss, log_norms_ema, decision.mix, step_norm, tuple(moments))
+        new_state = L3RSState(step, loss, log_norms_ema, mix, step_norm, tuple(moments), watched)
         return jax.tree.unflatten(treedef, new_updates), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _embeddings(theta: Theta, spec: Spec, matches: Sequence[Match], how: Matching, params: optax.Params) -> jax.Array:
+    """Embeddings of the layers of `params`, [L, E]."""
+    rows = [match.row for match in matches]
+    if rows == list(range(len(spec.layers))):
+        return theta["embedding"]
+    if None not in rows:
+        return theta["embedding"][np.array(rows)]
+    described = [Layer(how.rename.get(layer.path, layer.path), layer.shape) for layer in layers_of(params)]
+    return embedding_weights(spec, matches, described) @ theta["embedding"]
+
+
+def _fast_loss(loss: features.LossState, spec: Spec) -> tuple[jax.Array, jax.Array]:
+    """The fastest EMA of the loss, bias-corrected (NaN before a finite loss), and the first loss."""
+    weight = 1 - np.float32(spec.loss_decays[0]) ** loss.observed.astype(jnp.float32)
+    return loss.ema[0] / weight, loss.first
 
 
 def _check_call(grads: optax.Updates, params: optax.Params, value: jax.Array) -> None:

@@ -58,10 +58,12 @@ class Spec:
     """Everything needed, beside the meta-parameters, to rebuild an L3RS optimizer.
 
     Attributes:
-      layers: the target network's parameter tensors, one embedding row each.
+      layers: the tensors of the network that it was meta-trained on.
       directions: base optimizers that are mixed, at least one. The first is the one that an
         untrained network favours.
       hidden: widths of the MLP's hidden layers (tanh).
+      embedding: where a layer's embedding comes from: "table" a learned row for each of `layers`, "descriptor" a
+        learned linear map of what can be read off any network's layers, see `layers.descriptors`.
       embedding_dim: length of a layer's embedding.
       step: what λ is relative to: "rms" √n of the layer, "relative" the norm of its parameters.
       step_scale: λ of an untrained network, per parameter ("rms") or relative to ‖θ_l‖.
@@ -75,6 +77,7 @@ class Spec:
     layers: tuple[Layer, ...]
     directions: tuple[Direction, ...] = (Direction("adam"), Direction("sgd"))
     hidden: tuple[int, ...] = (32, 32)
+    embedding: Literal["table", "descriptor"] = "table"
     embedding_dim: int = 8
     step: Literal["rms", "relative"] = "rms"
     step_scale: float = 3e-3
@@ -105,12 +108,14 @@ class Spec:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields["layers"] = [[layer.path, list(layer.shape)] for layer in self.layers]
         fields["directions"] = [d.to_json() for d in self.directions]
+        if self.embedding == "table":  # as format 1 was written before there was a choice
+            del fields["embedding"]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Spec:
         known = {f.name for f in dataclasses.fields(cls)}
-        if set(data) != known:
+        if set(data) | {"embedding"} != known:
             raise L3RSError(f"spec has fields {sorted(data)}; expected are {sorted(known)}")
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         fields["layers"] = tuple(Layer(path, tuple(shape)) for path, shape in data["layers"])
@@ -139,6 +144,8 @@ def _check_values(spec: Spec) -> None:
         raise L3RSError("spec.directions is empty: at least one base optimizer is needed")
     if len({layer.path for layer in spec.layers}) < len(spec.layers):
         raise L3RSError("spec.layers: two layers have the same path")
+    if spec.embedding not in ("table", "descriptor"):
+        raise L3RSError(f"spec.embedding is {spec.embedding!r}; allowed are 'table' and 'descriptor'")
     if spec.step not in ("rms", "relative"):
         raise L3RSError(f"spec.step is {spec.step!r}; allowed are 'rms' and 'relative'")
     if not spec.step_scale > 0:

@@ -17,7 +17,6 @@ import numbers
 import os
 import re
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -25,9 +24,10 @@ import jax
 import numpy as np
 
 from l3rs import features, network
-from l3rs.checkpoint import restore
+from l3rs.checkpoint import read_spec, restore
 from l3rs.directions import DIRECTIONS, make_direction
-from l3rs.layers import _abridged
+from l3rs.guard import Guard, GuardState, adam_share, advance, make_guard, report
+from l3rs.layers import Convention, Match, MatchBy, Matching, OnUnknown, embedding_weights, kind, match_layers
 from l3rs.optimizer import _MIN_MIX_NORM, _MIN_RELATIVE_RMS
 from l3rs.spec import Direction, L3RSError, Layer, Spec, Theta
 
@@ -65,18 +65,26 @@ class L3RS(torch.optim.Optimizer):
     Args:
       params: `model.named_parameters()`, parameters, or param groups of either. Pass frozen ones, too,
         unless the names are the checkpoint's.
-      checkpoint: the folder of a checkpoint, or meta-parameters and their spec: `(theta, spec)`.
+      checkpoint: what `l3rs.load` takes: a folder, a shipped name or a URL; or meta-parameters and their spec,
+        `(theta, spec)`.
       total_steps: the number of steps you are going to train, the horizon T. None means the longest
         that the checkpoint was meta-trained on. Training may go past it, with one warning.
       lr: factor on the step that the network chose. 1 is what was meta-trained; it is here for learning
         rate schedulers and for param groups.
-      rename: {name of a parameter: path of its layer in the checkpoint}, for those that neither name
-        nor order tells, see `match`.
+      rename: {name of a parameter: path of its layer in the checkpoint}. With descriptor embeddings, the names
+        that layers are described by.
+      match: how parameters find their layers, see the function `match`: by "path", by "order", or "auto": by path,
+        and by order if no name is a layer's.
+      on_unknown: "error", or "mean": a parameter that is not in the checkpoint's table, or has another shape there,
+        gets the mean of all embeddings. "descriptor" is for checkpoints with descriptor embeddings.
+      guard: True, or a `Guard`: plain Adam steps for a while when the loss runs away, see `guard_report`. Its
+        learning rate is multiplied by `lr`, too.
 
     Attributes:
       spec: what the optimizer is made of.
       total_steps: T.
-      param_groups: beside `params` and `lr`, `layers`: the path of each parameter's layer.
+      param_groups: beside `params` and `lr`, `layers`: the path of each parameter's layer; None if it has the mean
+        embedding. With descriptor embeddings, the path that it is described by.
       state: per parameter `step`, the moments (float32, of its shape), and of the last step `log_norms`
         ([2, S] EMAs), `mix` ([P], μ) and `step_norm` ([], λ without `lr`).
 
@@ -109,6 +117,9 @@ class L3RS(torch.optim.Optimizer):
         *,
         lr: float | Tensor = 1.0,
         rename: Mapping[str, str] | None = None,
+        match: MatchBy = "auto",
+        on_unknown: OnUnknown = "error",
+        guard: bool | Guard = False,
     ) -> None:
         if isinstance(checkpoint, tuple):
             theta, self.spec = checkpoint
@@ -120,12 +131,13 @@ class L3RS(torch.optim.Optimizer):
             raise L3RSError(f"lr is {lr}; it must be a number ≥ 0")
         self.total_steps = _horizon(total_steps, info)
         self._theta = jax.tree.map(np.asarray, theta)
-        self._rows = {layer.path: row for row, layer in enumerate(self.spec.layers)}
+        self._guard = make_guard(guard, self.spec)
+        self._matching = Matching.of(self.spec, rename, match, on_unknown)
         self._directions = [_direction(direction) for direction in self.spec.directions]
         self._observed: list[Tensor] = []
         self._warned = False
         super().__init__(params, {"lr": lr})
-        self._match(self.param_groups, rename or {})
+        self._match(self.param_groups, self._matching)
         # What all layers share lives in the first group: the only place besides a parameter's own state
         # that every tool for saving and sharding optimizers carries along.
         ema = [0.0] * len(self.spec.loss_decays)
@@ -140,25 +152,40 @@ class L3RS(torch.optim.Optimizer):
         super().add_param_group(param_group)
         if "shared" in self.param_groups[0]:  # while constructing, all groups are matched at once
             try:
-                self._match(self.param_groups[-1:], {})
+                self._match(self.param_groups[-1:], dataclasses.replace(self._matching, rename={}))
             except L3RSError:
                 self.param_groups.pop()
                 raise
 
-    def _match(self, groups: Sequence[dict[str, Any]], rename: Mapping[str, str]) -> None:
+    def _match(self, groups: Sequence[dict[str, Any]], how: Matching) -> None:
         params = [param for group in groups for param in group["params"]]
         names = [name for group in groups for name in group.get("param_names", [None] * len(group["params"]))]
         for name, param in zip(names, params, strict=True):
             if param.is_complex():
-                raise L3RSError(f"parameter {_called(name, param)} is complex; L3RS takes real ones")
+                raise L3RSError(f"parameter {name or ''}{tuple(param.shape)} is complex; L3RS takes real ones")
         devices = {str(param.device) for group in self.param_groups for param in group["params"]}
         if len(devices) > 1:
             raise L3RSError(f"parameters are on {', '.join(sorted(devices))}; they must all be on one device")
         taken = {path for group in self.param_groups for path in group.get("layers", ())}
-        table = [layer for layer in self.spec.layers if layer.path not in taken]
-        paths = iter(match(table, names, params, rename))
+        network = [(name, tuple(param.shape)) for name, param in zip(names, params, strict=True)]
+        matches = match_layers(self.spec, network, how, TORCH, taken - {None})
+        if self.spec.embedding == "descriptor":
+            paths = iter([how.rename.get(name, name) for name in names])
+        else:
+            paths = iter([None if match.row is None else match.source for match in matches])
         for group in groups:
             group["layers"] = [next(paths) for _ in group["params"]]
+        self._embed()
+
+    def _embed(self) -> None:
+        """The embeddings of all groups' parameters, from what `layers` says that they are."""
+        layers = [path for group in self.param_groups for path in group["layers"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        described = [_flax_layer(path, param.shape) for path, param in zip(layers, params, strict=True)]
+        rows = {layer.path: row for row, layer in enumerate(self.spec.layers)}
+        matches = [Match(None, (), rows.get(path), "") for path in layers]
+        embeddings = iter(embedding_weights(self.spec, matches, described, TORCH) @ self._theta["embedding"])
+        self._embeddings = [[next(embeddings) for _ in group["params"]] for group in self.param_groups]
 
     def observe(self, loss: Tensor | float) -> None:
         """Remember a loss for the next step, for loops in which somebody else calls `step()`.
@@ -173,6 +200,19 @@ class L3RS(torch.optim.Optimizer):
             raise L3RSError(f"the loss is {value.dtype}{list(value.shape)}; it must be one real number")
         self._observed.append(value.reshape(()).float())
 
+    def guard_report(self) -> dict[str, Any]:
+        """What the guard did so far: see `l3rs.guard_report`.
+
+        Raises:
+          L3RSError: there is no guard.
+        """
+        if self._guard is None:
+            raise L3RSError("the optimizer has no guard: L3RS(…, guard=True)")
+        return report(self._guard_state())
+
+    def _guard_state(self) -> GuardState:
+        return GuardState(*self.param_groups[0]["shared"].get("guard", (0, 0, 0, 0, float("inf"))))
+
     # Compiled, it would be traced anew for every step: its scalars are Python's.
     @torch._disable_dynamo
     @torch.no_grad()
@@ -182,7 +222,8 @@ class L3RS(torch.optim.Optimizer):
         """One step.
 
         Args:
-          closure: clears the gradients, computes them anew and returns the loss.
+          closure: clears the gradients, computes them anew and returns the loss. Losses that were given to `observe`
+            since the last step, or by the closure, count in place of the one that it returns.
           loss: the loss that the gradients are of; in place of a closure.
 
         Returns:
@@ -196,7 +237,7 @@ class L3RS(torch.optim.Optimizer):
                 raise L3RSError("step takes a closure or a loss, not both")
             with torch.enable_grad():
                 loss = closure()
-        if loss is not None:
+        if loss is not None and not (closure is not None and self._observed):
             self.observe(loss)
         if not self._observed:
             raise L3RSError("L3RS reads the loss: call step(loss=loss), step(closure), or observe(loss) before step()")
@@ -210,13 +251,14 @@ class L3RS(torch.optim.Optimizer):
     def _layers(self) -> list[_ActiveLayer]:
         """The parameters that have a gradient; their state is there afterwards."""
         layers = []
-        for group in self.param_groups:
-            for param, path in zip(group["params"], group["layers"], strict=True):
+        for group, embeddings in zip(self.param_groups, self._embeddings, strict=True):
+            for param, path, embedding in zip(group["params"], group["layers"], embeddings, strict=True):
                 if param.grad is None:
                     continue
                 if param.grad.layout != torch.strided:
+                    which = f"{path!r} {tuple(param.shape)}"
                     raise L3RSError(
-                        f"the gradient of {path!r} is sparse; L3RS takes dense ones, e.g. of nn.Embedding(sparse=False)"
+                        f"the gradient of {which} is sparse; L3RS takes dense ones, e.g. of nn.Embedding(sparse=False)"
                     )
                 state = self.state[param]
                 if not state:
@@ -224,7 +266,7 @@ class L3RS(torch.optim.Optimizer):
                     state["log_norms"] = torch.from_numpy(np.zeros((2, 2 + len(self._directions)), np.float32))
                     for key in self._moments():
                         state[key] = torch.zeros_like(param, dtype=torch.float32)
-                layers.append(_ActiveLayer(param.detach(), param.grad.detach(), state, self._rows[path], group["lr"]))
+                layers.append(_ActiveLayer(param.detach(), param.grad.detach(), state, embedding, group["lr"]))
         return layers
 
     def _moments(self) -> list[str]:
@@ -322,16 +364,21 @@ class L3RS(torch.optim.Optimizer):
         ema = np.stack([layer.state["log_norms"].numpy() for layer in layers], axis=1)  # [2, L, S]
         ema = decays * ema + (1 - decays) * log_norms
         seen = _norm_features(log_norms, ema, steps, decays)
-        embedding = self._theta["embedding"][[layer.row for layer in layers]]
+        embedding = np.stack([layer.embedding for layer in layers])
         mix, log_step = _network(self._theta, spec, shared, np.concatenate([seen, embedding], axis=1))
 
         relative = np.maximum(parameter_norm, _MIN_RELATIVE_RMS * root_n)
         step_norm = spec.step_scale * (root_n if spec.step == "rms" else relative) * np.exp(log_step)
+        coefficients = _coefficients(mix, step_norm, gram, direction_norm)
+        if self._guard is not None and self._guard_state().left > 0:
+            mix = np.broadcast_to(adam_share(spec), mix.shape)
+            coefficients = self._guard.learning_rate * mix
+            step_norm = (coefficients * direction_norm).sum(1)
         for i, layer in enumerate(layers):
             decided = {"log_norms": ema[:, i], "mix": mix[i], "step_norm": step_norm[i]}
             layer.state.update({name: torch.from_numpy(np.array(value)) for name, value in decided.items()})
         lr = np.array([float(layer.lr) for layer in layers], np.float32)
-        return -_coefficients(mix, lr * step_norm, gram, direction_norm)
+        return -lr[:, None] * coefficients
 
     def _observe_step(self, loss: np.float32) -> np.ndarray:
         """Count a step and take its loss into the averages; the features that all layers share, [F]."""
@@ -349,6 +396,11 @@ class L3RS(torch.optim.Optimizer):
             shared["losses"] += 1
             ema = np.array(shared["loss_ema"], np.float32)
             shared["loss_ema"] = (decays * ema + (1 - decays) * loss).tolist()
+        if self._guard is not None:
+            fast = shared["loss_ema"][0] / (1 - decays[0] ** shared["losses"]) if shared["losses"] else np.nan
+            state = GuardState(*map(np.asarray, self._guard_state()))
+            state = advance(self._guard, state, loss, np.float32(fast), np.float32(shared["first_loss"]), np)
+            shared["guard"] = [each.item() for each in state]
         self.param_groups[0]["shared"] = shared
         time = _time_features(shared["step"], self.total_steps, self.spec.absolute_time)
         return np.concatenate([time, _loss_features(shared, decays)])
@@ -362,9 +414,11 @@ class L3RS(torch.optim.Optimizer):
         groups = state_dict["param_groups"]
         paths = [path for group in groups for path in group.get("layers", ())]
         known = "shared" in groups[0] and all("layers" in group for group in groups)
-        if not known or not set(paths) <= set(self._rows):
+        rows = {layer.path for layer in self.spec.layers}
+        if not known or not (self.spec.embedding == "descriptor" or set(paths) - {None} <= rows):
             raise L3RSError("the state dict is not one of an L3RS optimizer with these layers")
         super().load_state_dict(state_dict)
+        self._embed()
         indices = (index for group in groups for index in group["params"])
         params = (param for group in self.param_groups for param in group["params"])
         moments = set(self._moments())
@@ -377,7 +431,17 @@ class L3RS(torch.optim.Optimizer):
                     state[key] = saved.to("cpu", torch.float32)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("spec", "total_steps", "_theta", "_rows", "_directions", "_observed", "_warned")
+        own = (
+            "spec",
+            "total_steps",
+            "_theta",
+            "_guard",
+            "_matching",
+            "_embeddings",
+            "_directions",
+            "_observed",
+            "_warned",
+        )
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
 
@@ -393,113 +457,105 @@ def _horizon(total_steps: int | None, info: Mapping[str, Any]) -> int:
     return int(total_steps)
 
 
+def observe_trainer(trainer: Any) -> Any:
+    """Let the optimizer of a `transformers.Trainer` see the losses; to be called before `train()`.
+
+    `training_step` is the one place that every loss comes through: whatever computes it, and scaled such that those
+    of accumulated micro-batches sum up to the loss of the step. Choose `lr_scheduler_type="constant"`: the Trainer's
+    default schedule would multiply the learned step by a linear decay.
+
+    Args:
+      trainer: a `Trainer` (or a subclass) made with `optimizers=(L3RS(…), None)`; it is changed.
+
+    Returns:
+      The trainer.
+
+    Raises:
+      L3RSError: from `train()`, if the Trainer has another optimizer.
+
+    Example:
+      trainer = observe_trainer(Trainer(model, args, train_dataset=data, optimizers=(opt, None)))
+      trainer.train()
+    """
+    training_step = trainer.training_step
+
+    def observed(*args: Any, **kwargs: Any) -> Tensor:
+        loss = training_step(*args, **kwargs)
+        optimizer = trainer.optimizer
+        while not isinstance(optimizer, L3RS) and hasattr(optimizer, "optimizer"):  # accelerate wraps it
+            optimizer = optimizer.optimizer
+        if not isinstance(optimizer, L3RS):
+            raise L3RSError(
+                f"the trainer's optimizer is {type(optimizer).__name__}; observe_trainer is for "
+                f"Trainer(…, optimizers=(L3RS(…), None))"
+            )
+        optimizer.observe(loss * trainer.current_gradient_accumulation_steps)  # `observe` takes their mean
+        return loss
+
+    trainer.training_step = observed
+    return trainer
+
+
 # Matching a model's parameters to the layers of the checkpoint
 
 
 def match(
-    table: Sequence[Layer], names: Sequence[str | None], params: Sequence[Tensor], rename: Mapping[str, str]
-) -> list[str]:
-    """The path of each parameter's layer.
+    optimizer: str | os.PathLike[str] | Spec,
+    params: ParamsT,
+    *,
+    rename: Mapping[str, str] | None = None,
+    match: MatchBy = "auto",
+    on_unknown: OnUnknown = "error",
+) -> tuple[Match, ...]:
+    """What each parameter is to an optimizer, in the order given; `L3RS` does the same with these arguments.
 
-    A parameter's layer is, in this order: what `rename` says; the layer of its name (`.` for `/`, and
-    `weight` for `kernel`, `scale` or `embedding`); if no name is a layer's, the one at the same place
-    among those of its shape (biases among biases, if there are names), modules in natural order of their
-    paths and biases after weights.
-    A shape is the same if its dimensions are, in whatever order.
+    A parameter's layer is that of its name (`.` for `/`, `weight` for `kernel`, `scale` or `embedding`; words that DDP
+    and torch.compile put before it do not count), or by order: see `l3rs.layers.match_layers`. A shape is the same if
+    its dimensions are, in whatever order.
 
     Args:
-      table: the layers to choose from.
-      names: the parameters' names, or None for each.
-      params: the parameters, whose shapes are read.
-      rename: {name: path}.
+      optimizer: a checkpoint, or a spec.
+      params: `model.named_parameters()`, or parameters.
+      rename, match, on_unknown: see `L3RS`.
 
     Raises:
-      L3RSError: a parameter has no layer, or its layer another shape, or the order does not tell.
+      L3RSError: as `L3RS`.
     """
-    known = {layer.path: layer for layer in table}
-    if unknown := set(rename) - set(names):
-        raise L3RSError(f"rename has {min(unknown)!r}, which is no parameter's name")
-    paths: list[str | None] = [None] * len(params)
-    for i, name in enumerate(names):
-        if name is None:
-            continue
-        if name in rename:
-            paths[i] = rename[name]
-        else:
-            paths[i] = next((path for path in _spellings(name) if path in known), None)
-        if paths[i] is not None and paths[i] not in known:
-            raise L3RSError(f"rename says {name!r} is {paths[i]!r}; {_choice(known)}")
-    if all(path is None or name in rename for path, name in zip(paths, names, strict=True)):
-        _match_by_order(known, names, params, paths)
-    for name, param, path in zip(names, params, paths, strict=True):
-        if path is None:
-            raise _no_layer(name, param, known)
-        if sorted(param.shape) != sorted(known[path].shape):
-            raise L3RSError(
-                f"parameter {_called(name, param)} is layer {path!r}, which was meta-trained on {known[path].shape}"
-            )
-    return [path for path in paths if path is not None]
+    spec = optimizer if isinstance(optimizer, Spec) else read_spec(optimizer)
+    network = []
+    for param in params:
+        if isinstance(param, dict):
+            raise L3RSError("match takes parameters, or (name, parameter) pairs, not param groups")
+        name, tensor = param if isinstance(param, tuple) else (None, param)
+        network.append((name, tuple(tensor.shape)))
+    return match_layers(spec, network, Matching.of(spec, rename, match, on_unknown), TORCH)
 
 
-def _match_by_order(
-    known: Mapping[str, Layer], names: Sequence[str | None], params: Sequence[Tensor], paths: list[str | None]
-) -> None:
-    """Fill in `paths` where they are None, among the layers that are not in it yet."""
-
-    def kind(name: str | None, shape: Sequence[int]) -> tuple[bool, tuple[int, ...]]:
-        return None not in names and name is not None and name.endswith("bias"), tuple(sorted(shape))
-
-    free, waiting = defaultdict(list), defaultdict(list)
-    for layer in sorted(known.values(), key=_torch_order):
-        if layer.path not in paths:
-            free[kind(layer.path, layer.shape)].append(layer.path)
-    for i, (name, param) in enumerate(zip(names, params, strict=True)):
-        if paths[i] is None:
-            waiting[kind(name, param.shape)].append(i)
-    for each, members in waiting.items():
-        layers = free[each]
-        if len(members) > len(layers):
-            i = members[len(layers)]
-            raise _no_layer(names[i], params[i], known)
-        if len(members) < len(layers):
-            raise L3RSError(
-                f"parameter {_called(names[members[0]], params[members[0]])} could be any of {_abridged(layers)}; "
-                f"pass all of the model's parameters, or named ones and rename={{name: layer}}"
-            )
-        for i, path in zip(members, layers, strict=True):
-            paths[i] = path
-
-
-def _no_layer(name: str | None, param: Tensor, known: Mapping[str, Layer]) -> L3RSError:
-    return L3RSError(
-        f"parameter {_called(name, param)} is no layer that this optimizer was meta-trained on; {_choice(known)}, "
-        f"and rename={{name: layer}} says which it is"
-    )
-
-
-def _choice(known: Mapping[str, Layer]) -> str:
-    layers = [f"{layer.path} {layer.shape}" for layer in known.values()]
-    return f"the layers to choose from are {_abridged(layers)}" if layers else "no layer is left"
-
-
-def _called(name: str | None, param: Tensor) -> str:
-    return f"{repr(name) + ' ' if name is not None else ''}{tuple(param.shape)}"
+def _unwrapped(name: str) -> str:
+    return re.sub(r"^((module|_orig_mod)\.)+", "", name).replace(".", "/")
 
 
 def _spellings(name: str) -> Iterator[str]:
     """The paths that a torch name may have in JAX; wrappers (DDP, torch.compile) put words before it."""
-    path = re.sub(r"^((module|_orig_mod)\.)+", "", name).replace(".", "/")
+    path = _unwrapped(name)
     yield path
     if path.endswith("weight"):
         for leaf in ("kernel", "scale", "embedding"):
             yield path.removesuffix("weight") + leaf
 
 
-def _torch_order(layer: Layer) -> tuple[Any, ...]:
-    """The order in which torch lists parameters: `block/9` before `block/10`, weights before biases."""
-    module, _, leaf = layer.path.rpartition("/")
-    natural = [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", module)]
-    return natural, leaf == "bias", leaf
+def _flax_layer(name: str | None, shape: Sequence[int]) -> Layer:
+    """A parameter under the name it is described by, in Flax's layout: [in, out] and [H, W, in, out]."""
+    path = _unwrapped(name or "")
+    match kind(path, len(shape)):
+        case "matrix":
+            return Layer(path, tuple(reversed(shape)))
+        case "conv":
+            return Layer(path, (*shape[2:], shape[1], shape[0]))
+    return Layer(path, tuple(shape))
+
+
+TORCH = Convention(_spellings, lambda shape: tuple(sorted(shape)), alphabetical=False)
 
 
 # Passes over the parameters
@@ -511,7 +567,7 @@ class _ActiveLayer(NamedTuple):
     param: Tensor
     grad: Tensor
     state: dict[str, Any]
-    row: int  # in the layer table
+    embedding: np.ndarray  # float32 [E]
     lr: float | Tensor
 
 

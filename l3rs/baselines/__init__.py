@@ -13,7 +13,15 @@ import optax
 
 from l3rs.baselines.adabound import AdaBoundState, adabound
 from l3rs.baselines.avgrad import AVGradState, avgrad
-from l3rs.baselines.mada import Coefficients, MADAState, hyper_adam, mada, mada_coefficients, mada_history
+from l3rs.baselines.mada import (
+    Coefficients,
+    MADAState,
+    hyper_adam,
+    mada,
+    mada_coefficients,
+    mada_history,
+    plot_coefficients,
+)
 from l3rs.baselines.padam import PadamState, padam
 from l3rs.baselines.swats import SWATSState, swats
 
@@ -42,5 +50,6 @@ __all__ = [
     "mada_coefficients",
     "mada_history",
     "padam",
+    "plot_coefficients",
     "swats",
 ]

@@ -7,13 +7,16 @@ last update by q, is the derivative of the loss by q. Nothing but that update is
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 import optax
 
 from l3rs.baselines import common
@@ -34,6 +37,16 @@ DOMAIN = {
 
 # The published ones; there is none for the learning rate, which was not learned.
 HYPER_LEARNING_RATES = {"b1": 5e-4, "b2": 5e-4, "b3": 1e-1, "c": 1e-1, "rho": 1e-1, "gamma": 1e-1}
+
+_SYMBOLS = {  # in pictures
+    "b1": "β1, first moment",
+    "b2": "β2, second moment",
+    "b3": "β3, Adan's differences",
+    "c": "c: 1 Adam, 0 Yogi",
+    "rho": "ρ: 1 Adam, 0 AVGrad",
+    "gamma": "γ: 1 Adam, 0 Lion",
+    "learning_rate": "learning rate",
+}
 
 _LION = (0.95, 0.98)  # decays: of the interpolation whose sign is taken, of the momentum
 
@@ -316,6 +329,65 @@ def mada_history(state: optax.OptState) -> dict[str, np.ndarray]:
     steps = np.arange(max(count - rows, 0), count)
     kept = np.asarray(found.history)[steps % max(rows, 1)]
     return {"step": steps + 1, **dict(zip(Coefficients._fields, kept.T, strict=True))}
+
+
+def plot_coefficients(
+    history: Mapping[str, npt.ArrayLike], file: str | Path, *, title: str = "", start_step: int = 0
+) -> Path:
+    """The coefficients over the steps, each in a panel of its own with D's edges as dotted lines.
+
+    Args:
+      history: of `mada_history`.
+      file: what to write, e.g. coefficients.png; its directory is made.
+      title: above the panels.
+      start_step: the first step that moves coefficients, a vertical line; none where 0.
+
+    Returns:
+      The file.
+
+    Raises:
+      L3RSError: no steps, or matplotlib is missing.
+
+    Example:
+      >>> from l3rs.baselines import plot_coefficients
+      >>> history = {"step": [1, 2], "b1": [0.9, 0.8]}  # as mada_history gives it
+      >>> plot_coefficients(history, "/tmp/coefficients.png").name
+      'coefficients.png'
+    """
+    steps = np.asarray(history.get("step", ()))
+    shown = [name for name in (*COEFFICIENTS, "learning_rate") if name in history]
+    if not len(steps) or not shown:
+        raise L3RSError("there are no steps to plot; keep some with mada(…, history=n)")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise L3RSError("plot_coefficients needs matplotlib: pip install matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if np.ptp(np.asarray(history.get("learning_rate", 0.0))) == 0:  # a constant one is no news
+        shown = [name for name in shown if name != "learning_rate"]
+    figure = Figure(figsize=(9, 1.1 + 1.7 * -(-len(shown) // 3)), layout="constrained")
+    FigureCanvasAgg(figure)
+    rows = figure.subplots(-(-len(shown) // 3), 3, sharex=True, squeeze=False)
+    for axes, name in zip(rows.flat, shown, strict=False):
+        axes.plot(steps, np.asarray(history[name]), color="#0072B2", linewidth=1.4)
+        axes.set_title(_SYMBOLS[name], fontsize=10)
+        axes.grid(alpha=0.25)
+        for edge in filter(math.isfinite, DOMAIN[name] if name != "learning_rate" else ()):
+            axes.axhline(edge, color="0.4", linestyle=":", linewidth=1)
+        if start_step:
+            axes.axvline(start_step, color="0.4", linestyle="--", linewidth=1)
+    for axes in rows.flat[len(shown) :]:
+        axes.set_visible(False)
+    for column in range(3):  # the lowest panel of each column names the steps
+        below = [axes for axes in rows[:, column] if axes.get_visible()]
+        if below:
+            below[-1].set_xlabel("step")
+            below[-1].tick_params(labelbottom=True)
+    figure.suptitle(title, fontsize=11)
+    path = Path(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path
 
 
 def _find(state: optax.OptState) -> MADAState:

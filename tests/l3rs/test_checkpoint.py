@@ -492,6 +492,35 @@ def test_nothing_in_a_checkpoint_names_the_machine_it_was_made_on(original):
             assert str(original.parent).encode() not in file.read_bytes(), file
 
 
+@pytest.mark.parametrize("version", [1])
+def test_a_checkpoint_of_every_format_steps_as_it_did(version):
+    """`golden/` holds a checkpoint and three steps as the code of that version made them; one loss is NaN."""
+    golden = Path(__file__).with_name("golden") / f"v{version}"
+    assert l3rs.describe(golden / "checkpoint")["format"] == version
+    with np.load(golden / "steps.npz", allow_pickle=False) as file:
+        arrays = dict(file)
+    params = subtree(arrays, "params/")
+    tx = l3rs.load(golden / "checkpoint", total_steps=40)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for step, loss in enumerate((2.0, np.nan, 1.5)):
+        updates, state = update(subtree(arrays, f"grads/{step}/"), state, params, value=np.float32(loss))
+        expected = subtree(arrays, f"updates/{step}/")
+        jax.tree.map(lambda u, e: np.testing.assert_allclose(u, e, rtol=1e-4, atol=1e-7), updates, expected)
+        params = jax.tree.map(np.add, params, expected)
+    np.testing.assert_allclose(state.mix, arrays["mix"], rtol=1e-4)  # another machine's tanh and sums
+    np.testing.assert_allclose(state.step_norm, arrays["step_norm"], rtol=1e-4)
+
+
+def subtree(arrays, prefix):
+    """{"params/a/b": x} as {"a": {"b": x}}."""
+    tree = {}
+    for name, array in arrays.items():
+        if name.startswith(prefix):
+            module, leaf = name.removeprefix(prefix).split("/")
+            tree.setdefault(module, {})[leaf] = array
+    return tree
+
+
 def test_the_shipped_optimizers_load():
     shipped = [path.parent for path in (Path(__file__).resolve().parents[2] / "checkpoints").glob("*/l3rs.json")]
     assert shipped

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l3rs.layers import match_layers
+import l3rs
+from l3rs.layers import KINDS, depth_order, descriptors, kind
 from l3rs.spec import Direction, L3RSError, Layer, Spec, layer_path, layers_of
 
 
@@ -19,6 +20,8 @@ class Pair(NamedTuple):
 
 
 PARAMS = {"dense": {"kernel": np.zeros((4, 3)), "bias": np.zeros(3)}, "head": np.zeros(())}
+THETA = {"embedding": np.zeros((3, 8), np.float32)}  # of a spec for TABLE without hidden layers
+THETA["dense_0"] = {"kernel": np.zeros((29, 3), np.float32), "bias": np.zeros(3, np.float32)}
 TABLE = (Layer("dense/bias", (3,)), Layer("dense/kernel", (4, 3)), Layer("head", ()))
 
 
@@ -61,36 +64,219 @@ def test_flax_states_and_plain_dicts_have_the_same_paths():
     assert layers_of(nnx.to_pure_dict(state)) == layers_of(state)
 
 
+def rows(table, params, **rules):
+    """Of each leaf its row in the table."""
+    found = l3rs.match(Spec(tuple(table)), params, **rules)
+    assert [(layer.name, layer.shape) for layer in found] == [(x.path, x.shape) for x in layers_of(params)]
+    assert all(layer.source == ("mean" if layer.row is None else table[layer.row].path) for layer in found)
+    return [layer.row for layer in found]
+
+
 def test_match_is_by_path():
-    assert match_layers(TABLE, PARAMS) == (0, 1, 2)
-    assert match_layers(TABLE[::-1], PARAMS) == (2, 1, 0)
+    assert rows(TABLE, PARAMS) == [0, 1, 2]
+    assert rows(TABLE[::-1], PARAMS) == [2, 1, 0]
+    assert rows(TABLE, jax.eval_shape(lambda: PARAMS)) == [0, 1, 2]  # shapes are enough
 
 
 def test_match_lets_layers_be_absent():
     """As with frozen parameters under `optax.masked`."""
-    assert match_layers(TABLE, {"head": np.zeros(())}) == (2,)
-    assert match_layers(TABLE, {}) == ()
+    assert rows(TABLE, {"head": np.zeros(())}) == [2]
+    assert rows(TABLE, {}) == []
 
 
-def test_match_unknown_layer():
-    with pytest.raises(L3RSError) as error:
-        match_layers(TABLE, {"dense": {"scale": np.zeros(3)}})
-    assert str(error.value) == (
-        "params have a layer 'dense/scale' that this optimizer was not meta-trained on; "
-        "it knows dense/bias, dense/kernel, head"
-    )
+def test_rename():
+    """Before the paths; two layers may share a row."""
+    other = {"dense": {"bias": np.zeros(3)}, "fc": {"w": np.zeros((4, 3))}, "fd": {"w": np.zeros((4, 3))}}
+    assert rows(TABLE, other, rename={"fc/w": "dense/kernel", "fd/w": "dense/kernel"}) == [0, 1, 1]
+    table = (*TABLE, Layer("other/bias", (3,)))
+    assert rows(table, {"dense": {"bias": np.zeros(3)}}, rename={"dense/bias": "other/bias"}) == [3]
+
+
+def test_match_by_order():
+    """The i-th of a shape is the i-th of that shape; names do not count, but numbers in them do."""
+    table = tuple(Layer(f"Dense_{i}/{leaf}", (3,)) for i in (0, 1, 10, 2) for leaf in ("bias", "scale"))
+    params = [{"bias": np.zeros(3), "scale": np.zeros(3)} for _ in range(4)]
+    assert rows(table, params, match="order") == [0, 1, 2, 3, 6, 7, 4, 5]
+    params = {f"x{i}": {"b": np.zeros(3), "w": np.zeros(3)} for i in (1, 2, 3, 10)}  # a dict sorts x10 after x1
+    assert rows(table, params, match="order") == [0, 1, 4, 5, 2, 3, 6, 7]
+    assert rows(table, [np.zeros(3) for _ in range(8)], match="order") == [1, 0, 3, 2, 7, 6, 5, 4]  # biases last
+    swapped = {"a": {"kernel": np.zeros((3, 4))}, "b": {"kernel": np.zeros((4, 3))}}
+    assert rows((Layer("x", (4, 3)), Layer("y", (3, 4))), swapped, match="order") == [1, 0]
+
+
+def test_match_auto():
+    """By path if any path is known, else by order."""
+    assert rows(TABLE, {"dense": {"bias": np.zeros(3)}}, match="auto") == [0]
+    other = {"fc": {"b": np.zeros(3), "w": np.zeros((4, 3))}, "out": np.zeros(())}
+    assert rows(TABLE, other, match="auto") == [0, 1, 2]
+    with pytest.raises(L3RSError, match=r"layer 'fc' \(3,\) is none"):
+        rows(TABLE, {"dense": {"bias": np.zeros(3)}, "fc": np.zeros(3)}, match="auto")
+
+
+def test_unknown_layers_get_the_mean():
+    """A new head, and a layer that grew."""
+    params = {"dense": {"kernel": np.zeros((4, 7)), "bias": np.zeros(3)}, "new": np.zeros(2)}
+    assert rows(TABLE, params, on_unknown="mean") == [0, None, None]
+    assert rows(TABLE, params, on_unknown="mean", rename={"new": "dense/bias"}) == [0, None, None]
+    assert rows(TABLE, {"fc": np.zeros((4, 3)), "new": np.zeros((9, 9))}, match="order", on_unknown="mean") == [1, None]
+    assert rows(TABLE, {}, on_unknown="mean") == []
+
+
+@pytest.mark.parametrize(
+    ("params", "rules", "sentence"),
+    [
+        (
+            {"dense": {"scale": (3,)}},
+            {},
+            "layer 'dense/scale' (3,) is none that this optimizer was meta-trained on; the layers to choose from are "
+            "dense/bias (3,), dense/kernel (4, 3), head (); rename={name: layer} says which it is, "
+            "on_unknown='mean' gives it the mean embedding",
+        ),
+        (
+            {"dense": {"kernel": (3, 4)}},
+            {},
+            "layer 'dense/kernel' has shape (3, 4); this optimizer was meta-trained on (4, 3)",
+        ),
+        (
+            {"fc": (3, 4)},
+            {"rename": {"fc": "dense/kernel"}},
+            "layer 'fc', in the checkpoint 'dense/kernel', has shape (3, 4); this optimizer was meta-trained on (4, 3)",
+        ),
+        (
+            {"fc": (4, 3)},
+            {"rename": {"fd": "dense/kernel"}},
+            "rename has 'fd', which is no layer of the params; they are 'fc'",
+        ),
+        (
+            {"fc": (4, 3)},
+            {"rename": {"fc": "dense"}},
+            "rename says 'fc' is 'dense'; the layers to choose from are dense/bias (3,), dense/kernel (4, 3), head ()",
+        ),
+        (
+            {"fc": (4, 3)},
+            {"rename": ["fc"]},
+            "rename is ['fc']; it must be a mapping, {name in the network: path in the table}",
+        ),
+        ({}, {"match": "name"}, "match is 'name'; allowed are 'auto', 'path', 'order'"),
+        ({}, {"on_unknown": "zero"}, "on_unknown is 'zero'; allowed are 'error', 'mean', 'descriptor'"),
+        (
+            {},
+            {"on_unknown": "descriptor"},
+            "on_unknown is 'descriptor', but this optimizer has an embedding table; allowed are 'error', 'mean'",
+        ),
+        (
+            {"v": (4, 3), "w": (4, 3)},
+            {"match": "order", "on_unknown": "mean"},
+            "layer 'v' (4, 3) could be any of dense/kernel: there are 2 of its shape; "
+            "pass all of the model's parameters, or named ones and rename={name: layer}",
+        ),
+    ],
+    ids=[
+        *("unknown", "shape", "renamed shape", "rename from", "rename to", "rename", "match", "on_unknown"),
+        *("descriptor", "order"),
+    ],
+)
+def test_match_errors(params, rules, sentence):
+    params = jax.tree.map(np.zeros, params, is_leaf=lambda x: isinstance(x, tuple))
+    for match in (l3rs.match, lambda spec, params, **rules: l3rs.l3rs(THETA, spec, 1, **rules).init(params)):
+        with pytest.raises(L3RSError) as error:
+            match(Spec(TABLE, hidden=()), params, **rules)
+        assert str(error.value) == sentence
 
 
 def test_match_unknown_layer_of_a_large_network():
     table = tuple(Layer(f"layer_{i}", ()) for i in range(100))
-    with pytest.raises(L3RSError, match=r"it knows layer_0, .*, layer_5 and 94 more$"):
-        match_layers(table, {"x": np.zeros(())})
+    with pytest.raises(L3RSError, match=r"are layer_0 \(\), .*, layer_5 \(\) and 94 more; rename"):
+        rows(table, {"x": np.zeros(())})
 
 
-def test_match_other_shape():
-    with pytest.raises(L3RSError) as error:
-        match_layers(TABLE, {"dense": {"kernel": np.zeros((3, 4))}})
-    assert str(error.value) == "layer 'dense/kernel' has shape (3, 4); this optimizer was meta-trained on (4, 3)"
+# What can be read off a layer of any network
+
+
+@pytest.mark.parametrize(
+    ("path", "rank", "expected"),
+    [
+        ("dense/kernel", 2, "matrix"),
+        ("fc.weight", 2, "matrix"),
+        ("attention/in_proj_weight", 2, "matrix"),
+        ("lora_a", 2, "matrix"),
+        ("attention/query/kernel", 3, "matrix"),  # Flax's [in, heads, width]
+        ("attention/query/bias", 2, "bias"),
+        ("conv1.weight", 4, "conv"),
+        ("conv/kernel", 3, "conv"),
+        ("patch_embed/proj/kernel", 4, "conv"),
+        ("patch_embed/kernel", 2, "matrix"),
+        ("patch_embed.bias", 1, "bias"),
+        ("in_proj_bias", 1, "bias"),
+        ("norm/beta", 1, "bias"),
+        ("norm/scale", 1, "scale"),
+        ("bn1.weight", 1, "scale"),
+        ("embed/embedding", 2, "embedding"),
+        ("bert.embeddings.word_embeddings.weight", 2, "embedding"),
+        ("transformer.wte.weight", 2, "embedding"),
+        ("bert.embeddings.LayerNorm.weight", 1, "scale"),
+        ("pos_embed", 3, "embedding"),
+        ("cls_token", 3, "other"),
+        ("temperature", 0, "other"),
+        ("", 4, "conv"),
+        ("", 2, "matrix"),
+        ("", 1, "other"),
+    ],
+    ids=str,
+)
+def test_kind(path, rank, expected):
+    assert kind(path, rank) == expected
+
+
+def test_depth_order():
+    """Of the leaves of a JAX network, of the names of a PyTorch one, and of neither."""
+    jax_names = ["blocks/1/norm/scale", "blocks/10/fc1/bias", "blocks/10/fc1/kernel", "blocks/2/fc1/kernel"]
+    jax_names += ["cls_token", "head/bias", "head/kernel", "norm/scale", "patches/kernel", "pos_embed"]
+    torch_names = ["cls_token", "pos_embed", "patches.weight", "blocks.1.norm.weight", "blocks.2.fc1.weight"]
+    torch_names += ["blocks.10.fc1.weight", "blocks.10.fc1.bias", "norm.weight", "head.weight", "head.bias"]
+    assert [jax_names[i] for i in depth_order(jax_names)] == [
+        *("cls_token", "patches/kernel", "pos_embed", "blocks/1/norm/scale", "blocks/2/fc1/kernel"),
+        *("blocks/10/fc1/kernel", "blocks/10/fc1/bias", "norm/scale", "head/kernel", "head/bias"),
+    ]
+    assert depth_order(torch_names, alphabetical=False) == list(range(10))
+    given = ["a.conv1.weight", "a.bn1.weight", "a.conv2.weight", "a.bn2.weight"]
+    assert depth_order(given, alphabetical=False) == [0, 1, 2, 3]
+    assert depth_order(["b", None, "a"]) == [0, 1, 2]
+    assert depth_order(["encoder.weight", "decoder.weight"]) == [0, 1]  # as given
+    assert depth_order([]) == []
+
+
+def test_descriptors():
+    layers = (
+        Layer("head/bias", (10,)),
+        Layer("head/kernel", (64, 10)),
+        Layer("mid/attention/out/kernel", (4, 16, 64)),
+        Layer("mid/attention/query/kernel", (64, 4, 16)),
+        Layer("mid/norm/scale", (64,)),
+        Layer("stem/kernel", (3, 3, 8, 64)),
+        Layer("stem_token", (1, 1, 64)),
+        Layer("vocabulary/embedding", (10**9, 1)),
+    )
+    # depth: stem, stem_token, vocabulary, mid/attention/out, mid/attention/query, mid/norm, head
+    expected = [
+        ("bias", 6 / 6, 1, 10),
+        ("matrix", 6 / 6, 64, 10),
+        ("matrix", 3 / 6, 64, 64),
+        ("matrix", 4 / 6, 64, 64),
+        ("scale", 5 / 6, 1, 64),
+        ("conv", 0 / 6, 72, 576),
+        ("other", 1 / 6, 1, 64),
+        ("embedding", 2 / 6, np.exp(12.5), 1),  # cut
+    ]
+    found = descriptors(layers)
+    assert found.dtype == np.float32
+    for row, (kind_, depth, fan_in, fan_out) in zip(found, expected, strict=True):
+        assert KINDS[row[:6].argmax()] == kind_
+        assert row[:6].sum() == 1
+        np.testing.assert_allclose(row[6:], [depth, np.log(fan_in) / 5 - 1, np.log(fan_out) / 5 - 1], rtol=1e-6)
+    assert descriptors(()).shape == (0, 9)
+    assert np.isfinite(descriptors((Layer("", ()), Layer("a", (0, 3))))).all()
+    np.testing.assert_array_equal(descriptors(layers[:1])[0, 6], 0)
 
 
 def test_create_parses_directions():
@@ -122,6 +308,7 @@ def test_a_spec_is_a_value():
 UNUSUAL = {
     "directions": ("sgd", {"name": "adam", "b1": 0.5, "eps": 1e-6}),
     "hidden": (5,),
+    "embedding": "descriptor",
     "embedding_dim": 3,
     "step": "relative",
     "step_scale": 0.1,
@@ -141,6 +328,14 @@ def test_json_round_trip():
         assert Spec.from_json(json.loads(json.dumps(each.to_json()))) == each
 
 
+def test_json_of_format_1():
+    """Written before there was a choice of embeddings: without the field it is the table, and a table is without it."""
+    data = Spec.create(PARAMS).to_json()
+    assert "embedding" not in data
+    assert Spec.from_json({**data, "embedding": "table"}) == Spec.from_json(data) == Spec.create(PARAMS)
+    assert Spec.create(PARAMS, embedding="descriptor").to_json() == {**data, "embedding": "descriptor"}
+
+
 def test_from_json_names_fields():
     data = Spec.create(PARAMS).to_json()
     with pytest.raises(L3RSError, match=r"spec has fields .*'extra'.*; expected are .*'absolute_time'"):
@@ -155,6 +350,7 @@ def test_from_json_names_fields():
         ({"layers": ()}, "spec.layers is empty: an optimizer needs at least one parameter tensor"),
         ({"layers": (Layer("a", ()), Layer("a", (2,)))}, "spec.layers: two layers have the same path"),
         ({"directions": ()}, "spec.directions is empty: at least one base optimizer is needed"),
+        ({"embedding": "none"}, "spec.embedding is 'none'; allowed are 'table' and 'descriptor'"),
         ({"step": "abs"}, "spec.step is 'abs'; allowed are 'rms' and 'relative'"),
         ({"step_scale": 0.0}, "spec.step_scale is 0.0; it must be > 0"),
         ({"step_scale": -1.0}, "spec.step_scale is -1.0; it must be > 0"),

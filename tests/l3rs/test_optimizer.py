@@ -292,6 +292,68 @@ def test_update_depends_on_the_table_by_path_only():
     assert_close(found[0][1], found[1][1])
 
 
+def one_update(tx, params, grads):
+    return jax.jit(tx.update)(grads, tx.init(params), params, value=1.0)
+
+
+def test_unknown_layers_have_the_mean_embedding():
+    """As if the table had a row for them; their size is their own."""
+    params = normal({**SMALL, "new": (7,)}, 0)
+    spec = l3rs.Spec.create(normal(SMALL, 0), hidden=(4,))
+    theta = random_theta(spec)
+    wider = l3rs.Spec.create(params, hidden=(4,))
+    rows = jnp.concatenate([theta["embedding"], theta["embedding"].mean(0, keepdims=True)])
+    grads = normal({**SMALL, "new": (7,)}, 1)
+    found = one_update(l3rs.l3rs(theta, spec, 10, on_unknown="mean"), params, grads)
+    assert_close(found, one_update(l3rs.l3rs({**theta, "embedding": rows}, wider, 10), params, grads))
+    np.testing.assert_allclose(norms(found[0]), found[1].step_norm, rtol=ROUNDING)
+
+    grown = {"a": params["a"], "b": jnp.ones(6)}  # a known path of another shape
+    found = one_update(l3rs.l3rs(theta, spec, 10, on_unknown="mean"), grown, grown)
+    changed = {**theta, "embedding": theta["embedding"].at[1].set(rows[-1])}
+    assert_close(found, one_update(l3rs.l3rs(changed, l3rs.Spec.create(grown, hidden=(4,)), 10), grown, grown))
+
+
+def test_layers_called_otherwise():
+    """By rename and by order: the numbers of the checkpoint's own names."""
+    params, grads = normal(SMALL, 0), normal(SMALL, 1)
+    spec = l3rs.Spec.create(params, hidden=(4,))
+    theta = random_theta(spec)
+    updates, _ = one_update(l3rs.l3rs(theta, spec, 10), params, grads)
+    for rules in ({"rename": {"z": "a", "y": "b"}}, {"match": "order"}, {"match": "auto"}):
+        tx = l3rs.l3rs(theta, spec, 10, **rules)
+        other, _ = one_update(tx, {"z": params["a"], "y": params["b"]}, {"z": grads["a"], "y": grads["b"]})
+        assert_close(other, {"z": updates["a"], "y": updates["b"]})
+
+
+def test_descriptor_embedding():
+    """An embedding is a linear map of the layer's descriptors: the table that it makes does the same."""
+    params, grads = normal(SHAPES, 0), normal(SHAPES, 1)
+    spec = l3rs.Spec.create(params, embedding="descriptor", hidden=(4,), embedding_dim=3)
+    theta = random_theta(spec)
+    assert theta["embedding"].shape == (9, 3)
+    rows = l3rs.layers.descriptors(spec.layers) @ theta["embedding"]
+    assert np.unique(np.round(rows, 6), axis=0).shape == (3, 3)
+    table = l3rs.Spec.create(params, hidden=(4,), embedding_dim=3)
+    expected = one_update(l3rs.l3rs({**theta, "embedding": rows}, table, 10), params, grads)
+    assert_close(one_update(l3rs.l3rs(theta, spec, 10, on_unknown="descriptor"), params, grads), expected)
+
+
+def test_descriptor_embedding_takes_any_network():
+    """Its meta-parameters do not depend on the layers of the network that they were meta-trained on."""
+    specs = [l3rs.Spec.create(normal(shapes, 0), embedding="descriptor") for shapes in (SHAPES, SMALL)]
+    thetas = [jax.jit(l3rs.init, static_argnums=1)(jax.random.key(0), spec) for spec in specs]
+    assert_close(*thetas, rtol=0, atol=0)
+    params, grads = normal(SMALL, 0), normal(SMALL, 1)
+    assert_close(*(one_update(l3rs.l3rs(thetas[0], spec, 10), params, grads) for spec in specs), rtol=0, atol=0)
+    assert [layer.source for layer in l3rs.match(specs[0], params)] == ["descriptor"] * 2
+    renamed, plain = (
+        one_update(l3rs.l3rs(thetas[0], specs[0], 10, rename=rename), params, grads)[1]
+        for rename in ({"b": "b/scale"}, None)
+    )
+    assert renamed.step_norm[1] != plain.step_norm[1]  # "b" is a bias by its name
+
+
 # Gradients and losses that are zero, huge or not numbers
 
 
@@ -598,7 +660,7 @@ def test_missing_arguments(adam_sgd, missing):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"new": np.zeros(2)}, "params have a layer 'new' that this optimizer was not meta-trained on"),
+        ({"new": np.zeros(2)}, r"layer 'new' \(2,\) is none that this optimizer was meta-trained on"),
         ({"b": np.zeros(6)}, r"layer 'b' has shape \(6,\); this optimizer was meta-trained on \(5,\)"),
     ],
     ids=["unknown layer", "other shape"],

@@ -606,6 +606,22 @@ def test_observed_losses_are_averaged():
         opt.step()
 
 
+def test_observed_losses_go_before_a_closures():
+    """Lightning's closure returns the loss of the last micro-batch, divided by their number."""
+    params = parameters()
+    opt = L3RS(params.items(), checkpoint(), 10)
+    give_gradients(params, 0)
+
+    def closure():
+        opt.observe(3.0)
+        return 0.5
+
+    assert opt.step(closure) == 0.5
+    assert opt.param_groups[0]["shared"]["first_loss"] == 3.0
+    opt.step(lambda: 0.5)
+    assert opt.param_groups[0]["shared"]["losses"] == 2
+
+
 def test_everything_frozen():
     params = parameters()
     opt = L3RS(params.items(), checkpoint(), 10)
@@ -643,8 +659,8 @@ def test_add_param_group_that_is_not_known():
     with pytest.raises(l3rs.L3RSError) as error:
         opt.add_param_group({"params": [("head.weight", torch.nn.Parameter(torch.zeros(2, 9)))]})
     assert str(error.value) == (
-        "parameter 'head.weight' (2, 9) is no layer that this optimizer was meta-trained on; no layer is left, "
-        "and rename={name: layer} says which it is"
+        "layer 'head.weight' (2, 9) is none that this optimizer was meta-trained on; no layer is left; "
+        "on_unknown='mean' gives it the mean embedding"
     )
     assert len(opt.param_groups) == 1
     train(opt, params, 1)  # and it goes on
@@ -701,7 +717,7 @@ def test_sparse_gradients_are_refused():
     with pytest.raises(l3rs.L3RSError) as error:
         opt.step(loss=1.0)
     assert str(error.value) == (
-        "the gradient of 'embed/embedding' is sparse; L3RS takes dense ones, e.g. of nn.Embedding(sparse=False)"
+        "the gradient of 'embed/embedding' (7, 3) is sparse; L3RS takes dense ones, e.g. of nn.Embedding(sparse=False)"
     )
 
 
@@ -744,11 +760,17 @@ def test_every_direction_is_there():
 # Which parameter is which layer
 
 
-def paths_of(table, params, rename=None):
+def paths_of(table, params, rename=None, **rules):
     """`match` for a table and parameters given as {name: shape}; names that are numbers are none."""
-    layers = [l3rs.Layer(path, shape) for path, shape in table.items()]
-    names = [name if isinstance(name, str) else None for name in params]
-    return match(layers, names, [torch.empty(shape) for shape in params.values()], rename or {})
+    spec = l3rs.Spec(tuple(l3rs.Layer(path, shape) for path, shape in table.items()))
+    tensors = [torch.empty(shape) for shape in params.values()]
+    named = [(name, tensor) for name, tensor in zip(params, tensors, strict=True)]
+    found = match(spec, tensors if isinstance(next(iter(params)), int) else named, rename=rename, **rules)
+    assert [layer.shape for layer in found] == list(params.values())
+    assert [layer.row for layer in found] == [
+        list(table).index(layer.source) if layer.source in table else None for layer in found
+    ]
+    return [layer.source for layer in found]
 
 
 def test_match_by_name():
@@ -808,32 +830,35 @@ def test_rename():
         (
             {"a.weight": (3, 2), "head": (3, 2)},
             {},
-            "parameter 'head' (3, 2) is no layer that this optimizer was meta-trained on; the layers to choose from "
-            "are a/kernel (2, 3), b/bias (3,), c/bias (3,), and rename={name: layer} says which it is",
+            "layer 'head' (3, 2) is none that this optimizer was meta-trained on; the layers to choose from "
+            "are a/kernel (2, 3), b/bias (3,), c/bias (3,); rename={name: layer} says which it is, "
+            "on_unknown='mean' gives it the mean embedding",
         ),
         (
             {0: (3, 2), 1: (2, 3)},
             {},
-            "parameter (2, 3) is no layer that this optimizer was meta-trained on; the layers to choose from "
-            "are a/kernel (2, 3), b/bias (3,), c/bias (3,), and rename={name: layer} says which it is",
+            "layer 1 (2, 3) is none that this optimizer was meta-trained on; the layers to choose from "
+            "are a/kernel (2, 3), b/bias (3,), c/bias (3,); rename={name: layer} says which it is, "
+            "on_unknown='mean' gives it the mean embedding",
         ),
         (
             {"x": (3, 2), "y.bias": (3,)},
             {},
-            "parameter 'y.bias' (3,) could be any of b/bias, c/bias; "
+            "layer 'y.bias' (3,) could be any of b/bias, c/bias: there are 1 of its shape; "
             "pass all of the model's parameters, or named ones and rename={name: layer}",
         ),
         (
             {"a.weight": (3, 4)},
             {},
-            "parameter 'a.weight' (3, 4) is layer 'a/kernel', which was meta-trained on (2, 3)",
+            "layer 'a.weight', in the checkpoint 'a/kernel', has shape (3, 4); "
+            "this optimizer was meta-trained on (2, 3)",
         ),
         (
             {"x": (3, 4)},
             {"x": "a/kernel"},
-            "parameter 'x' (3, 4) is layer 'a/kernel', which was meta-trained on (2, 3)",
+            "layer 'x', in the checkpoint 'a/kernel', has shape (3, 4); this optimizer was meta-trained on (2, 3)",
         ),
-        ({"x": (3, 2)}, {"z": "a/kernel"}, "rename has 'z', which is no parameter's name"),
+        ({"x": (3, 2)}, {"z": "a/kernel"}, "rename has 'z', which is no layer of the params; they are 'x'"),
         (
             {"x": (3, 2)},
             {"x": "d"},
@@ -846,6 +871,84 @@ def test_match_errors(params, rename, sentence):
     with pytest.raises(l3rs.L3RSError) as error:
         paths_of({"a/kernel": (2, 3), "b/bias": (3,), "c/bias": (3,)}, params, rename)
     assert str(error.value) == sentence
+
+
+def test_unknown_parameters_have_the_mean_embedding():
+    """Parity with JAX for a network that has a layer more, and one of another shape."""
+    theta, spec = checkpoint({path: shape for path, shape in SHAPES.items() if path != "norm/scale"})
+    spec = dataclasses.replace(
+        spec, layers=tuple(l3rs.Layer(x.path, (8, 9) if x.path == "dense/kernel" else x.shape) for x in spec.layers)
+    )
+    params = parameters()
+    found = match(spec, params.items(), on_unknown="mean")
+    assert {layer.name: layer.source for layer in found} == {
+        **{name: path for path, name in NAMES.items()},
+        "dense.weight": "mean",
+        "norm.weight": "mean",
+    }
+    ours = assert_parity_of((theta, spec), on_unknown="mean")
+    assert ours.param_groups[0]["layers"] == ["conv/kernel", "conv/bias", None, "embed/embedding", None]
+    resumed = parameters()
+    again = L3RS(resumed.items(), (theta, spec), 40, on_unknown="mean")
+    again.load_state_dict(copy.deepcopy(ours.state_dict()))
+    train(again, resumed, 1)
+    with pytest.raises(l3rs.L3RSError, match=r"layer 'dense\.weight', in the checkpoint 'dense/kernel', has shape"):
+        L3RS(params.items(), (theta, spec), 10)
+
+
+def test_descriptors_of_both_layouts():
+    """The same for Flax's names and shapes and for PyTorch's, so the same steps."""
+    shapes = {**SHAPES, "attention/query/kernel": (4, 6), "temporal/kernel": (5, 2, 4), "pos_embed/embedding": (9, 4)}
+    names = {path: NAMES.get(path, path.replace("/", ".").replace("kernel", "weight")) for path in shapes}
+    names["pos_embed/embedding"] = "module.pos_embed.weight"  # as DDP calls it
+    jax_layers = [l3rs.Layer(path, shape) for path, shape in shapes.items()]
+    torch_shape = {2: lambda s: s[::-1], 3: lambda s: s[::-1], 4: lambda s: (s[3], s[2], s[0], s[1])}
+    torch_layers = [
+        l3rs.torch._flax_layer(names[path], torch_shape[len(shape)](shape) if path.endswith("kernel") else shape)
+        for path, shape in shapes.items()
+    ]
+    np.testing.assert_array_equal(
+        l3rs.layers.descriptors(torch_layers, alphabetical=False), l3rs.layers.descriptors(jax_layers)
+    )
+
+
+def test_parity_with_descriptors():
+    """For a network that the spec does not know; the state is saved and copied as any other."""
+    theta, spec = checkpoint({"other/kernel": (2, 2)}, embedding="descriptor")
+    ours = assert_parity_of((theta, spec))
+    assert ours.param_groups[0]["layers"] == list(NAMES.values())
+    assert {layer.source for layer in match(spec, parameters().items())} == {"descriptor"}
+    resumed = parameters()
+    again = L3RS(resumed.items(), (theta, spec), 40)
+    again.load_state_dict(copy.deepcopy(ours.state_dict()))
+    params, copied = copy.deepcopy((resumed, again))
+    train(again, resumed, 2)
+    train(copied, params, 2)
+    assert_same(values(params), values(resumed))
+
+
+def assert_parity_of(made_of, steps=10, **rules):
+    """Ten steps of both optimizers with the network of `SHAPES`; the torch one."""
+    params, reference = parameters(), nested(normal(SHAPES, 0, 0.3))
+    ours, tx = L3RS(params.items(), made_of, 40, **rules), l3rs.l3rs(*made_of, 40, **rules)
+    state, update = tx.init(reference), jax.jit(tx.update)
+    for step in range(steps):
+        grads = normal(SHAPES, 100 + step)
+        updates, state = update(nested(grads), state, reference, value=np.float32(2 / (1 + step)))
+        reference = optax.apply_updates(reference, updates)
+        for path, grad in grads.items():
+            params[NAMES[path]].grad = torch_layout(path, grad)
+        ours.step(loss=2 / (1 + step))
+    expected = {
+        name: torch_layout(path, reference[path.split("/")[0]][path.split("/")[1]]) for path, name in NAMES.items()
+    }
+    assert_near(values(params), expected, PARITY)
+    return ours
+
+
+def test_match_takes_no_groups():
+    with pytest.raises(l3rs.L3RSError, match="not param groups"):
+        match(checkpoint()[1], [{"params": [torch.zeros(1)]}])
 
 
 # Among PyTorch's own

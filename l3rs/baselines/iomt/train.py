@@ -71,15 +71,19 @@ def make_train(
         host: for convolutional networks on a CPU, where XLA runs them 10 times slower in a loop.
 
     Returns:
-      train(params, stats, data, steps, seed=0) -> Result. `params`: any pytree of float arrays, all
-      of them trained. `data`: any pytree, for `batch`. Its calls compile once for each form of their
-      arguments, whatever the steps; neither a switch nor a last, shorter stage compiles anything.
+      train(params, stats, data, steps, seed=0, controller=None, after_stage=None) -> Result. `params`:
+      any pytree of float arrays, all of them trained. `data`: any pytree, for `batch`. `controller`:
+      instead of a new one with this space, these options and that seed, one that has the same
+      optimizers with other values of their hyper-parameters, or other options, but the same
+      stage_steps and moments. `after_stage`: called with params, stats and the steps made, after each
+      stage and its rollback. Calls compile once for each form of their arguments, whatever the steps
+      and the controller; neither a switch nor a last, shorter stage compiles anything.
       Memory: the params, their gradient, the stats and the states of all optimizers, twice; three
       times with rollback.
 
     Raises:
-      L3RSError: a bad space or option; and in training, steps < 1, or a loss that is not finite
-        before the first step.
+      L3RSError: a bad space or option; and in training, steps < 1, another controller's stages or
+        moments, or a loss that is not finite before the first step.
 
     Example:
       >>> import jax, optax
@@ -104,10 +108,24 @@ def make_train(
     init = jax.jit(transformation.init)
     begin, stage = _compiled(loss, batch, transformation, options.stage_steps, plan)
 
-    def train(params: Any, stats: Any, data: Any, steps: int, seed: int = 0) -> Result:
+    def train(
+        params: Any,
+        stats: Any,
+        data: Any,
+        steps: int,
+        seed: int = 0,
+        controller: Controller | None = None,
+        after_stage: Callable[[Any, Any, int], None] | None = None,
+    ) -> Result:
         if steps < 1:
             raise L3RSError(f"steps is {steps}; it must be ≥ 1")
-        controller = Controller(space, options, seed)
+        controller = Controller(space, options, seed) if controller is None else controller
+        own = controller.options
+        if (own.stage_steps, own.moments) != (options.stage_steps, options.moments):
+            raise L3RSError(
+                f"the controller has stages of {own.stage_steps} steps and moments {own.moments!r}, "
+                f"not of {options.stage_steps} and {options.moments!r}"
+            )
         carry = begin(params, stats, init(params), data, np.int32(0))
         losses = np.full(steps + 1, np.nan)
         losses[0] = float(carry.value)
@@ -116,13 +134,15 @@ def make_train(
         for first in range(0, steps, options.stage_steps):
             count = min(options.stage_steps, steps - first)
             choice = controller.choose(key_parameters(carry.params))
-            before = carry if options.rollback else None
+            before = carry if controller.options.rollback else None
             level = float(carry.value)
             carry, after = stage(carry, data, encode(space, choice), count)
             losses[first + 1 : first + count + 1] = after
             if controller.observe([level, *after]).diverged and before is not None:
                 # A new gradient, too: the one at hand may be what went wrong.
                 carry = begin(before.params, before.stats, before.state, data, carry.step)
+            if after_stage is not None:
+                after_stage(carry.params, carry.stats, first + count)
         return Result(carry.params, carry.stats, carry.state, controller.history, losses)
 
     return train

@@ -118,6 +118,42 @@ def test_stages_follow_the_history(plan):
         assert stage.score == pytest.approx(found)
 
 
+@plans
+def test_a_look_after_each_stage(plan):
+    """It sees what a shorter run would have ended with; of a stage that was rolled back, what was there before."""
+    seen = {}
+    result = trainer(plan)(*problem(), 12, seed=1, after_stage=lambda params, _, step: seen.setdefault(step, params))
+    assert list(seen) == [5, 10, 12]
+    close(seen[12], result.params)
+    close(seen[5], trainer(plan)(*problem(), 5, seed=1).params)
+    options = iomt.Options(stage_steps=5, switch="cyclical")
+    seen.clear()
+    iomt.make_train(loss, batch, space=EXPLODING, options=options, plan=plan)(
+        *problem(), 10, after_stage=lambda params, _, step: seen.setdefault(step, params)
+    )
+    close(seen[10], seen[5])
+
+
+@plans
+def test_a_controller_of_ones_own(plan):
+    """Other learning rates and other options, and nothing is compiled again."""
+    train = trainer(plan)
+    train(*problem(), 5)
+    before = len(_traced)
+    space = {name: o._replace(hyperparameters={"learning_rate": (0.3, 0.03)}) for name, o in iomt.SPACE.items()}
+    options = iomt.Options(stage_steps=5, switch="cyclical", variant="doit")
+    result = train(*problem(), 30, controller=iomt.Controller(space, options, seed=2))
+    assert len(_traced) == before
+    assert [stage.optimizer for stage in result.history] == [*space, "sgd"]
+    assert {stage.hyperparameters["learning_rate"] for stage in result.history} == {0.3, 0.03}
+    whole = iomt.make_train(loss, batch, space=space, options=options, plan=plan)(*problem(), 30, seed=2)
+    close(result.params, whole.params)
+    with pytest.raises(
+        l3rs.L3RSError, match="the controller has stages of 25 steps and moments 'keep', not of 5 and 'keep'"
+    ):
+        train(*problem(), 30, controller=iomt.Controller(space, iomt.Options()))
+
+
 def test_both_plans_agree():
     fused, stepwise = (trainer(plan)(*problem(), 30) for plan in ("fused", "stepwise"))
     assert [stage.optimizer for stage in fused.history] == [stage.optimizer for stage in stepwise.history]

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 import l3rs
-from l3rs.baselines import Coefficients, avgrad, hyper_adam, mada, mada_coefficients, mada_history
+from l3rs.baselines import (
+    Coefficients,
+    avgrad,
+    hyper_adam,
+    mada,
+    mada_coefficients,
+    mada_history,
+    plot_coefficients,
+)
 from l3rs.baselines.mada import COEFFICIENTS, DOMAIN
 from tests.l3rs.baselines.common import (
     EXACT,
@@ -564,3 +572,21 @@ def test_from_a_poor_start_it_ends_below_adam():
     assert np.all(np.isfinite(found))
     assert np.sum(found < adam) >= 4
     assert found.mean() < 0.75 * adam.mean()
+
+
+def test_the_picture_of_the_coefficients(tmp_path):
+    state = _trained_state()
+    file = plot_coefficients(mada_history(state), tmp_path / "new" / "q.png", title="a run", start_step=2)
+    assert file.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(l3rs.L3RSError, match="there are no steps to plot"):
+        plot_coefficients({"step": [], "b1": []}, file)
+
+
+def _trained_state():
+    """A few steps that keep their history."""
+    params, tx = {"w": jnp.ones(3)}, mada(1e-2, start_step=2, history=4)
+    state = tx.init(params)
+    for i in range(6):
+        updates, state = tx.update({"w": jnp.array([1.0, -2.0, i])}, state, params)
+        params = optax.apply_updates(params, updates)
+    return state
