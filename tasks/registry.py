@@ -10,12 +10,13 @@ from typing import Any
 from tasks.base import Task, TaskError
 from tasks.digits import digits
 from tasks.images import images, prepare_images
+from tasks.text import prepare_text, text
 
-TASKS: dict[str, Callable[..., Task]] = {"digits": digits, "images": images}
+TASKS: dict[str, Callable[..., Task]] = {"digits": digits, "images": images, "text": text}
 
 
 # Of tasks whose data has to be downloaded and prepared before.
-PREPARATIONS: dict[str, Callable[..., list[str]]] = {"images": prepare_images}
+PREPARATIONS: dict[str, Callable[..., list[str]]] = {"images": prepare_images, "text": prepare_text}
 
 
 def prepare_task(name: str, options: Mapping[str, Any] | None = None) -> list[str]:

@@ -215,12 +215,23 @@ def prepare(source: Source) -> str:
       TaskError: no TensorFlow, no such builder, a download to be made by hand, or a directory
         that holds no data set.
     """
-    if isinstance(source, Tfds) and source.name is not None:
+    if isinstance(source, Tfds):
+        prepared(source)
+    return source.open().where
+
+
+def prepared(source: Tfds) -> Path:
+    """Where a TFDS data set is, which is downloaded and prepared first if it is named and not there yet.
+
+    Raises:
+      TaskError: as `prepare`.
+    """
+    if source.name is not None:
         try:
-            source.folder()
+            return source.folder()
         except TaskError:
             _download_and_prepare(source.name, source.root())
-    return source.open().where
+    return source.folder()
 
 
 def _tfds_records(folder: Path, image: str, split: str) -> tuple[int, Callable[[int], dict[str, Any]]]:

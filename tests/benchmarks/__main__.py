@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 
-BENCHMARKS = ("import_time", "generation", "stepwise", "update", "update_torch", "cluster")
+BENCHMARKS = ("import_time", "generation", "stepwise", "update", "update_torch", "iomt", "cluster")
 
 
 def main() -> None:

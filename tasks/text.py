@@ -1,0 +1,85 @@
+"""A character language model: a small GPT on a text of one's own, or on Shakespeare's."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from tasks.base import Aux, Batch, Data, Params, Stats, Task, TaskError
+from tasks.classification import RANDOM_POOLS
+from tasks.data.text import TextSource, load_text
+from tasks.models.gpt import gpt
+
+_MODEL = {name: p.default for name, p in inspect.signature(gpt).parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+
+def text(
+    source: Mapping[str, Any],
+    model: Mapping[str, Any] | None = None,
+    context: int = 64,
+    batch_size: int = 32,
+    evaluation_windows: int = 256,
+) -> Task:
+    """Train a small GPT from scratch to predict the next character of a text.
+
+    Accuracy is the share of characters that it would have guessed, the loss their mean cross-entropy in nats.
+
+    Args:
+      source: the text: {file: PATH} or {tfds: tiny_shakespeare}, see `TextSource`.
+      model: n_layer, n_head and width of the GPT.
+      context: characters that it reads at once.
+      batch_size: windows of so many characters a step, from anywhere in inner_train.
+      evaluation_windows: how many of inner_valid, outer_valid and test are read, evenly spread; 0 for all.
+    """
+    for name, value, least in (("context", context, 1), ("batch_size", batch_size, 1)):
+        if type(value) is not int or value < least:
+            raise TaskError(f"task.{name} is {value!r}; it must be a whole number ≥ {least}")
+    if type(evaluation_windows) is not int or evaluation_windows < 0:
+        raise TaskError(f"task.evaluation_windows is {evaluation_windows!r}; it must be a whole number ≥ 0")
+    options = dict(model or {})
+    for option in options:
+        if option not in _MODEL:
+            raise TaskError(f"task.model.{option} is not an option of the GPT; allowed are {', '.join(_MODEL)}")
+    chosen = TextSource.parse(source, "task.source")
+    splits, vocabulary = load_text(chosen, context)
+    for name, split in splits.items():
+        if name != "inner_train":
+            split["text"] = _spread(split["text"], evaluation_windows)
+    network = gpt(vocabulary, context, **options)
+
+    def batch(data: Data, key: jax.Array) -> Batch:
+        windows = data["inner_train"]["text"]  # they tile the text: a place in it is a row and a column
+        first = jax.random.randint(key, (batch_size, 1), 0, (len(windows) - 1) * context + 1)
+        places = first + jnp.arange(context + 1)
+        # The very last character has no window that begins with it: it ends the last one.
+        row = jnp.minimum(places // context, len(windows) - 1)
+        return {"text": windows[row, places - row * context]}
+
+    def loss(params: Params, stats: Stats, batch: Batch, train: bool) -> tuple[jax.Array, Aux]:
+        characters = batch["text"].astype(jnp.int32)
+        target = characters[:, 1:]
+        logits, stats = network.apply(params, stats, characters[:, :-1], train)
+        # One-hot labels: the gradient of picking a logit is a scatter, which is slow on a CPU.
+        value = optax.softmax_cross_entropy(logits, jax.nn.one_hot(target, vocabulary)).mean()
+        return value, Aux(stats, jnp.mean(jnp.argmax(logits, -1) == target))
+
+    name = f"gpt({chosen.name})"
+    return Task(name, splits, lambda _, i: network.init(jax.random.key(i)), batch, loss, RANDOM_POOLS)
+
+
+def prepare_text(source: Mapping[str, Any], **_: Any) -> list[str]:
+    """Download and prepare the text that `text` would read; returns where it is."""
+    return [TextSource.parse(source, "task.source").prepare()]
+
+
+def _spread(windows: np.ndarray, count: int) -> np.ndarray:
+    """`count` rows, evenly spread; all where 0 or there are no more."""
+    if not count or count >= len(windows):
+        return windows
+    return np.asarray(windows[np.linspace(0, len(windows) - 1, count).round().astype(int)])
