@@ -18,6 +18,7 @@ from l3rs import L3RSError
 from metatrain import estimate, jobs, live, report, trainer
 from metatrain.config import UserError, load_config
 from metatrain.devices import use_cores
+from metatrain.evaluate import NO_OPTIMIZER
 from metatrain.evaluate import evaluate as compare
 from metatrain.results import Results
 from tasks import TASKS, TaskError, make_task, prepare_task
@@ -87,7 +88,9 @@ def _conclude(run: trainer.Run) -> None:
 
 @app.command()
 def evaluate(
-    optimizer: Annotated[Path, typer.Argument(help="a checkpoint folder")],
+    optimizer: Annotated[
+        str, typer.Argument(help="a checkpoint: a folder, shipped name or URL; - for baselines alone")
+    ],
     config: Annotated[Path, typer.Argument(help="the configuration whose task is used")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. task.target=uci")] = None,
     horizons: Annotated[str | None, typer.Option(help="numbers of steps, separated by commas")] = None,
@@ -104,7 +107,8 @@ def evaluate(
 
     What is not given here is what the configuration's `evaluation` says.
     """
-    folder = out or Path("runs") / f"evaluation-{Path(optimizer).name}"
+    name = f"baselines-{config.stem}" if optimizer == NO_OPTIMIZER else f"evaluation-{Path(optimizer).name}"
+    folder = out or Path("runs") / name
     if (folder / "results.json").exists():
         raise UserError(f"{folder / 'results.json'} exists; choose another folder with --out")
     results = compare(
@@ -121,10 +125,11 @@ def evaluate(
     saved = results.save(folder)
     for setting in results.settings():
         _console.print(report.table(results, setting))
-    _console.print(report.verdict(results))
     for note in results.notes:
         _console.print(f"note: {note}")
-    _console.print(f"report: {report.write(results, folder)}\nresults: {saved}")
+    if optimizer != NO_OPTIMIZER:  # the page is about L3RS
+        _console.print(f"{report.verdict(results)}\nreport: {report.write(results, folder)}")
+    _console.print(f"results: {saved}")
 
 
 @app.command("report")
@@ -133,7 +138,10 @@ def report_(
 ) -> None:
     """Write the page of an evaluation, or of a run, again."""
     if (folder / "results.json").is_file():
-        _console.print(f"report: {report.write(Results.load(folder / 'results.json'), folder)}")
+        results = Results.load(folder / "results.json")
+        if results.optimizer == NO_OPTIMIZER:
+            raise UserError(f"{folder} compares baselines alone; the page is about an optimizer of ours")
+        _console.print(f"report: {report.write(results, folder)}")
     elif (folder / "config.yaml").is_file():
         _console.print(f"report: {live.write(folder, going=False)}")
     else:
@@ -260,7 +268,9 @@ def stop(name: _Name, address: _Address = _DASHBOARD, allow_unauthenticated: _Op
 
 
 @app.command()
-def inspect(optimizer: Annotated[Path, typer.Argument(help="a checkpoint folder")]) -> None:
+def inspect(
+    optimizer: Annotated[str, typer.Argument(help="a checkpoint: a folder, shipped name or URL")],
+) -> None:
     """Say what a checkpoint is: how it was made, what it fits."""
     theta, spec, info = l3rs.restore(optimizer)
     size = sum(leaf.size for leaf in jax.tree.leaves(theta))

@@ -29,9 +29,10 @@ def test_core_modules_import_only_what_is_installed_with_them():
     for file in files:
         if file.name == "torch.py":  # the extra
             continue
-        # Inside functions that ask for them: URLs of checkpoints; a baseline's own tools.
+        # Inside functions that ask for them: URLs of checkpoints; baselines' own tools.
         extras = {
             "places.py": {"fsspec", "huggingface_hub"},
+            "baselines": {"matplotlib"},
             "iomt": {"matplotlib", "sklearn", "threadpoolctl", "umap"},
         }
         asked_for = extras.get(file.name, set()) | extras.get(file.parent.name, set())

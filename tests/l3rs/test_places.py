@@ -60,6 +60,19 @@ def test_shipped_names(tmp_path, monkeypatch):
     l3rs.load("digits-mlp", total_steps=10)
 
 
+def test_universal_fits_a_network_of_any_kind():
+    params = {
+        "stem": {"kernel": np.ones((3, 3, 1, 4), np.float32), "bias": np.zeros(4, np.float32)},
+        "norm": {"scale": np.ones(4, np.float32)},
+        "whatever": np.ones((4, 7, 2), np.float32),
+    }
+    tx = l3rs.load("universal", 10)
+    updates, _ = tx.update(jax.tree.map(np.ones_like, params), tx.init(params), params, value=1.0)
+    for update, param in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
+        assert update.shape == param.shape
+        assert 0 < np.abs(update).max() < 1
+
+
 def test_a_folder_goes_before_a_shipped_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.symlink(GOLDEN, "digits-mlp")
@@ -77,7 +90,7 @@ def test_names_in_pytorch():
     from l3rs.torch import L3RS, match
 
     model = torch.nn.Sequential(torch.nn.Linear(196, 64), torch.nn.Linear(64, 64), torch.nn.Linear(64, 10))
-    assert L3RS(model.parameters(), "digits-mlp").total_steps == 200
+    assert L3RS(model.parameters(), "digits-mlp").total_steps == 500
     assert match("digits-mlp", model.parameters())[-1].source == "layers/2/bias"
 
 

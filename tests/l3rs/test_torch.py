@@ -677,7 +677,7 @@ def test_horizon():
     assert len(found) == 1
 
     model = torch.nn.Sequential(torch.nn.Linear(196, 64), torch.nn.Linear(64, 64), torch.nn.Linear(64, 10))
-    assert L3RS(model.parameters(), ROOT / "checkpoints/digits-mlp").total_steps == 200
+    assert L3RS(model.parameters(), ROOT / "checkpoints/digits-mlp").total_steps == 500
 
 
 @pytest.mark.parametrize("total_steps", [0, -3, 0.5, float("nan"), "100", True, 10**10])

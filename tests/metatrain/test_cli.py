@@ -76,6 +76,16 @@ def test_evaluate_prints_a_table_and_where_the_page_is(finished: Path, config: P
     assert (tmp_path / "e" / "report.html").is_file()
 
 
+def test_baselines_alone(config: Path, tmp_path: Path) -> None:
+    done = metatrain(
+        "evaluate", "-", config, "--horizons", "4", "--seeds", "1", "--baselines", "sgd", "--out", tmp_path / "b"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "sgd/cosine" in done.stdout
+    assert "l3rs" not in done.stdout
+    assert "baselines alone" in refused(metatrain("report", tmp_path / "b"))
+
+
 def test_a_run_has_a_page(finished: Path, tmp_path: Path) -> None:
     assert "finished" in (finished / "report.html").read_text()
     done = metatrain("report", finished)
