@@ -284,6 +284,9 @@ def inspect(
         _console.print(f"  measured, {setting}: test loss after N steps")
         for name, horizons in optimizers.items():
             _console.print(f"    {name}: " + ", ".join(f"{steps}: {loss}" for steps, (loss, *_) in horizons.items()))
+    if spec.embedding == "descriptor":
+        _console.print("  fits any network: it reads kind, depth and fans of a layer")
+        return
     _console.print("  layers:")
     for layer in spec.layers:
         _console.print(f"    {layer.path}  {list(layer.shape)}")

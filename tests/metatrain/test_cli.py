@@ -59,6 +59,7 @@ def test_inspect_and_export(finished: Path, tmp_path: Path) -> None:
     assert done.returncode == 0
     for words in ("meta-parameters", "adam, sgd", "task: regression", "w  [4]"):
         assert words in done.stdout
+    assert "fits any network" in metatrain("inspect", "universal").stdout
     assert metatrain("export", finished, tmp_path / "x").returncode == 0
     assert (tmp_path / "x" / "l3rs.json").is_file()
 
