@@ -15,11 +15,11 @@ import numpy as np
 from l3rs import L3RSError
 from l3rs.baselines import iomt
 from metatrain.baselines import Interleaved, Tuned
-from metatrain.rollout import Plan, Rollout, Score, evaluate_split
+from metatrain.rollout import Plan, Rollout, Score, evaluate_split, host_scorer
 from tasks import Task, TaskSample
-from tasks.base import Data, Params, Stats, size
+from tasks.base import Data, Params, Stats
 
-_CHUNK = 256  # examples a forward pass, where the host drives them
+_PROBE = 256  # examples that the accuracy of an init is measured on
 
 # (stage steps, moments) -> training of the task in such stages
 Trainers = Callable[[int, iomt.space.Moments], Callable[..., iomt.Result]]
@@ -86,7 +86,7 @@ def interleaved_rollout(task: Task, entry: Interleaved, plan: Plan, trainer: Tra
 
         options = entry.at(steps)
         if "transferability" not in entry.options:
-            few = jax.tree.map(lambda x: x[:_CHUNK], data["inner_train"])
+            few = jax.tree.map(lambda x: x[:_PROBE], data["inner_train"])
             accuracy = float(score(few, params, stats)[1])
             options = dataclasses.replace(options, transferability=accuracy if 0 <= accuracy <= 1 else 0.0)
         seed = int(np.asarray(sample.key)[-1])
@@ -105,21 +105,12 @@ def interleaved_rollout(task: Task, entry: Interleaved, plan: Plan, trainer: Tra
 
 
 def _scorer(task: Task, plan: Plan) -> Callable[[Any, Params, Stats], np.ndarray]:
-    """(examples, params, stats) -> their mean loss and accuracy, [2]. Stepwise it goes over chunks on the host: a
-    convolution inside a compiled loop is slow on a CPU."""
+    """(examples, params, stats) -> their mean loss and accuracy, [2]."""
+    if plan == "stepwise":
+        return host_scorer(task)
 
     @jax.jit
-    def one(examples: Any, params: Params, stats: Stats) -> jax.Array:
+    def score(examples: Any, params: Params, stats: Stats) -> jax.Array:
         return jnp.stack(evaluate_split(task, {"": examples}, "", params, stats))
 
-    def score(examples: Any, params: Params, stats: Stats) -> np.ndarray:
-        n = size(examples)
-        if plan == "fused" or n <= _CHUNK:
-            return np.asarray(one(examples, params, stats))
-        total = np.zeros(2)
-        for first in range(0, n, _CHUNK):
-            chunk = jax.tree.map(lambda x, first=first: x[first : first + _CHUNK], examples)
-            total += np.asarray(one(chunk, params, stats)) * size(chunk)
-        return total / n
-
-    return score
+    return lambda *arguments: np.asarray(score(*arguments))

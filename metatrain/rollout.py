@@ -86,18 +86,7 @@ def stepwise_rollout(task: Task, make_optimizer: MakeOptimizer, splits: Sequence
 
     start, step = _compiled(task, make_optimizer)
 
-    @functools.partial(jax.jit, static_argnums=(1, 3))
-    def score(data: Data, split: str, first: jax.Array, count: int, carry: Carry) -> jax.Array:
-        batch = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, count), data[split])
-        return _score(task, deployed_params(carry.state, carry.params), carry.stats, batch) * count
-
-    def scores(data: Data, split: str, carry: Carry) -> np.ndarray:
-        n = size(data[split])
-        parts = [
-            score(data, split, np.int32(first), min(_EVALUATION_CHUNK, n - first), carry)
-            for first in range(0, n, _EVALUATION_CHUNK)
-        ]
-        return np.sum([np.asarray(part) for part in parts], axis=0) / n
+    score = host_scorer(task)
 
     def rollout(
         hyper: Any,
@@ -113,7 +102,8 @@ def stepwise_rollout(task: Task, make_optimizer: MakeOptimizer, splits: Sequence
             for _ in range(done, until):
                 carry = step(hyper, data, sample, horizon, carry)
             done = max(done, until)
-            judged.append({split: scores(data, split, carry) for split in splits})
+            params = deployed_params(carry.state, carry.params)
+            judged.append({split: score(data[split], params, carry.stats) for split in splits})
         if points is None:
             return {split: Score(*found) for split, found in judged[0].items()}
         return {split: Score(*np.stack([row[split] for row in judged]).T) for split in splits}
@@ -175,6 +165,26 @@ def _step(
 def _score(task: Task, params: Params, stats: Stats, batch: Batch) -> jax.Array:
     loss, aux = task.loss(params, stats, batch, False)
     return jnp.stack([loss, aux.accuracy])
+
+
+def host_scorer(task: Task) -> Callable[[Batch, Params, Stats], np.ndarray]:
+    """(examples, params, stats) -> their mean loss and accuracy, float32 [2], chunk by chunk from the host: as
+    `evaluate_split`, for convolutional networks on a CPU."""
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def total(examples: Batch, first: jax.Array, count: int, params: Params, stats: Stats) -> jax.Array:
+        batch = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, count), examples)
+        return _score(task, params, stats, batch) * count
+
+    def score(examples: Batch, params: Params, stats: Stats) -> np.ndarray:
+        n = size(examples)
+        parts = [
+            total(examples, np.int32(first), min(_EVALUATION_CHUNK, n - first), params, stats)
+            for first in range(0, n, _EVALUATION_CHUNK)
+        ]
+        return np.sum([np.asarray(part) for part in parts], axis=0) / n
+
+    return score
 
 
 def evaluate_split(task: Task, data: Data, split: str, params: Params, stats: Stats) -> Score:
