@@ -167,8 +167,10 @@ def prepare(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. task.target.tfds=cifar100")] = None,
 ) -> None:
     """Download and prepare a task's data (TFDS; needs l3rs[prepare])."""
-    task = load_config(config, overrides or ()).task
-    for place in prepare_task(task.name, task.options) or ["nothing to prepare"]:
+    setup = load_config(config, overrides or ())
+    forms = setup.task.forms() + [setup.task.form(options) for options in setup.evaluation.settings.values()]
+    places = [place for name, options in forms for place in prepare_task(name, options)]
+    for place in dict.fromkeys(places or ["nothing to prepare"]):
         _console.print(place)
 
 
@@ -179,11 +181,10 @@ def pretrain(
 ) -> None:
     """Pretrain a task's init distribution and keep it in the resident cache; `run` does it by itself, too."""
     logging.getLogger("tasks").setLevel(logging.INFO)
-    task = load_config(config, overrides or ()).task
-    pools = make_task(task.name, task.options).pools
-    _console.print(
-        f"{task.name}: {len(pools['meta_train'])} inits for meta-training, {len(pools['held_out'])} held out"
-    )
+    for name, options in load_config(config, overrides or ()).task.forms():
+        task = make_task(name, options)
+        meta_train, held_out = (len(task.pools[pool]) for pool in ("meta_train", "held_out"))
+        _console.print(f"{task.name}: {meta_train} inits for meta-training, {held_out} held out")
 
 
 @app.command()

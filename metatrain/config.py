@@ -17,7 +17,6 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from l3rs import Direction
 from l3rs.directions import make_direction
-from tasks import Task, make_task
 
 
 class UserError(ValueError):
@@ -38,14 +37,14 @@ class TaskConfig(pydantic.BaseModel):
     name: str
     variants: tuple[dict[str, Any], ...] = ()
 
-    def make(self, replaced: Mapping[str, Any] | None = None) -> Task:
-        """The task, with some of its options replaced."""
-        options = {"name": self.name, **self.options, **(replaced or {})}
-        return make_task(options.pop("name"), options)
+    def forms(self) -> list[tuple[str, dict[str, Any]]]:
+        """(name, options) of each variant; of the task itself when there are none."""
+        return [self.form(variant) for variant in self.variants or ({},)]
 
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
+    def form(self, replaced: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+        """Name and options of the task, some of them replaced: what `tasks.make_task` takes."""
+        options = {"name": self.name, **(self.model_extra or {}), **(replaced or {})}
+        return options.pop("name"), options
 
 
 class OptimizerConfig(_Section):

@@ -33,7 +33,7 @@ from metatrain.plan import choose_plan, time_steps
 from metatrain.results import L3RS, Cost, Curve, DecisionPath, Record, Results, Speedup
 from metatrain.rollout import MakeOptimizer, Plan, Score, fused_rollout, learned, stepwise_rollout, walk
 from metatrain.statistics import area_under_curve, speedup
-from tasks import Task, TaskSample
+from tasks import Task, TaskSample, make_task
 
 _log = logging.getLogger("metatrain")
 
@@ -79,11 +79,11 @@ def evaluate(
     costs: list[Cost] = []
     refused: list[str] = []
     for setting, task_options in _settings(config, settings).items():
-        task = config.task.make(task_options)
+        task = make_task(*config.task.form(task_options))
         label = f"{setting}: {task.name}" if setting else task.name
         try:
             if ours is not None:
-                l3rs.l3rs(ours.theta, ours.spec, 1).init(task.params_shape())
+                l3rs.match(ours.spec, task.params_shape())
         except L3RSError as error:
             refused.append(f"{label} is left out: {error}")
             continue

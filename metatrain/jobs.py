@@ -276,8 +276,8 @@ def _package(config: Config) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="l3rs-job-") as scratch:
         place = Path(scratch)
         (place / "config.yaml").write_text(dump_config(config))
-        names = {config.task.name, *(variant.get("name", config.task.name) for variant in config.task.variants)}
-        for top in sorted({name.partition(":")[0].partition(".")[0] for name in names if ":" in name} - set(_OURS)):
+        names = [name for name, _ in config.task.forms() if ":" in name]
+        for top in sorted({name.partition(":")[0].partition(".")[0] for name in names} - set(_OURS)):
             _copy_module(top, place)
         yield place
 

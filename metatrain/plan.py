@@ -104,7 +104,7 @@ def _scratch(task: Task, spec: l3rs.Spec, strategy: Strategy, members: int) -> i
 
 def time_steps(run: Callable[[int], object], steps: int, rounds: int) -> tuple[float, float]:
     """(seconds of a step, seconds of a call beside its steps): the best of `rounds` calls of 1 step
-    against the best of as many with `steps` more."""
+    against the best of as many with `steps` more; with even more where noise hides what those cost."""
 
     def seconds(count: int) -> float:
         began = time.perf_counter()
@@ -112,9 +112,12 @@ def time_steps(run: Callable[[int], object], steps: int, rounds: int) -> tuple[f
         return time.perf_counter() - began
 
     seconds(1)  # compiles
-    many, one = (min(seconds(count) for _ in range(rounds)) for count in (steps + 1, 1))
-    a_step = (many - one) / steps
-    return a_step, one - a_step
+    while True:
+        many, one = (min(seconds(count) for _ in range(rounds)) for count in (steps + 1, 1))
+        if many > one:
+            a_step = (many - one) / steps
+            return a_step, one - a_step
+        steps *= 4
 
 
 def _has_convolutions(task: Task) -> bool:

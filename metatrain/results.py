@@ -133,7 +133,7 @@ class Results:
     def best_baseline(self, setting: str, horizon: int, among: Callable[[str], bool] | None = None) -> str | None:
         """The baseline with the lowest mean test loss: chosen on test, which favours it. None if there is none."""
         labels = [label for label in self.baselines() if among is None or among(label)]
-        return min(labels, key=lambda label: _worst_if_no_number(self.mean(setting, label, horizon)), default=None)
+        return min(labels, key=lambda label: worst_if_no_number(self.mean(setting, label, horizon)), default=None)
 
     def accuracy_curve(self, setting: str, optimizer: str) -> np.ndarray:
         """Accuracies [S, H] at each horizon's end."""
@@ -225,15 +225,21 @@ class Results:
 
     def save(self, folder: Path) -> Path:
         """Write `results.json`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / "results.json"
-        scratch = file.with_suffix(".tmp")
-        scratch.write_text(json.dumps(_finite(dataclasses.asdict(self)), allow_nan=False) + "\n")
-        os.replace(scratch, file)
-        return file
+        text = json.dumps(_finite(dataclasses.asdict(self)), allow_nan=False) + "\n"
+        return write_whole(folder / "results.json", text)
 
 
-def _worst_if_no_number(loss: float) -> float:
+def write_whole(file: Path, text: str) -> Path:
+    """Write a file such that a reader finds either what was there before or the whole new text."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_suffix(".tmp")
+    scratch.write_text(text)
+    os.replace(scratch, file)
+    return file
+
+
+def worst_if_no_number(loss: float) -> float:
+    """A loss that can be ordered: infinite where it is no number."""
     return math.inf if math.isnan(loss) else loss
 
 

@@ -41,7 +41,7 @@ from metatrain.progress import Display
 from metatrain.remote import RunFolder, run_folder
 from metatrain.state import Progress, StateStore
 from metatrain.strategy import Strategy, make_strategy
-from tasks import Task, sample
+from tasks import Task, make_task, sample
 
 _log = logging.getLogger("metatrain")
 
@@ -159,12 +159,12 @@ class Setup:
 
     @classmethod
     def build(cls, config: Config) -> Setup:
-        tasks = tuple(config.task.make(variant) for variant in config.task.variants or ({},))
+        tasks = tuple(make_task(name, options) for name, options in config.task.forms())
         task = tasks[0]
         spec = l3rs.Spec.create(task.params_shape(), **config.optimizer.model_dump())
         for other in tasks[1:]:
             try:
-                l3rs.l3rs(l3rs.init(jax.random.key(0), spec), spec, 1).init(other.params_shape())
+                l3rs.match(spec, other.params_shape())
             except l3rs.L3RSError as error:
                 raise UserError(
                     f"task.variants have different networks ({error}): optimizer.embedding must be descriptor"

@@ -28,8 +28,9 @@ def test_a_recipe_is_valid_and_says_its_command(recipe: Path) -> None:
 @pytest.mark.parametrize("name", ["resnet8-imagenet25", "resnet8-places25"])
 def test_class_lists_exist_and_no_set_shares_a_class_with_another(name: str) -> None:
     config = load_config(CONFIGS / f"{name}.yaml")
+    _, task = config.task.form()
     settings = config.evaluation.settings.values()
-    images = [s for options in (config.task.options, *settings) if "target" in options for s in _sets(options)]
+    images = [s for options in (task, *settings) if "target" in options for s in _sets(options)]
     lists: dict[str, set[tuple[str, ...]]] = {}
     for image_set in images:
         lists.setdefault(image_set["tfds"], set()).add(tuple(image_set["classes"]))
@@ -38,7 +39,7 @@ def test_class_lists_exist_and_no_set_shares_a_class_with_another(name: str) -> 
         classes = [label for classes in sets for label in classes]
         assert set(classes) <= set(labels)
         assert len(classes) == len(set(classes)), "two sets share a class"
-    assert len(config.task.options["target"]["classes"]) == 25
+    assert len(task["target"]["classes"]) == 25
     for options in settings:
         if "target" in options:
             assert len(options["target"]["classes"]) == 25

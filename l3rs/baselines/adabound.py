@@ -91,11 +91,8 @@ def adabound(
         updates: optax.Updates, state: AdaBoundState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, AdaBoundState]:
         del extra_args
-        step = optax.safe_increment(state.count)
-        dtype = common.scalar_dtype(state.mu)
-        grads = common.widen(updates, state.mu)
-        mu = common.average(grads, state.mu, b1)
-        nu = common.average(common.square(grads), state.nu, b2)
+        step, _, mu, nu = common.moments(updates, state, b1, b2)
+        dtype = common.scalar_dtype(mu)
         nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu) if amsbound else None
 
         rate = common.rate_at(learning_rate, state.count, dtype)

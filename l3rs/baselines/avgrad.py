@@ -72,11 +72,8 @@ def avgrad(
         updates: optax.Updates, state: AVGradState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, AVGradState]:
         del extra_args
-        step = optax.safe_increment(state.count)
-        dtype = common.scalar_dtype(state.mu)
-        grads = common.widen(updates, state.mu)
-        mu = common.average(grads, state.mu, b1)
-        nu = common.average(common.square(grads), state.nu, b2)
+        step, _, mu, nu = common.moments(updates, state, b1, b2)
+        dtype = common.scalar_dtype(mu)
         nu_mean = jax.tree.map(lambda v, mean: mean + (v - mean) / step.astype(v.dtype), nu, state.nu_mean)
 
         rate = common.rate_at(learning_rate, state.count, dtype) / common.bias_correction(b1, step, dtype)

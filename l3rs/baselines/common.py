@@ -87,6 +87,22 @@ def average(values: Any, averages: Any, beta: Number) -> Any:
     return jax.tree.map(one, values, averages)
 
 
+def moments(updates: optax.Updates, state: Any, b1: Number, b2: Number) -> tuple[jax.Array, Any, Any, Any]:
+    """The step, counted from 1, its gradients in the moments' dtypes, and Adam's moments with them.
+
+    Args:
+      updates: gradients.
+      state: has `count`, `mu` and `nu`.
+      b1, b2: decays.
+
+    Returns:
+      step, grads, mu, nu.
+    """
+    grads = widen(updates, state.mu)
+    squares = jax.tree.map(jnp.square, grads)
+    return optax.safe_increment(state.count), grads, average(grads, state.mu, b1), average(squares, state.nu, b2)
+
+
 def bias_correction(beta: Number, step: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """1 - β^step, step ≥ 1: what the weights of an average that began at zero add up to.
 
@@ -94,7 +110,3 @@ def bias_correction(beta: Number, step: jax.Array, dtype: jnp.dtype) -> jax.Arra
     1e-5 at first, and as much by the cancellation.
     """
     return -jnp.expm1(step.astype(dtype) * jnp.log1p(-jnp.asarray(1 - beta, dtype)))
-
-
-def square(tree: Any) -> Any:
-    return jax.tree.map(jnp.square, tree)

@@ -77,10 +77,7 @@ def padam(
         updates: optax.Updates, state: PadamState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, PadamState]:
         del extra_args
-        step = optax.safe_increment(state.count)
-        grads = common.widen(updates, state.mu)
-        mu = common.average(grads, state.mu, b1)
-        nu = common.average(common.square(grads), state.nu, b2)
+        step, _, mu, nu = common.moments(updates, state, b1, b2)
         nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu)
 
         rate = common.rate_at(learning_rate, state.count, common.scalar_dtype(mu))

@@ -105,13 +105,10 @@ def swats(
         updates: optax.Updates, state: SWATSState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, SWATSState]:
         del extra_args
-        step = optax.safe_increment(state.count)
+        step, grads, mu, nu = common.moments(updates, state, b1, b2)  # the paper's (1-β1) v obeys m's recurrence
         dtype = state.average.dtype
-        grads = common.widen(updates, state.mu)
         rate = common.rate_at(learning_rate, state.count, dtype)
-        mu = common.average(grads, state.mu, b1)  # (1-β1) v obeys the same recurrence as m
 
-        nu = common.average(common.square(grads), state.nu, b2)
         scale = rate * jnp.sqrt(common.bias_correction(b2, step, dtype)) / common.bias_correction(b1, step, dtype)
         adam = jax.tree.map(lambda m, v: -scale * m / (jnp.sqrt(v) + eps), mu, nu)
         gamma, usable = _projected_rate(adam, grads)

@@ -12,7 +12,7 @@ import numpy as np
 
 from metatrain import statistics
 from metatrain.report import words
-from metatrain.results import L3RS, Results, Speedup
+from metatrain.results import L3RS, Results, Speedup, worst_if_no_number
 from metatrain.statistics import Interval
 
 Outcome = Literal["better", "worse", "undecided"]
@@ -78,13 +78,13 @@ class Findings:
         if not math.isfinite(self.mean(setting, L3RS, horizon)):
             return "worse"
         found = self.difference(setting, baseline, horizon)
-        if math.isnan(found.low) or not found.excludes(0.0):
+        if not found.excludes(0.0):
             return "undecided"
         return "better" if found.value > 0 else "worse"
 
     def is_lower(self, setting: str, baseline: str, horizon: int) -> bool:
         """Whether the mean test loss of L3RS is lower; one that is no number is infinite."""
-        ours, theirs = (_loss(self.mean(setting, label, horizon)) for label in (L3RS, baseline))
+        ours, theirs = (worst_if_no_number(self.mean(setting, label, horizon)) for label in (L3RS, baseline))
         return ours < theirs
 
     def rival_beyond(self, setting: str, horizon: int) -> tuple[str, str]:
@@ -287,13 +287,9 @@ def _times(spent: float, saved: float) -> float:
     return float(math.ceil(spent / saved)) if saved > 0 else math.inf
 
 
-def _loss(value: float) -> float:
-    return math.inf if math.isnan(value) else value
-
-
 def _by_rank(results: Results, labels: Sequence[str], settings: Sequence[str]) -> list[str]:
-    columns = [[_loss(results.mean(s, label, h)) for label in labels] for s in settings for h in results.horizons()]
-    losses = np.array(columns)  # [settings × horizons, labels]
+    places = [(setting, horizon) for setting in settings for horizon in results.horizons()]
+    losses = np.array([[worst_if_no_number(results.mean(s, label, h)) for label in labels] for s, h in places])
     # Ties, such as several that diverged, share a rank.
     ranks = (losses[:, None, :] < losses[:, :, None]).sum(2).mean(0)
     return [label for _, label in sorted(zip(ranks.tolist(), labels, strict=True), key=lambda pair: pair[0])]

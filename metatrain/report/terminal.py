@@ -16,10 +16,10 @@ def table(results: Results, setting: str) -> Table:
     column is bold, and ≈ marks what is not distinguishable from L3RS."""
     findings = Findings(results)
     horizons = results.horizons()
-    view = Table(
-        title=f"{setting or 'test'}: test loss (accuracy), mean of {words.counted(results.seeds(), 'seed')}",
-        caption="≈ not distinguishable from L3RS: the paired 95 % interval of the difference contains zero",
-    )
+    view = Table(title=f"{setting or 'test'}: test loss (accuracy), mean of {words.counted(results.seeds(), 'seed')}")
+    compared = L3RS in results.optimizers()
+    if compared:
+        view.caption = "≈ not distinguishable from L3RS: the paired 95 % interval of the difference contains zero"
     view.add_column("optimizer", no_wrap=True)
     for horizon in horizons:
         view.add_column(words.counted(horizon, "step"), justify="right", no_wrap=True)
@@ -31,7 +31,7 @@ def table(results: Results, setting: str) -> Table:
         for horizon in horizons:
             accuracy = results.mean(setting, optimizer, horizon, "accuracy")
             cell = f"{words.number(losses[optimizer, horizon])} ({words.percent(accuracy)})"
-            if optimizer != L3RS and findings.outcome(setting, optimizer, horizon) == "undecided":
+            if compared and optimizer != L3RS and findings.outcome(setting, optimizer, horizon) == "undecided":
                 cell = f"≈ {cell}"
             cells.append(f"[bold]{cell}[/bold]" if losses[optimizer, horizon] == best[horizon] else cell)
         view.add_row(words.optimizer(optimizer), *cells, style="cyan" if optimizer == L3RS else None)

@@ -234,15 +234,22 @@ def prepared(source: Tfds) -> Path:
     return source.folder()
 
 
+@contextlib.contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Turns what TFDS raises of a folder that it cannot read into a `TaskError`."""
+    try:
+        yield
+    except (OSError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise TaskError(f"the TFDS data set in {folder} cannot be read ({error})") from error
+
+
 def _tfds_records(folder: Path, image: str, split: str) -> tuple[int, Callable[[int], dict[str, Any]]]:
     """How many records a TFDS split has, and the record of a row; its image is left encoded, for `decode`."""
     import tensorflow_datasets as tfds
 
-    try:
+    with reading(folder):
         builder = tfds.builder_from_directory(folder)
         source = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
-    except (OSError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise TaskError(f"the TFDS data set in {folder} cannot be read ({error})") from error
 
     def record(row: int) -> dict[str, Any]:
         try:

@@ -12,7 +12,7 @@ import numpy as np
 
 from tasks.base import SPLITS, TaskError
 from tasks.data.cache import cached
-from tasks.data.sources import Tfds, prepared
+from tasks.data.sources import Tfds, prepared, reading
 
 _VERSION = 1  # a change of how text becomes windows is a new version
 # The last tenth is test, as is usual for Shakespeare; each split is one block of the text.
@@ -77,14 +77,13 @@ def _tfds_text(folder: Path) -> str:
     import tensorflow_datasets as tfds
 
     try:
-        builder = tfds.builder_from_directory(folder)
-        found = builder.info.splits
-        names = [name for name in ("train", "validation", "test") if name in found]
-        parts = [record["text"] for name in names for record in builder.as_data_source(name)]
+        with reading(folder):
+            builder = tfds.builder_from_directory(folder)
+            found = builder.info.splits
+            names = [name for name in ("train", "validation", "test") if name in found]
+            parts = [record["text"] for name in names for record in builder.as_data_source(name)]
     except KeyError:
         raise TaskError(f"the TFDS data set in {folder} is no text: its records have no feature 'text'") from None
-    except (OSError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise TaskError(f"the TFDS data set in {folder} cannot be read ({error})") from error
     return b"".join(part if isinstance(part, bytes) else str(part).encode() for part in parts).decode()
 
 

@@ -41,7 +41,7 @@ def ray_config(workers: int | str = 2, task: dict | None = None, **execution: ob
 
 def evaluator(config: Config, say: Callable[[str], None] = print) -> tuple[RayEvaluator, LocalEvaluator, object]:
     """The Ray evaluator of a configuration, the local one, and a state of the strategy."""
-    task = config.task.make()
+    task = make_task(*config.task.form())
     spec = l3rs.Spec.create(task.params_shape(), hidden=(4,), embedding_dim=2)
     theta = l3rs.init(jax.random.key(0), spec)
     strategy = make_strategy(config.outer, theta)

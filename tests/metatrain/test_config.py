@@ -27,7 +27,7 @@ def test_overrides_are_merged_and_the_dump_reads_back(tmp_path: Path) -> None:
     file = write(tmp_path, "name: x\ntask: {name: digits, target: uci}\nouter: {sigma: 0.1}\n")
     config = load_config(file, ["outer.sigma=0.2", "outer.horizon.max=50", "task.batch_size=32", "seed=7"])
     assert (config.outer.sigma, config.outer.horizon.max, config.seed) == (0.2, 50, 7)
-    assert config.task.options == {"target": "uci", "batch_size": 32}
+    assert config.task.form() == ("digits", {"target": "uci", "batch_size": 32})
     assert load_config(write(tmp_path, dump_config(config))) == config
 
 

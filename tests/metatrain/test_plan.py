@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 
 import l3rs
 from metatrain.config import UserError, load_config
-from metatrain.plan import _scratch, choose_plan, members_per_call
+from metatrain.plan import _scratch, choose_plan, members_per_call, time_steps
 from metatrain.rollout import Plan, fused_rollout, stepwise_rollout
 from metatrain.strategy import make_strategy
 from metatrain.trainer import resume, run
@@ -114,3 +116,11 @@ def test_a_call_holds_as_many_candidates_as_fit_the_memory() -> None:
     assert 4 <= found < 16  # the estimate is linear in the members, XLA's allocation nearly so
     with pytest.raises(UserError, match=r"one candidate of regression needs .* MiB, a device has 0 MiB"):
         members(1000)
+
+
+def test_the_time_of_a_step_is_positive_whatever_the_noise() -> None:
+    def run(count: int) -> None:  # a step takes .1 ms, and the shortest call happens to be held up
+        time.sleep(0.02 if count == 1 else count * 1e-4)
+
+    a_step, _ = time_steps(run, steps=50, rounds=2)
+    assert 0 < a_step < 1e-3
