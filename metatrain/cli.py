@@ -6,8 +6,9 @@ import errno
 import inspect as python_inspect
 import logging
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import typer
@@ -15,7 +16,7 @@ from rich.console import Console
 
 import l3rs
 from l3rs import L3RSError
-from metatrain import estimate, jobs, live, report, trainer
+from metatrain import estimate, jobs, live, networks, report, trainer
 from metatrain.config import UserError, load_config
 from metatrain.devices import use_cores
 from metatrain.evaluate import NO_OPTIMIZER
@@ -271,8 +272,18 @@ def stop(name: _Name, address: _Address = _DASHBOARD, allow_unauthenticated: _Op
 @app.command()
 def inspect(
     optimizer: Annotated[str, typer.Argument(help="a checkpoint: a folder, shipped name or URL")],
+    network: Annotated[
+        Path | None,
+        typer.Option(help="a configuration, or a safetensors file of a PyTorch model"),
+    ] = None,
+    match: Annotated[str, typer.Option(help="how layers of --network find theirs: auto, path or order")] = "auto",
+    on_unknown: Annotated[str, typer.Option(help="what a layer gets that is not found: error, mean")] = "error",
+    rename: Annotated[list[str] | None, typer.Option(help="NETWORK=CHECKPOINT, paths of a layer; repeatable")] = None,
 ) -> None:
-    """Say what a checkpoint is: how it was made, what it fits."""
+    """Say what a checkpoint is: how it was made, what it fits; or what it takes the layers of a network for."""
+    if network is not None:
+        _print_matches(optimizer, network, {"rename": _renames(rename), "match": match, "on_unknown": on_unknown})
+        return
     theta, spec, info = l3rs.restore(optimizer)
     size = sum(leaf.size for leaf in jax.tree.leaves(theta))
     _console.print(
@@ -291,6 +302,21 @@ def inspect(
     _console.print("  layers:")
     for layer in spec.layers:
         _console.print(f"    {layer.path}  {list(layer.shape)}")
+
+
+def _print_matches(optimizer: str, network: Path, how: Mapping[str, Any]) -> None:
+    for name, layers in networks.matches(optimizer, network, how).items():
+        _console.print(f"{name} ← {optimizer}")
+        width = max(len(layer.name or "") for layer in layers)
+        for layer in layers:
+            _console.print(f"  {layer.name or '':{width}}  {list(layer.shape)}  ← {layer.source}", markup=False)
+
+
+def _renames(pairs: Sequence[str] | None) -> dict[str, str]:
+    for pair in pairs or ():
+        if "=" not in pair:
+            raise UserError(f"--rename is {pair!r}; write NETWORK=CHECKPOINT, e.g. fc/kernel=head/kernel")
+    return dict(pair.split("=", 1) for pair in pairs or ())
 
 
 @app.command("list-tasks")

@@ -196,3 +196,28 @@ def test_prepare_and_pretrain_go_through_variants_and_settings(tmp_path: Path) -
     done = metatrain("pretrain", config)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 2
+
+
+def test_inspect_shows_what_the_layers_of_a_network_are(finished: Path, config: Path, tmp_path: Path) -> None:
+    done = metatrain("inspect", finished / "optimizer", "--network", config)
+    assert done.returncode == 0, done.stderr
+    assert "w  [4]  ← w" in done.stdout
+
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    from safetensors.torch import save_file
+
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Linear(8, 5))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    done = metatrain("inspect", "universal", "--network", tmp_path / "model.safetensors")
+    assert done.returncode == 0, done.stderr
+    assert "0.weight  [8, 3, 3, 3]  ← descriptor" in done.stdout
+    assert "running_mean" not in done.stdout
+
+    table = tmp_path / "model.safetensors"
+    assert "layer '0.bias' (8,) is none that" in refused(
+        metatrain("inspect", "digits-mlp", "--network", table, "--match", "path")
+    )
+    done = metatrain("inspect", "digits-mlp", "--network", table, "--on-unknown", "mean")
+    assert done.stdout.count("← mean") == 6
+    assert "there is no such file" in refused(metatrain("inspect", "universal", "--network", "none.safetensors"))
+    assert "NETWORK=CHECKPOINT" in refused(metatrain("inspect", "universal", "--network", table, "--rename", "fc"))

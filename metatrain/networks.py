@@ -1,0 +1,55 @@
+"""What the layers of a network are to an optimizer, for a network that a file names."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+import l3rs
+from l3rs.layers import Match
+from metatrain.config import UserError, load_config
+from tasks import make_task
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of BatchNorm: not parameters
+
+
+def matches(optimizer: str, network: Path, how: Mapping[str, Any]) -> dict[str, tuple[Match, ...]]:
+    """{network: what each of its layers is}.
+
+    Args:
+      optimizer: a checkpoint, as of `l3rs.load`.
+      network: a configuration, whose tasks' networks are meant, or a safetensors file with a PyTorch model's weights.
+      how: rename, match and on_unknown of `l3rs.match`.
+
+    Raises:
+      UserError: no such file, one that cannot be read, or PyTorch is not installed.
+      L3RSError: the optimizer does not fit the network in that way.
+    """
+    if network.suffix == ".safetensors":
+        return {network.name: _of_weights(optimizer, network, how)}
+    tasks = [make_task(name, options) for name, options in load_config(network).task.forms()]
+    return {task.name: l3rs.match(optimizer, task.params_shape(), **how) for task in tasks}
+
+
+def _of_weights(optimizer: str, file: Path, how: Mapping[str, Any]) -> tuple[Match, ...]:
+    if importlib.util.find_spec("torch") is None:
+        raise UserError(f"{file} holds PyTorch's layers, which needs PyTorch: pip install 'l3rs[torch]'")
+    import torch
+
+    from l3rs.torch import match
+
+    try:
+        with safe_open(file, framework="pt") as weights:
+            shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"{file}: there is no such file") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: not a readable safetensors file ({error})") from None
+    params = [
+        (name, torch.empty(shape, device="meta")) for name, shape in shapes.items() if not name.endswith(_STATISTICS)
+    ]
+    return match(optimizer, params, **how)
