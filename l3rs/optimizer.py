@@ -7,7 +7,7 @@ Per layer l with directions d_p, and (μ, λ) from one MLP over the layer's feat
     λ_l     = step_scale · √n_l · exp(step_gain · out)
 
 The norm of the mixture needs no pass of its own: with the Gram matrix G_pq = ⟨d_p, d_q⟩ it is
-√(aᵀGa). So directions are made once, reduced to the Gram matrix, and mixed.
+√(aᵀGa). So a step is one pass of reductions over the parameters and one that updates them.
 
 Reference: Kristiansen et al., Narrowing the Focus: Learned Optimizers for Pretrained Models,
 arXiv 2408.09310. The form of μ, λ and the features is this project's.
@@ -24,12 +24,12 @@ import numpy as np
 import optax
 
 from l3rs import features, network
-from l3rs.directions import make_direction
+from l3rs.directions import Lazy, make_direction
 from l3rs.guard import Guard, GuardState, adam_share, advance, init_guard, make_guard
 from l3rs.layers import Match, MatchBy, Matching, OnUnknown, embedding_weights, match_params
 from l3rs.spec import L3RSError, Layer, Spec, Theta, layers_of
 
-_LARGE = 1 << 16  # parameters of a layer that leaves a processor's cache between two passes
+_CACHED = 1 << 16  # layers of fewer parameters stay in a processor's cache: to store their directions is cheap
 _MIN_MIX_NORM = 1e-3  # directions that cancel to less than this share of their length are not blown up
 _MIN_RELATIVE_RMS = 1e-3  # with step="relative", a layer of zeros still moves
 
@@ -111,7 +111,7 @@ def l3rs(
             log_norms=jnp.zeros((2, n_layers, n_norms), jnp.float32),
             mix=jnp.zeros((n_layers, len(directions)), jnp.float32),
             step_norm=jnp.zeros(n_layers, jnp.float32),
-            directions=tuple(direction.init(zeros) for direction in directions),
+            directions=tuple(direction.transform.init(zeros) for direction in directions),
             guard=None if net is None else init_guard(),
         )
 
@@ -136,16 +136,16 @@ def l3rs(
         raw = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(updates)]
         squared = [_squared_norm(gradient) for gradient in raw]
         finite = [jnp.isfinite(x) for x in squared]
-        # A NaN must not enter moments that would keep it for ever.
-        grads = [jnp.where(ok, gradient, 0.0) for ok, gradient in zip(finite, raw, strict=True)]
-
         treedef = jax.tree.structure(updates)
-        cleaned, params32 = jax.tree.unflatten(treedef, grads), jax.tree.unflatten(treedef, leaves)
-        made = [tx.update(cleaned, moment, params32) for tx, moment in zip(directions, state.directions, strict=True)]
-        moments = tuple(moment for _, moment in made)
-        # L lists of P. Plain SGD's direction is the gradient as it came: a layer where that is not finite stays anyway.
-        by_layer = zip(raw, grads, zip(*(jax.tree.leaves(d) for d, _ in made), strict=True), strict=True)
-        layers = [[gradient if d is clean else _kept(d) for d in layer] for gradient, clean, layer in by_layer]
+        # A NaN must not enter moments that would keep it for ever.
+        grads = jax.tree.unflatten(treedef, [jnp.where(ok, g, 0.0) for ok, g in zip(finite, raw, strict=True)])
+
+        lazy, moments = [], []
+        for direction, moment in zip(directions, state.directions, strict=True):
+            moved, moment = direction.transform.update(grads, moment, jax.tree.unflatten(treedef, leaves))
+            lazy.append(direction.read(moved, moment, jax.tree.unflatten(treedef, raw)))
+            moments.append(moment)
+        layers = [list(layer) for layer in zip(*lazy, strict=True)]  # L lists of P
 
         gram = jnp.stack([_gram(*layer) for layer in zip(raw, squared, layers, strict=True)])  # [L, P, P]
         gradient_norm = jnp.sqrt(jnp.where(jnp.stack(finite), jnp.stack(squared), 0.0))
@@ -184,7 +184,7 @@ def l3rs(
             _mixture(moves[i], layer, coefficients[i]).astype(param.dtype)
             for i, (layer, param) in enumerate(zip(layers, jax.tree.leaves(params), strict=True))
         ]
-        new_state = L3RSState(step, loss, log_norms_ema, mix, step_norm, moments, watched)
+        new_state = L3RSState(step, loss, log_norms_ema, mix, step_norm, tuple(moments), watched)
         return jax.tree.unflatten(treedef, new_updates), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -218,29 +218,38 @@ def _check_call(grads: optax.Updates, params: optax.Params, value: jax.Array) ->
 
 def _squared_norm(x: jax.Array) -> jax.Array:
     # The barrier keeps XLA from sharing the squares with Adam's second moment: it would store them.
-    return jnp.vdot(x, x if x.size < _LARGE else jax.lax.optimization_barrier(x))
+    return jnp.vdot(x, x if x.size < _CACHED else jax.lax.optimization_barrier(x))
 
 
-def _kept(direction: jax.Array) -> jax.Array:
-    # Without the barrier XLA makes a direction again in each pass that reads it. On a CPU it lies in the memory
-    # that the updates are going to need.
-    return direction if direction.size < _LARGE else jax.lax.optimization_barrier(direction)
+def _gram(gradient: jax.Array, squared_norm: jax.Array, layer: Sequence[Lazy]) -> jax.Array:
+    """⟨d_p, d_q⟩ of one layer, float32 [P, P]; not finite, or zero, where its gradient is not finite.
 
-
-def _gram(gradient: jax.Array, squared_norm: jax.Array, layer: Sequence[jax.Array]) -> jax.Array:
-    """⟨d_p, d_q⟩ of one layer, float32 [P, P]. `squared_norm` is the gradient's with itself."""
+    The branch bounds memory: one large layer's directions are stored at a time, not all of them.
+    """
     n = len(layer)
 
-    def product(p: int, q: int) -> jax.Array:
-        return squared_norm if layer[p] is layer[q] is gradient else jnp.sum(layer[p] * layer[q])
+    def products(operands: list[tuple[jax.Array, ...]]) -> jax.Array:
+        d = [lazy.compute(*arrays) for lazy, arrays in zip(layer, operands, strict=True)]
 
-    upper = {(p, q): product(p, q) for p in range(n) for q in range(p, n)}
-    return jnp.stack([upper[min(p, q), max(p, q)] for p in range(n) for q in range(n)]).reshape(n, n)
+        def product(p: int, q: int) -> jax.Array:
+            both_gradient = layer[p].operands[0] is gradient and layer[q].operands[0] is gradient
+            return squared_norm if both_gradient else jnp.sum(d[p] * d[q])
+
+        upper = {(p, q): product(p, q) for p in range(n) for q in range(p, n)}
+        return jnp.stack([upper[min(p, q), max(p, q)] for p in range(n) for q in range(n)]).reshape(n, n)
+
+    operands = [lazy.operands for lazy in layer]
+    if gradient.size < _CACHED:
+        return products(operands)
+    return jax.lax.cond(jnp.isfinite(squared_norm), products, lambda _: jnp.zeros((n, n), jnp.float32), operands)
 
 
-def _mixture(moves: jax.Array, layer: Sequence[jax.Array], coefficients: jax.Array) -> jax.Array:
+def _mixture(moves: jax.Array, layer: Sequence[Lazy], coefficients: jax.Array) -> jax.Array:
     """-Σ_p c_p d_p of one layer; zero where it does not move."""
-    return jnp.where(moves, -sum(c * d for c, d in zip(coefficients, layer, strict=True)), 0.0)
+    # Behind the barrier the directions are computed again: cheaper than to keep large ones in memory.
+    again = (lambda x: x) if layer[0].operands[0].size < _CACHED else jax.lax.optimization_barrier
+    computed = [lazy.compute(*again(lazy.operands)) for lazy in layer]
+    return jnp.where(moves, -sum(c * d for c, d in zip(coefficients, computed, strict=True)), 0.0)
 
 
 def _coefficients(mix: jax.Array, step_norm: jax.Array, gram: jax.Array, norm: jax.Array) -> jax.Array:
