@@ -25,12 +25,13 @@ import numpy as np
 
 import l3rs
 from l3rs import L3RSError
-from l3rs.baselines import iomt
+from l3rs.baselines import iomt, mada_coefficients
+from l3rs.baselines.mada import COEFFICIENTS
 from metatrain.baselines import Baseline, Interleaved, Tuned, chosen_baselines, make_baseline
 from metatrain.config import Config, EvaluationConfig, UserError, check_section, portable
 from metatrain.interleaved import Trainers, interleaved_rollout, trainers
 from metatrain.plan import choose_plan, time_steps
-from metatrain.results import L3RS, Cost, Curve, DecisionPath, Record, Results, Speedup
+from metatrain.results import L3RS, CoefficientPath, Cost, Curve, DecisionPath, Record, Results, Speedup
 from metatrain.rollout import MakeOptimizer, Plan, Score, fused_rollout, learned, stepwise_rollout, walk
 from metatrain.statistics import area_under_curve, speedup
 from tasks import Task, TaskSample, make_task
@@ -42,6 +43,7 @@ NO_OPTIMIZER = "-"  # instead of a checkpoint: the baselines alone
 _GRID = 12  # learning rates a factor 2 apart, around the baseline's own
 _GROW = 4  # added at an edge that holds the best value; also how many run in one compiled call
 _GROWTHS = 3  # at most
+_COEFFICIENT_POINTS = 100  # steps of a run at which MADA's coefficients are kept
 _PATH_STEPS = 100  # the horizon whose path of (μ, λ) is kept is the nearest to it
 _TIMED_STEPS = {"fused": 60, "stepwise": 8}  # long enough for a clock, short enough to wait for
 
@@ -118,6 +120,7 @@ def evaluate(
         tuning=tuning,
         curves=[curve for part in parts for curve in part.curves],
         paths=[path for part in parts for path in part.paths],
+        coefficients=[path for part in parts for path in part.coefficients],
         costs=costs,
         notes=notes,
         meta_training={k: info[k] for k in ("horizon", "generations", "candidate_steps", "seconds") if k in info},
@@ -187,12 +190,13 @@ class _Part(NamedTuple):
     records: list[Record]
     curves: list[Curve]
     paths: list[DecisionPath]
+    coefficients: list[CoefficientPath]
     tuning: dict[str, Any]
 
 
 def _run_l3rs(spec: l3rs.Spec, theta: l3rs.spec.Theta, comparison: _Comparison, device: jax.Device) -> _Part:
     run = _Runner(comparison, learned(spec), device)
-    part = _Part([], [], [], {})
+    part = _Part([], [], [], [], {})
     for horizon in comparison.horizons:
         run.judge(part, jax.tree.map(lambda x: jnp.asarray(x)[None], theta), L3RS, horizon, {})
         comparison.say(f"{comparison.setting}: l3rs, {horizon} steps")
@@ -230,7 +234,7 @@ def _significant(x: np.ndarray) -> np.ndarray:
 
 def _tune(name: str, baseline: Baseline | Interleaved, comparison: _Comparison, device: jax.Device) -> _Part:
     run = _Runner(comparison, _maker(baseline), device)
-    part = _Part([], [], [], {})
+    part = _Part([], [], [], [], {})
     for schedule in baseline.schedules:
         label = f"{name}/{schedule}"
         part.tuning[label] = {}
@@ -241,7 +245,38 @@ def _tune(name: str, baseline: Baseline | Interleaved, comparison: _Comparison, 
             part.tuning[label][str(horizon)] = grid
             tried = len(grid["learning_rate"])
             comparison.say(f"{comparison.setting}: {label}, {horizon} steps, best of {tried} learning rates")
+        if isinstance(baseline, Baseline) and _has_coefficients(baseline, comparison.task):
+            part.coefficients.append(_coefficients(label, baseline, chosen, schedule, comparison, device))
     return part
+
+
+def _has_coefficients(baseline: Baseline, task: Task) -> bool:
+    tuned = Tuned(jnp.float32(0.1), jnp.int32(0))
+    state = jax.eval_shape(lambda params: make_baseline(baseline, tuned, 10).init(params), task.params_shape())
+    try:
+        mada_coefficients(state)
+    except L3RSError:
+        return False
+    return True
+
+
+def _coefficients(
+    label: str, baseline: Baseline, rate: float, schedule: str, comparison: _Comparison, device: jax.Device
+) -> CoefficientPath:
+    """Of the first seed's run over the longest horizon."""
+    horizon = comparison.horizons[-1]
+    kept = set(np.linspace(1, horizon, min(horizon, _COEFFICIENT_POINTS)).round().astype(int).tolist())
+    hyper = jax.tree.map(lambda x: x[0], Tuned.grid([rate], schedule))
+    hyper, data, samples = jax.device_put((hyper, comparison.task.data, comparison.samples), device)
+    first = jax.tree.map(lambda x: x[0], samples)
+    carries = walk(comparison.task, functools.partial(make_baseline, baseline), hyper, data, first, horizon)
+    found = {
+        step: {name: float(x) for name, x in mada_coefficients(carry.state).items()}
+        for step, carry in enumerate(carries, 1)
+        if step in kept
+    }
+    values = {name: [round(at[name], 4) for at in found.values()] for name in COEFFICIENTS}
+    return CoefficientPath(comparison.setting, label, list(found), values)
 
 
 def _maker(baseline: Baseline | Interleaved) -> MakeOptimizer | Interleaved:

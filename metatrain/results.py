@@ -74,6 +74,16 @@ class DecisionPath:
 
 
 @dataclasses.dataclass(frozen=True)
+class CoefficientPath:
+    """What a baseline of MADA's family learned in one run: its coefficients after some of the steps."""
+
+    setting: str
+    optimizer: str
+    steps: list[int]  # [K]
+    values: dict[str, list[float]]  # {coefficient: [K]}
+
+
+@dataclasses.dataclass(frozen=True)
 class Cost:
     """What one step of an optimizer costs beside others', measured alone, in one run."""
 
@@ -92,7 +102,7 @@ class Results:
       records: every training run that was judged on test.
       speedup: L3RS over each baseline.
       tuning: {setting: {baseline: {horizon: grid, inner_valid_loss, chosen}}}.
-      curves, paths, costs: see their classes.
+      curves, paths, coefficients, costs: see their classes.
       notes: what a reader has to know: what was left out, diverged, or found its best value at the grid's edge.
       meta_training: what the checkpoint knows of its making: seconds, candidate_steps, horizon, …
       environment: versions, processor, devices.
@@ -105,6 +115,7 @@ class Results:
     tuning: dict[str, Any]
     curves: list[Curve] = dataclasses.field(default_factory=list)
     paths: list[DecisionPath] = dataclasses.field(default_factory=list)
+    coefficients: list[CoefficientPath] = dataclasses.field(default_factory=list)
     costs: list[Cost] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     meta_training: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -216,6 +227,7 @@ class Results:
             data = json.loads(Path(file).read_text())
             kinds: dict[str, Any] = {"speedup": Speedup, "curves": Curve, "paths": DecisionPath, "costs": Cost}
             data |= {name: [kind(**item) for item in data[name]] for name, kind in kinds.items()}
+            data["coefficients"] = [CoefficientPath(**path) for path in data.get("coefficients", ())]
             data["records"] = [Record(**_numbers(record)) for record in data["records"]]
             return cls(**data)
         except OSError as error:

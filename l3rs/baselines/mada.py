@@ -38,7 +38,7 @@ DOMAIN = {
 # The published ones; there is none for the learning rate, which was not learned.
 HYPER_LEARNING_RATES = {"b1": 5e-4, "b2": 5e-4, "b3": 1e-1, "c": 1e-1, "rho": 1e-1, "gamma": 1e-1}
 
-_SYMBOLS = {  # in pictures
+SYMBOLS = {  # in pictures
     "b1": "β1, first moment",
     "b2": "β2, second moment",
     "b3": "β3, Adan's differences",
@@ -370,7 +370,7 @@ def plot_coefficients(
     rows = figure.subplots(-(-len(shown) // 3), 3, sharex=True, squeeze=False)
     for axes, name in zip(rows.flat, shown, strict=False):
         axes.plot(steps, np.asarray(history[name]), color="#0072B2", linewidth=1.4)
-        axes.set_title(_SYMBOLS[name], fontsize=10)
+        axes.set_title(SYMBOLS[name], fontsize=10)
         axes.grid(alpha=0.25)
         for edge in filter(math.isfinite, DOMAIN[name] if name != "learning_rate" else ()):
             axes.axhline(edge, color="0.4", linestyle=":", linewidth=1)

@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 
-from metatrain.results import L3RS, Cost, Curve, DecisionPath, Record, Results, Speedup
+from l3rs.baselines.mada import DOMAIN
+from metatrain.results import L3RS, CoefficientPath, Cost, Curve, DecisionPath, Record, Results, Speedup
 from metatrain.statistics import area_under_curve, speedup
 
 SETTINGS = (
@@ -98,6 +99,20 @@ def full(count: int = 5) -> Results:
                 size.tolist(),
             )
             for setting in settings[:2]
+        ],
+        coefficients=[
+            CoefficientPath(
+                setting,
+                label,
+                list(range(1, 101)),
+                {
+                    name: (low + (high - low) * (1 - 0.4 * t[:, 0, 0] ** power)).tolist()
+                    for name, (low, high) in DOMAIN.items()
+                    if name != "learning_rate"
+                },
+            )
+            for setting in settings[:2]
+            for label, power in (("mada/constant", 1), ("hyper_adam/constant", 3))
         ],
         costs=[
             Cost(SETTINGS[0], label, 1e-3 * (1 + 0.1 * i), 2.0 if i else 3.1)

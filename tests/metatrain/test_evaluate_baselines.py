@@ -146,6 +146,24 @@ def results() -> Results:
     return evaluate("-", small_config(evaluation={"baselines": entries}), horizons=(60,), **PLAIN)
 
 
+def test_what_mada_learned_is_kept() -> None:
+    entries = [
+        "adam",
+        {"name": "mada", "learning_rate": 0.1, "start_step": 5},
+        {"name": "hyper_adam", "learning_rate": 0.1, "b1": 0.5, "label": "from .5"},
+    ]
+    found = evaluate("-", small_config(evaluation={"baselines": entries}), horizons=(20, 150), **PLAIN)
+    mada, hyper_adam = found.coefficients  # Adam has none
+    assert hyper_adam.optimizer == "from .5/constant"
+    assert (mada.steps[0], mada.steps[-1], len(mada.steps)) == (1, 150, 100)
+    assert [values[0] for values in mada.values.values()] == pytest.approx([0.9, 0.95, 0, 1, 1, 1])
+    assert {rho for step, rho in zip(mada.steps, mada.values["rho"], strict=True) if step < 5} == {1}
+    assert any(len(set(values)) > 10 for values in mada.values.values())
+    assert hyper_adam.values["b1"][0] == 0.5
+    assert len(set(hyper_adam.values["b1"])) > 1
+    assert {name for name, values in hyper_adam.values.items() if len(set(values)) > 1} <= {"b1", "b2"}
+
+
 def test_without_an_optimizer_of_ours(results: Results) -> None:
     assert results.optimizer == "-"
     assert results.optimizers() == ["adam/constant", "iomt/constant", "doit at .1/constant"]

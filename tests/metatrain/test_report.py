@@ -346,14 +346,24 @@ def test_page_of_everything(written: Path) -> None:
     for sentence in (*Findings(results).verdict(), *results.notes):
         assert sentence in page.text
     heads = ["At a glance", "Over the horizon", "All numbers", "Along a run", "What L3RS decides"]
-    heads += ["Performance profile", "Costs", "How it was measured"]
+    heads += ["What MADA learns", "Performance profile", "Costs", "How it was measured"]
     assert sorted(heads, key=page.text.index) == heads
     for label in results.baselines():
         assert page.text.count(label) >= 2 * 6
     assert page.text.index("better in") < page.text.index("What to know") < page.text.index("At a glance")
     assert "∞" in page.text
     assert written.stat().st_size < 1_500_000
-    names = ["curves", "decisions-0", "decisions-1", "horizons-accuracy", "horizons-loss", "profile", "speedups"]
+    coefficients = ["coefficients-0", "coefficients-1"]
+    names = [
+        *coefficients,
+        "curves",
+        "decisions-0",
+        "decisions-1",
+        "horizons-accuracy",
+        "horizons-loss",
+        "profile",
+        "speedups",
+    ]
     assert sorted(p.name for p in written.parent.iterdir()) == sorted(
         ["report.html", *(f"{name}.{kind}" for name in names for kind in ("png", "svg"))]
     )
@@ -441,3 +451,16 @@ def test_page_prints(written: Path, tmp_path: Path) -> None:
     shown = browse(page, f"--print-to-pdf={tmp_path / 'page.pdf'}", "--blink-settings=preferredColorScheme=0")
     assert "CONSOLE" not in shown.stderr
     assert (tmp_path / "page.pdf").read_bytes()[:5] == b"%PDF-"
+
+
+def test_what_mada_learned_is_drawn(tmp_path: Path) -> None:
+    page = report.write(full(), tmp_path).read_text()
+    assert "What MADA learns" in page
+    assert (tmp_path / "coefficients-0.png").is_file()
+    assert page.count("β1, first moment over the steps in") == 2  # a panel in each of two settings
+    assert "What MADA learns" not in report.write(dataclasses.replace(full(), coefficients=[]), tmp_path).read_text()
+    (tmp_path / "old").mkdir()
+    saved = json.loads(full().save(tmp_path / "new").read_text())
+    del saved["coefficients"]  # as results were saved before there were any
+    (tmp_path / "old" / "results.json").write_text(json.dumps(saved))
+    assert Results.load(tmp_path / "old" / "results.json").coefficients == []
