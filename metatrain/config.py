@@ -5,6 +5,7 @@ A file is YAML; `key=value` overrides are merged into it (OmegaConf); pydantic c
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from l3rs import Direction
+from l3rs import Direction, Guard
 from l3rs.directions import make_direction
 
 
@@ -130,11 +131,22 @@ class EvaluationConfig(_Section):
     baselines: tuple[str | dict[str, Any], ...] = ("adam", "sgdm")
     schedules: tuple[str, ...] = ("constant", "cosine")  # of the learning rate: also warmup_cosine
     curve_points: PositiveInt = 16  # how often a run is judged on test along its way
+    guard: bool | dict[str, Any] = False  # of L3RS: fields of `l3rs.Guard`, or true for its defaults
+
+    def make_guard(self) -> bool | Guard:
+        """What `l3rs.l3rs` takes as its guard."""
+        if isinstance(self.guard, bool):
+            return self.guard
+        allowed = [field.name for field in dataclasses.fields(Guard)]
+        if unknown := sorted(set(self.guard) - set(allowed)):
+            raise ValueError(f"guard has no {', '.join(unknown)}; allowed are {', '.join(allowed)}")
+        return Guard(**self.guard)
 
     @pydantic.model_validator(mode="after")
     def _within(self) -> EvaluationConfig:
         if self.tuning_seeds is not None and self.tuning_seeds > self.seeds:
             raise ValueError(f"tuning_seeds {self.tuning_seeds} is larger than seeds {self.seeds}")
+        self.make_guard()
         return self
 
 

@@ -73,9 +73,11 @@ def evaluate(
     how = _options(config.evaluation, options)
     config = config.model_copy(update={"evaluation": how})
     rivals, notes = chosen_baselines(how.baselines, how.schedules)
-    ours, info = _restored(optimizer)
+    ours, info = _restored(optimizer, how.make_guard())
     if ours is None and not rivals:
         raise UserError(f"there is nothing to compare: no optimizer and no baseline{''.join(f'; {n}' for n in notes)}")
+    if ours is not None and ours.guard:
+        notes.append(f"L3RS has a guard, which takes Adam's steps when the loss rises: {ours.guard}")
     parts: list[_Part] = []
     tuning: dict[str, Any] = {}
     costs: list[Cost] = []
@@ -102,7 +104,7 @@ def evaluate(
             trainers=trainers(task, plan),
             say=say,
         )
-        jobs = [] if ours is None else [functools.partial(_run_l3rs, ours.spec, ours.theta, comparison)]
+        jobs = [] if ours is None else [functools.partial(_run_l3rs, ours, comparison)]
         jobs += [functools.partial(_tune, name, baseline, comparison) for name, baseline in rivals.items()]
         found = _on_devices(jobs)
         parts += found
@@ -134,14 +136,19 @@ class _Learned(NamedTuple):
 
     theta: l3rs.spec.Theta
     spec: l3rs.Spec
+    guard: bool | l3rs.Guard
+
+    @property
+    def make(self) -> MakeOptimizer:
+        return learned(self.spec, self.guard)
 
 
-def _restored(optimizer: str | Path) -> tuple[_Learned | None, dict[str, Any]]:
+def _restored(optimizer: str | Path, guard: bool | l3rs.Guard) -> tuple[_Learned | None, dict[str, Any]]:
     """(the optimizer of a checkpoint, what the checkpoint says of it); (None, {}) for "-"."""
     if str(optimizer) == NO_OPTIMIZER:
         return None, {}
     theta, spec, info = l3rs.restore(optimizer)
-    return _Learned(theta, spec), info
+    return _Learned(theta, spec, guard), info
 
 
 def _options(section: EvaluationConfig, options: Mapping[str, Any]) -> EvaluationConfig:
@@ -194,25 +201,25 @@ class _Part(NamedTuple):
     tuning: dict[str, Any]
 
 
-def _run_l3rs(spec: l3rs.Spec, theta: l3rs.spec.Theta, comparison: _Comparison, device: jax.Device) -> _Part:
-    run = _Runner(comparison, learned(spec), device)
+def _run_l3rs(ours: _Learned, comparison: _Comparison, device: jax.Device) -> _Part:
+    run = _Runner(comparison, ours.make, device)
     part = _Part([], [], [], [], {})
     for horizon in comparison.horizons:
-        run.judge(part, jax.tree.map(lambda x: jnp.asarray(x)[None], theta), L3RS, horizon, {})
+        run.judge(part, jax.tree.map(lambda x: jnp.asarray(x)[None], ours.theta), L3RS, horizon, {})
         comparison.say(f"{comparison.setting}: l3rs, {horizon} steps")
-    part.paths.append(_decisions(spec, theta, comparison, device))
+    part.paths.append(_decisions(ours, comparison, device))
     return part
 
 
-def _decisions(spec: l3rs.Spec, theta: l3rs.spec.Theta, comparison: _Comparison, device: jax.Device) -> DecisionPath:
+def _decisions(ours: _Learned, comparison: _Comparison, device: jax.Device) -> DecisionPath:
     """μ and λ at every step of the first seed's run."""
     horizon = min(comparison.horizons, key=lambda steps: abs(math.log(steps / _PATH_STEPS)))
     task = comparison.task
-    theta, data, samples = jax.device_put((theta, task.data, comparison.samples), device)
+    theta, data, samples = jax.device_put((ours.theta, task.data, comparison.samples), device)
     first = jax.tree.map(lambda x: x[0], samples)
     steps = [
         (np.asarray(carry.state.mix), np.asarray(carry.state.step_norm))
-        for carry in walk(task, learned(spec), theta, data, first, horizon)
+        for carry in walk(task, ours.make, theta, data, first, horizon)
     ]
     mix, step_norm = (np.stack(values) for values in zip(*steps, strict=True))
     layers = l3rs.spec.layers_of(task.params_shape())
@@ -221,7 +228,7 @@ def _decisions(spec: l3rs.Spec, theta: l3rs.spec.Theta, comparison: _Comparison,
         horizon=horizon,
         layers=[layer.path for layer in layers],
         shapes=[list(layer.shape) for layer in layers],
-        directions=[direction.name for direction in spec.directions],
+        directions=[direction.name for direction in ours.spec.directions],
         mix=mix.round(4).tolist(),
         step_rms=_significant(step_norm / np.sqrt([max(layer.size, 1) for layer in layers])).tolist(),
     )
@@ -416,7 +423,7 @@ def _costs(ours: _Learned | None, rivals: Mapping[str, Baseline | Interleaved], 
             costs.append(Cost(comparison.setting, label, seconds, floats))
 
     if ours is not None:
-        measure([L3RS], learned(ours.spec), [jax.tree.map(lambda x: jnp.asarray(x)[None], ours.theta)])
+        measure([L3RS], ours.make, [jax.tree.map(lambda x: jnp.asarray(x)[None], ours.theta)])
     for name, baseline in rivals.items():
         measure(
             [f"{name}/{schedule}" for schedule in baseline.schedules],

@@ -30,9 +30,9 @@ class Score(NamedTuple):
     accuracy: jax.Array  # float32 []
 
 
-def learned(spec: l3rs.Spec) -> MakeOptimizer:
+def learned(spec: l3rs.Spec, guard: bool | l3rs.Guard = False) -> MakeOptimizer:
     """L3RS of this form, as a function of its meta-parameters."""
-    return lambda theta, horizon: l3rs.l3rs(theta, spec, horizon)
+    return lambda theta, horizon: l3rs.l3rs(theta, spec, horizon, guard=guard)
 
 
 Rollout = Callable[..., dict[str, Score]]

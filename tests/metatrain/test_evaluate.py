@@ -224,6 +224,18 @@ def test_an_optimizer_for_another_model_is_left_out_and_said(optimizer: Path) ->
     assert found.difference("A: regression", "l3rs", 2).low == -math.inf  # of one seed
 
 
+def test_the_guard_of_the_configuration_is_that_of_the_runs(optimizer: Path) -> None:
+    def losses(guard: bool | dict[str, float]) -> list[float]:
+        config = small_config(evaluation={"guard": guard, "baselines": []})
+        found = evaluate(optimizer, config, horizons=(60,), seeds=2)
+        assert any("L3RS has a guard" in note for note in found.notes) == bool(guard)
+        return found.values("regression", "l3rs", 60).tolist()
+
+    off = losses(False)
+    assert losses({"bound": 1e6}) == off  # never takes over
+    assert losses({"bound": 1e-9, "patience": 1, "steps": 60}) != off  # does when the loss first rises
+
+
 def test_a_baseline_that_diverges_is_said(optimizer: Path) -> None:
     config = small_config(evaluation={"baselines": ["tests.metatrain.test_evaluate:exploding", "adam"]})
     found = evaluate(optimizer, config, horizons=(30,), seeds=2, schedules=["constant"])
@@ -284,6 +296,8 @@ def test_bad_input(optimizer: Path, tmp_path: Path) -> None:
         ({"horizons": ()}, "evaluation: horizons"),
         ({"seeds": 0}, "evaluation: seeds: input should be greater than 0, found 0"),
         ({"seeds": 2, "tuning_seeds": 3}, "tuning_seeds 3 is larger than seeds 2"),
+        ({"guard": {"bounds": 1}}, "guard has no bounds; allowed are bound, patience, steps, learning_rate"),
+        ({"guard": {"bound": -1}}, "guard.bound is -1; it must be a number > 0"),
         ({"horizon": 3}, "unknown key horizon; allowed here are settings, horizons"),
     ):
         with pytest.raises(UserError, match=sentence):
