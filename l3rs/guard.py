@@ -24,9 +24,10 @@ class Guard:
     It takes over when the loss EMA is above its best value so far by more than `bound` · |first loss|, for `patience`
     steps in a row; or at once when a loss is not finite. After `steps` steps the network decides again.
 
-    With the defaults it does nothing, to the bit, in three of the five settings of `configs/digits.yaml`, at 10 to 2,500
-    steps. In the other two, whose networks know the target and begin with a loss of about a tenth, the optimizer
-    raises the loss first: there the guard costs up to .04 of test loss to 200 steps, and gains up to .02 past 500.
+    With the defaults it does nothing, to the bit, in three of the five settings of `configs/digits.yaml`, at 10 to
+    2,500 steps. In the other two, whose networks know the target and begin with a loss of about a tenth, the
+    optimizer raises the loss first: there the guard costs up to .04 of test loss to 200 steps, and gains up to .02
+    past 500.
 
     Attributes:
       bound: how far the loss may rise, as a share of the first loss.

@@ -25,7 +25,7 @@ def test_a_recipe_is_valid_and_says_its_command(recipe: Path) -> None:
     assert f"metatrain run configs/{recipe.name}" in recipe.read_text()
 
 
-@pytest.mark.parametrize("name", ["resnet8-imagenet25", "resnet8-places25"])
+@pytest.mark.parametrize("name", ["resnet8-imagenet25", "resnet8-places25", "baselines/iomt-peft"])
 def test_class_lists_exist_and_no_set_shares_a_class_with_another(name: str) -> None:
     config = load_config(CONFIGS / f"{name}.yaml")
     _, task = config.task.form()
