@@ -305,7 +305,7 @@ def inspect(
 
 
 def _print_matches(optimizer: str, network: Path, how: Mapping[str, Any]) -> None:
-    for name, layers in networks.matches(optimizer, network, how).items():
+    for name, layers in networks.matches(optimizer, network, how):
         _console.print(f"{name} ← {optimizer}")
         width = max(len(layer.name or "") for layer in layers)
         for layer in layers:

@@ -17,8 +17,8 @@ from tasks import make_task
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of BatchNorm: not parameters
 
 
-def matches(optimizer: str, network: Path, how: Mapping[str, Any]) -> dict[str, tuple[Match, ...]]:
-    """{network: what each of its layers is}.
+def matches(optimizer: str, network: Path, how: Mapping[str, Any]) -> list[tuple[str, tuple[Match, ...]]]:
+    """(name, what each of its layers is) of every network that `network` stands for.
 
     Args:
       optimizer: a checkpoint, as of `l3rs.load`.
@@ -30,9 +30,9 @@ def matches(optimizer: str, network: Path, how: Mapping[str, Any]) -> dict[str, 
       L3RSError: the optimizer does not fit the network in that way.
     """
     if network.suffix == ".safetensors":
-        return {network.name: _of_weights(optimizer, network, how)}
+        return [(network.name, _of_weights(optimizer, network, how))]
     tasks = [make_task(name, options) for name, options in load_config(network).task.forms()]
-    return {task.name: l3rs.match(optimizer, task.params_shape(), **how) for task in tasks}
+    return [(task.name, l3rs.match(optimizer, task.params_shape(), **how)) for task in tasks]
 
 
 def _of_weights(optimizer: str, file: Path, how: Mapping[str, Any]) -> tuple[Match, ...]:

@@ -108,7 +108,6 @@ def swats(
         step, grads, mu, nu = common.moments(updates, state, b1, b2)  # the paper's (1-β1) v obeys m's recurrence
         dtype = state.average.dtype
         rate = common.rate_at(learning_rate, state.count, dtype)
-
         scale = rate * jnp.sqrt(common.bias_correction(b2, step, dtype)) / common.bias_correction(b1, step, dtype)
         adam = jax.tree.map(lambda m, v: -scale * m / (jnp.sqrt(v) + eps), mu, nu)
         gamma, usable = _projected_rate(adam, grads)

@@ -202,6 +202,11 @@ def test_inspect_shows_what_the_layers_of_a_network_are(finished: Path, config: 
     done = metatrain("inspect", finished / "optimizer", "--network", config)
     assert done.returncode == 0, done.stderr
     assert "w  [4]  ← w" in done.stdout
+    variants = tmp_path / "variants.yaml"  # of one name: both are shown
+    variants.write_text("name: x\ntask: {name: digits, init: random, variants: [{model: mlp}, {model: cnn}]}\n")
+    assert (
+        metatrain("inspect", "universal", "--network", variants).stdout.count("digits(random → mnist) ← universal") == 2
+    )
 
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     from safetensors.torch import save_file
