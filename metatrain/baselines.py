@@ -30,6 +30,7 @@ class Baseline(NamedTuple):
     learning_rate: float  # where the search begins
     schedules: Sequence[str] = SCHEDULES  # that make sense with it
     knows_horizon: bool = False  # `make` wants `total_steps`, too
+    knows_peak: bool = False  # `make` wants `peak`, the learning rate without its schedule, too
     tuned: bool = True  # else its learning rate is the one that was given
 
 
@@ -42,6 +43,18 @@ def _learning(own: Callable[..., optax.GradientTransformation]) -> Callable[...,
         learning_rate: optax.ScalarOrSchedule, *, total_steps: int | jax.Array = 500, **options: Any
     ) -> optax.GradientTransformation:
         return own(learning_rate, **{"start_step": jnp.clip(jnp.asarray(total_steps) // 10, 2, 50), **options})
+
+    return make
+
+
+def _bounded(own: Callable[..., optax.GradientTransformation]) -> Callable[..., optax.GradientTransformation]:
+    """The bounds of AdaBound are a share of the learning rate's peak: a schedule that warms up begins far below it."""
+
+    @functools.wraps(own)
+    def make(
+        learning_rate: optax.ScalarOrSchedule, *, peak: jax.typing.ArrayLike | None = None, **options: Any
+    ) -> optax.GradientTransformation:
+        return own(learning_rate, **{"base_learning_rate": peak, **options})
 
     return make
 
@@ -69,8 +82,8 @@ BASELINES = {
     "hyper_adam": Baseline(_learning(OWN["hyper_adam"]), 2.0**-9, knows_horizon=True),
     "avgrad": Baseline(OWN["avgrad"], 2.0**-9),
     "padam": Baseline(OWN["padam"], 2.0**-4),
-    "adabound": Baseline(OWN["adabound"], 2.0**-9),
-    "amsbound": Baseline(OWN["amsbound"], 2.0**-9),
+    "adabound": Baseline(_bounded(OWN["adabound"]), 2.0**-9, knows_peak=True),
+    "amsbound": Baseline(_bounded(OWN["amsbound"]), 2.0**-9, knows_peak=True),
     "swats": Baseline(OWN["swats"], 2.0**-9, ("constant",)),
 }
 
@@ -153,7 +166,9 @@ def make_baseline(
     if isinstance(baseline, str):
         baseline = _named(baseline)
     more = {"total_steps": horizon} if baseline.knows_horizon else {}
-    return optax.with_extra_args_support(baseline.make(schedule, **more))
+    more |= {"peak": hyper.learning_rate} if baseline.knows_peak else {}
+    rate = hyper.learning_rate if tuple(baseline.schedules) == ("constant",) else schedule
+    return optax.with_extra_args_support(baseline.make(rate, **more))
 
 
 class MissingBaselineError(UserError):
@@ -194,6 +209,8 @@ def find_baseline(name: str, options: Mapping[str, Any] | None = None) -> Baseli
             found.at(1)
             return found
         bound = found._replace(make=functools.partial(found.make, **options))
+        if "learning_rate" in options.get("learned", ()):  # MADA's: it begins as a number
+            bound = bound._replace(schedules=("constant",))
         params = {"w": jnp.zeros((2, 2))}
         jax.eval_shape(lambda: make_baseline(bound, Tuned(jnp.float32(0.1), jnp.int32(0)), 10).init(params))
     except (TypeError, ValueError) as error:  # L3RSError and optax's own

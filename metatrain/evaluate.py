@@ -6,6 +6,7 @@ baseline's learning rate is tuned for each horizon on inner_valid; test is only 
 
 from __future__ import annotations
 
+import collections
 import datetime
 import functools
 import logging
@@ -25,13 +26,23 @@ import numpy as np
 
 import l3rs
 from l3rs import L3RSError
-from l3rs.baselines import iomt, mada_coefficients
+from l3rs.baselines import MADAState, SWATSState, iomt, mada_coefficients
 from l3rs.baselines.mada import COEFFICIENTS
 from metatrain.baselines import Baseline, Interleaved, Tuned, chosen_baselines, make_baseline
 from metatrain.config import Config, EvaluationConfig, UserError, check_section, portable
 from metatrain.interleaved import Trainers, interleaved_rollout, trainers
 from metatrain.plan import choose_plan, time_steps
-from metatrain.results import L3RS, CoefficientPath, Cost, Curve, DecisionPath, Record, Results, Speedup
+from metatrain.results import (
+    L3RS,
+    CoefficientPath,
+    Cost,
+    Curve,
+    DecisionPath,
+    Record,
+    Results,
+    Speedup,
+    SwitchHistory,
+)
 from metatrain.rollout import MakeOptimizer, Plan, Score, fused_rollout, learned, stepwise_rollout, walk
 from metatrain.statistics import area_under_curve, speedup
 from tasks import Task, TaskSample, make_task
@@ -92,7 +103,7 @@ def evaluate(
             refused.append(f"{label} is left out: {error}")
             continue
         spec = l3rs.Spec.create(task.params_shape()) if ours is None else ours.spec
-        plan = choose_plan(task, spec) if config.execution.plan == "auto" else config.execution.plan
+        plan = choose_plan([task], spec) if config.execution.plan == "auto" else config.execution.plan
         comparison = _Comparison(
             setting=label,
             task=task,
@@ -113,8 +124,8 @@ def evaluate(
     if not parts:
         raise L3RSError(f"{optimizer} fits the model of no setting; {refused[0]}")
     records = [record for part in parts for record in part.records]
-    notes += refused
-    notes += _diverged(records) + _at_edges(tuning)
+    notes += refused + _diverged(records) + _at_edges(tuning)
+    notes += [note for part in parts for note in part.notes]
     return Results(
         optimizer=portable(str(optimizer)),
         records=records,
@@ -123,6 +134,7 @@ def evaluate(
         curves=[curve for part in parts for curve in part.curves],
         paths=[path for part in parts for path in part.paths],
         coefficients=[path for part in parts for path in part.coefficients],
+        switches=[history for part in parts for history in part.switches],
         costs=costs,
         notes=notes,
         meta_training={k: info[k] for k in ("horizon", "generations", "candidate_steps", "seconds") if k in info},
@@ -198,12 +210,18 @@ class _Part(NamedTuple):
     curves: list[Curve]
     paths: list[DecisionPath]
     coefficients: list[CoefficientPath]
+    switches: list[SwitchHistory]
     tuning: dict[str, Any]
+    notes: list[str]
+
+    @classmethod
+    def empty(cls) -> _Part:
+        return cls([], [], [], [], [], {}, [])
 
 
 def _run_l3rs(ours: _Learned, comparison: _Comparison, device: jax.Device) -> _Part:
     run = _Runner(comparison, ours.make, device)
-    part = _Part([], [], [], [], {})
+    part = _Part.empty()
     for horizon in comparison.horizons:
         run.judge(part, jax.tree.map(lambda x: jnp.asarray(x)[None], ours.theta), L3RS, horizon, {})
         comparison.say(f"{comparison.setting}: l3rs, {horizon} steps")
@@ -241,7 +259,7 @@ def _significant(x: np.ndarray) -> np.ndarray:
 
 def _tune(name: str, baseline: Baseline | Interleaved, comparison: _Comparison, device: jax.Device) -> _Part:
     run = _Runner(comparison, _maker(baseline), device)
-    part = _Part([], [], [], [], {})
+    part = _Part.empty()
     for schedule in baseline.schedules:
         label = f"{name}/{schedule}"
         part.tuning[label] = {}
@@ -249,41 +267,69 @@ def _tune(name: str, baseline: Baseline | Interleaved, comparison: _Comparison, 
             grid = _search(run, baseline, schedule, horizon, comparison.tuning_seeds)
             chosen = grid["chosen"]
             run.judge(part, Tuned.grid([chosen], schedule), label, horizon, {"learning_rate": chosen})
+            part.notes.extend(_stage_notes(f"{comparison.setting}: {label}", horizon, run.watched))
             part.tuning[label][str(horizon)] = grid
             tried = len(grid["learning_rate"])
             comparison.say(f"{comparison.setting}: {label}, {horizon} steps, best of {tried} learning rates")
-        if isinstance(baseline, Baseline) and _has_coefficients(baseline, comparison.task):
-            part.coefficients.append(_coefficients(label, baseline, chosen, schedule, comparison, device))
+        if run.watched:
+            history, losses = run.watched[0]
+            stages = [
+                {**stage._asdict(), "seconds": round(stage.seconds, 4), "notes": list(stage.notes)} for stage in history
+            ]
+            part.switches.append(SwitchHistory(comparison.setting, label, stages, _significant(losses).tolist()))
+        if isinstance(baseline, Baseline):
+            _look_inside(part, label, baseline, chosen, schedule, comparison, device)
     return part
 
 
-def _has_coefficients(baseline: Baseline, task: Task) -> bool:
+def _stage_notes(where: str, horizon: int, watched: Sequence[tuple[Sequence[iomt.Stage], np.ndarray]]) -> list[str]:
+    """What happened to stages that a reader should know: how many of them diverged, and what was said of how many."""
+    stages = [stage for history, _ in watched for stage in history]
+    said = collections.Counter(note for stage in stages for note in stage.notes if not note.startswith("the loss was"))
+    said.update("the loss diverged" for stage in stages if stage.diverged)
+    return [f"{where}, {horizon} steps: {note}, in {count} of {len(stages)} stages" for note, count in said.items()]
+
+
+def _look_inside(
+    part: _Part,
+    label: str,
+    baseline: Baseline,
+    rate: float,
+    schedule: str,
+    comparison: _Comparison,
+    device: jax.Device,
+) -> None:
+    """What the first seed's run over the longest horizon tells: MADA's coefficients, when SWATS switched."""
     tuned = Tuned(jnp.float32(0.1), jnp.int32(0))
-    state = jax.eval_shape(lambda params: make_baseline(baseline, tuned, 10).init(params), task.params_shape())
-    try:
-        mada_coefficients(state)
-    except L3RSError:
-        return False
-    return True
-
-
-def _coefficients(
-    label: str, baseline: Baseline, rate: float, schedule: str, comparison: _Comparison, device: jax.Device
-) -> CoefficientPath:
-    """Of the first seed's run over the longest horizon."""
+    shape = comparison.task.params_shape()
+    form = jax.eval_shape(lambda params: make_baseline(baseline, tuned, 10).init(params), shape)
+    learns = bool(_parts_of(form, MADAState))
+    if not learns and not _parts_of(form, SWATSState):
+        return
     horizon = comparison.horizons[-1]
     kept = set(np.linspace(1, horizon, min(horizon, _COEFFICIENT_POINTS)).round().astype(int).tolist())
     hyper = jax.tree.map(lambda x: x[0], Tuned.grid([rate], schedule))
     hyper, data, samples = jax.device_put((hyper, comparison.task.data, comparison.samples), device)
     first = jax.tree.map(lambda x: x[0], samples)
-    carries = walk(comparison.task, functools.partial(make_baseline, baseline), hyper, data, first, horizon)
-    found = {
-        step: {name: float(x) for name, x in mada_coefficients(carry.state).items()}
-        for step, carry in enumerate(carries, 1)
-        if step in kept
-    }
-    values = {name: [round(at[name], 4) for at in found.values()] for name in COEFFICIENTS}
-    return CoefficientPath(comparison.setting, label, list(found), values)
+    found: dict[int, dict[str, float]] = {}
+    for step, carry in enumerate(
+        walk(comparison.task, functools.partial(make_baseline, baseline), hyper, data, first, horizon), 1
+    ):
+        if learns and step in kept:
+            found[step] = {name: float(x) for name, x in mada_coefficients(carry.state).items()}
+    if learns:
+        values = {name: [round(at[name], 4) for at in found.values()] for name in COEFFICIENTS}
+        part.coefficients.append(CoefficientPath(comparison.setting, label, list(found), values))
+        return
+    (state,) = _parts_of(carry.state, SWATSState)
+    when = f"after step {int(state.switch_step)}" if state.sgd else "not at all, so that it was Adam"
+    part.notes.append(f"{comparison.setting}: {label} switched to SGD {when}, in the first seed's {horizon} steps")
+
+
+def _parts_of(state: Any, kind: type) -> list[Any]:
+    """The states of one transformation in an optimizer's."""
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
+    return [leaf for leaf in leaves if isinstance(leaf, kind)]
 
 
 def _maker(baseline: Baseline | Interleaved) -> MakeOptimizer | Interleaved:
@@ -324,13 +370,16 @@ class _Runner:
 
     def __init__(self, comparison: _Comparison, make: MakeOptimizer | Interleaved, device: jax.Device) -> None:
         self._interleaved = make if isinstance(make, Interleaved) else None
+        self.watched: list[tuple[list[iomt.Stage], np.ndarray]] = []  # IOMT's stages and losses in the last call's runs
         self._on_host = comparison.plan == "stepwise" or self._interleaved is not None
         self._setting = comparison.setting
         self._points = comparison.points
         self._device = device
         self._data, self._samples = jax.device_put((comparison.task.data, comparison.samples), device)
         if isinstance(make, Interleaved):
-            self._call: Any = interleaved_rollout(comparison.task, make, comparison.plan, comparison.trainers)
+            self._call: Any = interleaved_rollout(
+                comparison.task, make, comparison.plan, comparison.trainers, lambda *run: self.watched.append(run)
+            )
         elif comparison.plan == "stepwise":
             self._call = stepwise_rollout(comparison.task, make, ())
         else:
@@ -352,6 +401,7 @@ class _Runner:
         """Scores [H, S] on `split` of all H rows of `hyper` on the first S samples, and seconds a run.
         With `points`, numbers of steps, they are scores after each of these: [H, S, K]."""
         began = time.perf_counter()
+        self.watched.clear()
         samples = jax.tree.map(lambda x: x[:seeds], self._samples)
         at = None if points is None else np.asarray(points, np.int32)
         hyper, steps, at = jax.device_put((hyper, np.int32(horizon), at), self._device)

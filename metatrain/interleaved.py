@@ -46,7 +46,13 @@ def trainers(task: Task, plan: Plan) -> Trainers:
     return trainer
 
 
-def interleaved_rollout(task: Task, entry: Interleaved, plan: Plan, trainer: Trainers) -> Rollout:
+def interleaved_rollout(
+    task: Task,
+    entry: Interleaved,
+    plan: Plan,
+    trainer: Trainers,
+    watch: Callable[[list[iomt.Stage], np.ndarray], None] | None = None,
+) -> Rollout:
     """The inner loop of IOMT, driven from the host, stage by stage.
 
     ω_t is what the entry says, else the accuracy of the init as it is on the first 256 examples of
@@ -59,6 +65,7 @@ def interleaved_rollout(task: Task, entry: Interleaved, plan: Plan, trainer: Tra
       entry: which variant.
       plan: how a stage runs.
       trainer: of `trainers(task, plan)`.
+      watch: told, after each run that had a loss to begin with, its stages and its training losses [steps + 1].
 
     Returns:
       (hyper: Tuned, data, task sample, horizon, splits, points) -> {split: Score}, as
@@ -94,7 +101,10 @@ def interleaved_rollout(task: Task, entry: Interleaved, plan: Plan, trainer: Tra
         judge(params, stats, 0)
         try:
             train = trainer(options.stage_steps, options.moments)
-            train(params, stats, {"data": data, "key": sample.key}, steps, controller=controller, after_stage=judge)
+            inputs = {"data": data, "key": sample.key}
+            result = train(params, stats, inputs, steps, controller=controller, after_stage=judge)
+            if watch is not None:
+                watch(result.history, result.losses)
         except L3RSError:  # no finite loss to begin with
             found = {step: {split: np.full(2, np.nan) for split in splits} for step in wanted}
         if points is None:

@@ -234,11 +234,15 @@ def check_client() -> None:
     if not said:
         return
     theirs, ours = json.loads(said), _versions()
-    if different := [f"{name} {ours[name]} (yours: {value})" for name, value in theirs.items() if ours[name] != value]:
+    found = {name: ours.get(name, "none") for name in theirs}
+    if different := [
+        f"{name} {found[name]} (yours: {value})" for name, value in theirs.items() if found[name] != value
+    ]:
         raise UserError(f"the cluster has {', '.join(different)}; both must be the same")
 
 
 def _versions() -> dict[str, str]:
+    """What must be equal where a run is submitted and where it runs; `cluster.versions` is asked of its machines."""
     python = ".".join(platform.python_version_tuple()[:2])
     return {"Python": python, "l3rs": version("l3rs"), "ray": version("ray")}
 

@@ -33,14 +33,23 @@ def device_memory(device: jax.Device) -> int | None:
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
-def choose_plan(task: Task, spec: l3rs.Spec) -> Plan:
-    """The plan with the fewest seconds a candidate-step, measured on one device.
+def choose_plan(tasks: Sequence[Task], spec: l3rs.Spec) -> Plan:
+    """The plan with the fewest seconds a candidate-step on average over the tasks, measured on one device.
 
-    A model without convolutions is fused without a measurement: a loop of matrix products costs what
+    Models without convolutions are fused without a measurement: a loop of matrix products costs what
     its operations cost, and saves a dispatch a step.
     """
-    if not _has_convolutions(task):
+    if not any(map(_has_convolutions, tasks)):
         return "fused"
+    seconds: dict[Plan, float] = {"stepwise": 0.0, "fused": 0.0}
+    for task in tasks:
+        for plan, measured in _seconds_a_step(task, spec).items():
+            seconds[plan] += measured / len(tasks)
+    _log.info("ms a candidate-step: %s", {plan: round(1e3 * s, 2) for plan, s in seconds.items()})
+    return "stepwise" if seconds["stepwise"] < seconds["fused"] else "fused"
+
+
+def _seconds_a_step(task: Task, spec: l3rs.Spec) -> dict[Plan, float]:
     theta = l3rs.init(jax.random.key(0), spec)
     chosen = sample(task, jax.random.key(0))
     device = jax.local_devices()[0]
@@ -49,12 +58,10 @@ def choose_plan(task: Task, spec: l3rs.Spec) -> Plan:
     stepwise = stepwise_rollout(task, learned(spec), ("inner_valid",))
     members = jax.tree.map(lambda x: np.stack([x] * _MEMBERS), theta)
     fused = jax.jit(jax.vmap(fused_rollout(task, learned(spec), ("inner_valid",)), (0, None, None, None)))
-    seconds = {
+    return {
         "stepwise": time_steps(lambda n: stepwise(theta, data, chosen, jnp.int32(n)), _STEPS, _ROUNDS)[0],
         "fused": time_steps(lambda n: fused(members, data, chosen, jnp.int32(n)), _STEPS, _ROUNDS)[0] / _MEMBERS,
     }
-    _log.info("ms a candidate-step: %s", {plan: round(1e3 * s, 2) for plan, s in seconds.items()})
-    return "stepwise" if seconds["stepwise"] < seconds["fused"] else "fused"
 
 
 def members_per_call(
@@ -63,12 +70,13 @@ def members_per_call(
     strategy: Strategy,
     population: int,
     plan: Plan,
+    calls: int,
     devices: Sequence[jax.Device],
     memory: Callable[[jax.Device], int | None] = device_memory,
 ) -> int:
     """How many candidates one compiled call holds.
 
-    Stepwise: one. Fused: as many as keep every device busy with one call, cut to what fits the
+    Stepwise: one. Fused: what the population comes to when it is cut into `calls`, if so many fit the
     smallest device's memory. Their memory is what XLA says it allocates, without running anything.
 
     Raises:
@@ -76,7 +84,7 @@ def members_per_call(
     """
     if plan == "stepwise":
         return 1
-    wanted = math.ceil(population / len(devices))
+    wanted = math.ceil(population / calls)
     free = [bytes_ for bytes_ in map(memory, devices) if bytes_ is not None]
     if not free:
         return wanted

@@ -84,6 +84,16 @@ class CoefficientPath:
 
 
 @dataclasses.dataclass(frozen=True)
+class SwitchHistory:
+    """What trained each stage of one run of IOMT, and the training loss."""
+
+    setting: str
+    optimizer: str
+    stages: list[dict[str, Any]]  # the fields of `l3rs.baselines.iomt.Stage`
+    losses: list[float | None]  # [steps + 1]: before the first step, and after each
+
+
+@dataclasses.dataclass(frozen=True)
 class Cost:
     """What one step of an optimizer costs beside others', measured alone, in one run."""
 
@@ -102,7 +112,7 @@ class Results:
       records: every training run that was judged on test.
       speedup: L3RS over each baseline.
       tuning: {setting: {baseline: {horizon: grid, inner_valid_loss, chosen}}}.
-      curves, paths, coefficients, costs: see their classes.
+      curves, paths, coefficients, switches, costs: see their classes.
       notes: what a reader has to know: what was left out, diverged, or found its best value at the grid's edge.
       meta_training: what the checkpoint knows of its making: seconds, candidate_steps, horizon, …
       environment: versions, processor, devices.
@@ -116,6 +126,7 @@ class Results:
     curves: list[Curve] = dataclasses.field(default_factory=list)
     paths: list[DecisionPath] = dataclasses.field(default_factory=list)
     coefficients: list[CoefficientPath] = dataclasses.field(default_factory=list)
+    switches: list[SwitchHistory] = dataclasses.field(default_factory=list)
     costs: list[Cost] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     meta_training: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -228,6 +239,7 @@ class Results:
             kinds: dict[str, Any] = {"speedup": Speedup, "curves": Curve, "paths": DecisionPath, "costs": Cost}
             data |= {name: [kind(**item) for item in data[name]] for name, kind in kinds.items()}
             data["coefficients"] = [CoefficientPath(**path) for path in data.get("coefficients", ())]
+            data["switches"] = [SwitchHistory(**history) for history in data.get("switches", ())]
             data["records"] = [Record(**_numbers(record)) for record in data["records"]]
             return cls(**data)
         except OSError as error:

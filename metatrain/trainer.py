@@ -171,12 +171,13 @@ class Setup:
                 ) from None
         plan, members = config.execution.plan, config.execution.members_per_call
         if plan == "auto":
-            plan = choose_plan(task, spec)
+            plan = choose_plan(tasks, spec)
         strategy = make_strategy(config.outer, l3rs.init(jax.random.key(0), spec))
         if members == "auto":
-            devices = jax.local_devices() * (_shards_a_device(config.execution))
+            devices = jax.local_devices()
+            calls = len(devices) * _calls_a_device(config.execution)
             members = min(
-                members_per_call(task, spec, strategy, config.outer.population, plan, devices) for task in tasks
+                members_per_call(each, spec, strategy, config.outer.population, plan, calls, devices) for each in tasks
             )
         execution = config.execution.model_copy(update={"plan": plan, "members_per_call": members})
         config = config.model_copy(update={"execution": execution})
@@ -329,7 +330,7 @@ def _save_optimizer(
     return l3rs.save(destination, setup.strategy.mean(progress.strategy), setup.spec, info, overwrite=overwrite)
 
 
-def _shards_a_device(execution: ExecutionConfig) -> int:
+def _calls_a_device(execution: ExecutionConfig) -> int:
     """Ray: so many shards that no worker waits long for the last; elsewhere one call a device."""
     if execution.backend == "local":
         return 1

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 from omegaconf import OmegaConf
 
-from metatrain.report import coefficients, decisions, figures, words
+from metatrain.report import coefficients, decisions, figures, switches, words
 from metatrain.report.figures import Plate
 from metatrain.report.findings import Findings, Payback
 from metatrain.report.html import write_page
@@ -78,7 +78,11 @@ def write_report(findings: Findings, folder: Path) -> Path:
         coefficients.plate([path for path in results.coefficients if path.setting == setting], f"coefficients-{i}")
         for i, setting in enumerate(dict.fromkeys(path.setting for path in results.coefficients))
     ]
-    for plate in [*plates.values(), *found, *learned]:
+    chosen = [
+        switches.plate([history for history in results.switches if history.setting == setting], f"switches-{i}")
+        for i, setting in enumerate(dict.fromkeys(history.setting for history in results.switches))
+    ]
+    for plate in [*plates.values(), *found, *learned, *chosen]:
         if plate is not None:
             plate.save(folder)
     return write_page(
@@ -94,6 +98,7 @@ def write_report(findings: Findings, folder: Path) -> Path:
         plates={name: None if plate is None else _shown(plate) for name, plate in plates.items()},
         decisions=[_shown(plate) for plate in found],
         learned=[_shown(plate) for plate in learned],
+        chosen=[_shown(plate) for plate in chosen],
         sections=[_section(findings, setting) for setting in results.settings()],
         costs=_costs(findings),
         payback=[_payback(p) for p in findings.payback()],

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
+from l3rs.baselines import iomt
 from l3rs.baselines.mada import DOMAIN
-from metatrain.results import L3RS, CoefficientPath, Cost, Curve, DecisionPath, Record, Results, Speedup
+from metatrain.results import L3RS, CoefficientPath, Cost, Curve, DecisionPath, Record, Results, Speedup, SwitchHistory
 from metatrain.statistics import area_under_curve, speedup
 
 SETTINGS = (
@@ -26,6 +28,19 @@ LAYERS = [
     for i, wide in enumerate(([196, 64], [64, 64], [64, 10]))
     for leaf, shape in (("bias", wide[1:]), ("kernel", wide))
 ]
+
+
+def switched() -> tuple[list[dict[str, Any]], list[float | None]]:
+    """Stages and losses of a run of IOMT in which one stage diverged."""
+    names = ("sgd", "adam", "rmsprop", "sgdm", "adagrad")
+    stages = []
+    for i in range(20):
+        chosen = "initial" if i < 8 else "surrogate"
+        stage = iomt.Stage(10 * i, 10, names[i % 5], {"learning_rate": 0.1}, 0.1, chosen, i == 3, 0.01, ())
+        stages.append({**stage._asdict(), "notes": []})
+    losses: list[float | None] = [2.3 * 0.99**step for step in range(201)]
+    losses[35] = None
+    return stages, losses
 
 
 def full(count: int = 5) -> Results:
@@ -114,6 +129,7 @@ def full(count: int = 5) -> Results:
             for setting in settings[:2]
             for label, power in (("mada/constant", 1), ("hyper_adam/constant", 3))
         ],
+        switches=[SwitchHistory(setting, "iomt/constant", *switched()) for setting in settings[:2]],
         costs=[
             Cost(SETTINGS[0], label, 1e-3 * (1 + 0.1 * i), 2.0 if i else 3.1)
             for i, label in enumerate((L3RS, *BASELINES))

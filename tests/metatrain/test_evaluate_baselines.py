@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from l3rs.baselines import iomt
+from l3rs.baselines import iomt, mada_coefficients
 from metatrain.baselines import (
     ALL,
     BASELINES,
@@ -117,6 +117,19 @@ def test_mada_learns_from_a_tenth_of_the_horizon_on(name: str) -> None:
     np.testing.assert_array_equal(steps_of(find_baseline(name, {"start_step": 50}), 30), frozen)
 
 
+def test_a_learned_learning_rate_goes_with_a_constant_one() -> None:
+    entry = {"name": "mada", "learned": ["b1", "learning_rate"], "hyper_learning_rates": {"learning_rate": 1e-3}}
+    chosen, _ = chosen_baselines([{**entry, "label": "m"}], ["constant", "cosine"])
+    assert list(chosen["m"].schedules) == ["constant"]
+    tx = make_baseline(chosen["m"], Tuned(jnp.float32(0.01), jnp.int32(0)), 30)
+    params = {"w": jnp.ones(3)}
+    state = tx.init(params)
+    for i in range(6):
+        _, state = tx.update({"w": jnp.array([1.0, -2.0, 0.1 * i])}, state, params, value=1.0)
+    rate = float(mada_coefficients(state)["learning_rate"])
+    assert 0 < rate != pytest.approx(0.01)
+
+
 def test_mada_takes_a_traced_horizon() -> None:
     found = jax.jit(lambda n: jnp.sum(make_baseline("mada", Tuned(jnp.float32(0.1), jnp.int32(0)), n).init(
         {"w": jnp.ones(3)}).count))(jnp.int32(30))  # fmt: skip
@@ -162,6 +175,39 @@ def test_what_mada_learned_is_kept() -> None:
     assert hyper_adam.values["b1"][0] == 0.5
     assert len(set(hyper_adam.values["b1"])) > 1
     assert {name for name, values in hyper_adam.values.items() if len(set(values)) > 1} <= {"b1", "b2"}
+
+
+def test_what_iomt_chose_is_kept(results: Results) -> None:
+    """Of the first seed's run over the longest horizon: the stages lead from the first step to the last."""
+    iomt_history, doit_history = results.switches
+    assert [h.optimizer for h in results.switches] == ["iomt/constant", "doit at .1/constant"]
+    for history in (iomt_history, doit_history):
+        stages = [iomt.Stage(**stage) for stage in history.stages]
+        assert len(history.losses) == 61
+        assert [stage.step for stage in stages] == list(range(0, 60, stages[0].steps))
+        assert {stage.chosen for stage in stages} == {"initial", "surrogate"}
+    rates = {round(stage["hyperparameters"]["learning_rate"], 6) for stage in doit_history.stages}
+    assert rates <= {1.0, 0.1, 0.01}
+
+
+def test_what_happened_to_stages_is_said() -> None:
+    """At a learning rate of 1e4 nearly every stage diverges, and none would know."""
+    entries = [{"name": "iomt", "learning_rate": 1e4}]
+    found = evaluate("-", small_config(evaluation={"baselines": entries}), horizons=(60,), **PLAIN)
+    (note,) = [note for note in found.notes if "the loss diverged" in note]
+    assert note.startswith("regression: iomt(learning_rate=10000.0)/constant, 60 steps: the loss diverged, in ")
+    assert note.endswith(" of 120 stages")
+
+
+@pytest.mark.parametrize(("tolerance", "said"), [(1.0, "after step "), (0.0, "not at all, so that it was Adam")])
+def test_whether_swats_switched_is_said(tolerance: float, said: str) -> None:
+    entries = [
+        {"name": "swats", "learning_rate": 0.01, "tolerance": 0.0, "relative_tolerance": tolerance, "label": "s"}
+    ]
+    found = evaluate("-", small_config(evaluation={"baselines": entries}), horizons=(20, 30), **PLAIN)
+    (note,) = [note for note in found.notes if "switched" in note]
+    assert note.startswith(f"regression: s/constant switched to SGD {said}")
+    assert note.endswith("in the first seed's 30 steps")
 
 
 def test_without_an_optimizer_of_ours(results: Results) -> None:

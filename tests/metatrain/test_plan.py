@@ -77,8 +77,10 @@ def test_evaluators_agree_and_stepwise_does_not_depend_on_devices() -> None:
 def test_convolutions_on_a_cpu_are_run_stepwise_and_matrices_fused(convolutional: Task) -> None:
     assert jax.default_backend() == "cpu"
     # 10 times slower inside a loop: no noise turns that round.
-    assert choose_plan(convolutional, l3rs.Spec.create(convolutional.params_shape())) == "stepwise"
-    assert choose_plan(regression(), l3rs.Spec.create(regression().params_shape())) == "fused"
+    assert choose_plan([convolutional], l3rs.Spec.create(convolutional.params_shape())) == "stepwise"
+    assert choose_plan([regression()], l3rs.Spec.create(regression().params_shape())) == "fused"
+    any_network = l3rs.Spec.create(convolutional.params_shape(), embedding="descriptor")
+    assert choose_plan([regression(), convolutional], any_network) == "stepwise"  # of variants all count
 
 
 def test_a_forced_plan_is_used_and_recorded(tmp_path) -> None:
@@ -94,7 +96,7 @@ def test_a_forced_plan_is_used_and_recorded(tmp_path) -> None:
 
 def test_digits_have_no_convolutions() -> None:
     task = make_task("digits", {"init": "random"})
-    assert choose_plan(task, l3rs.Spec.create(task.params_shape())) == "fused"
+    assert choose_plan([task], l3rs.Spec.create(task.params_shape())) == "fused"
 
 
 def test_a_call_holds_as_many_candidates_as_fit_the_memory() -> None:
@@ -103,11 +105,11 @@ def test_a_call_holds_as_many_candidates_as_fit_the_memory() -> None:
     strategy = make_strategy(small_config(outer={"population": 64}).outer, l3rs.init(jax.random.key(0), spec))
     device = jax.devices()[:1]
 
-    def members(memory: int | None, plan: Plan = "fused", devices: int = 1) -> int:
-        return members_per_call(task, spec, strategy, 64, plan, device * devices, lambda _: memory)
+    def members(memory: int | None, plan: Plan = "fused", calls: int = 1) -> int:
+        return members_per_call(task, spec, strategy, 64, plan, calls, device, lambda _: memory)
 
     assert members(None) == members(2**30) == 64  # no limit, and one that is far away
-    assert members(2**30, devices=4) == 16
+    assert members(2**30, calls=4) == 16
     assert members(2**30, "stepwise") == 1
     need = {n: _scratch(task, spec, strategy, n) for n in (1, 8, 64)}
     data = sum(x.nbytes for x in jax.tree.leaves(task.data))

@@ -346,7 +346,7 @@ def test_page_of_everything(written: Path) -> None:
     for sentence in (*Findings(results).verdict(), *results.notes):
         assert sentence in page.text
     heads = ["At a glance", "Over the horizon", "All numbers", "Along a run", "What L3RS decides"]
-    heads += ["What MADA learns", "Performance profile", "Costs", "How it was measured"]
+    heads += ["What MADA learns", "What IOMT chooses", "Performance profile", "Costs", "How it was measured"]
     assert sorted(heads, key=page.text.index) == heads
     for label in results.baselines():
         assert page.text.count(label) >= 2 * 6
@@ -363,6 +363,8 @@ def test_page_of_everything(written: Path) -> None:
         "horizons-loss",
         "profile",
         "speedups",
+        "switches-0",
+        "switches-1",
     ]
     assert sorted(p.name for p in written.parent.iterdir()) == sorted(
         ["report.html", *(f"{name}.{kind}" for name in names for kind in ("png", "svg"))]
@@ -453,6 +455,16 @@ def test_page_prints(written: Path, tmp_path: Path) -> None:
     assert (tmp_path / "page.pdf").read_bytes()[:5] == b"%PDF-"
 
 
+def test_what_iomt_chose_is_drawn(tmp_path: Path) -> None:
+    results = full()
+    page = report.write(results, tmp_path).read_text()
+    assert (tmp_path / "switches-0.png").is_file()
+    assert page.count("20 stages, 4 of sgd, 4 of adam, 4 of rmsprop, 4 of sgdm, 4 of adagrad, 1 diverged.") == 2
+    assert "What IOMT chooses" not in report.write(dataclasses.replace(results, switches=[]), tmp_path).read_text()
+    kept = Results.load(results.save(tmp_path / "new")).switches
+    assert kept == results.switches
+
+
 def test_what_mada_learned_is_drawn(tmp_path: Path) -> None:
     page = report.write(full(), tmp_path).read_text()
     assert "What MADA learns" in page
@@ -461,6 +473,6 @@ def test_what_mada_learned_is_drawn(tmp_path: Path) -> None:
     assert "What MADA learns" not in report.write(dataclasses.replace(full(), coefficients=[]), tmp_path).read_text()
     (tmp_path / "old").mkdir()
     saved = json.loads(full().save(tmp_path / "new").read_text())
-    del saved["coefficients"]  # as results were saved before there were any
+    del saved["coefficients"], saved["switches"]  # as results were saved before there were any
     (tmp_path / "old" / "results.json").write_text(json.dumps(saved))
     assert Results.load(tmp_path / "old" / "results.json").coefficients == []

@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from l3rs.baselines.iomt.extras import require
+from l3rs.layers import depth_order
 from l3rs.spec import layers_of
 
 Layers = Sequence[Any]  # arrays, one a layer, of the same shapes at every stage
@@ -18,7 +20,10 @@ CompressorName = Literal["pca", "random_projection", "umap"]
 Transform = Callable[[np.ndarray], np.ndarray]  # [n, size] -> [n, k]
 
 _FEW = 4  # matrices: with no more than these, all are key parameters
-_CLASSIFIER = re.compile(r"head|classifier|logits|output|(^|/|_)(fc|out)(_|/|$)")
+# Words of a classifier's path: such as it alone has, and such as other layers have, too.
+_CLASSIFIERS = ({"head", "heads", "lm_head", "classifier", "logits", "score"}, {"output", "out", "fc"})
+_ADAPTER = re.compile("lora|adapter")
+FAR = 1e15  # a number beyond it counts as not finite
 _LARGEST = 4096  # numbers of a layer that are looked at
 _ROUNDING = 1e-5  # a feature that varies by less than this, relative to the widest, is float32's rounding
 
@@ -27,23 +32,32 @@ def key_parameters(params: Any) -> list[jax.Array]:
     """The layers that describe where a network is: its classifier and the two matrices before it.
 
     All matrices (arrays of two dimensions or more) when they are four or fewer, as in head-only
-    training or a small LoRA; all arrays when there are no matrices. The classifier is known by its
-    name (head, classifier, logits, output, fc, out), and is the last matrix where no name says so;
-    the order is that of the paths, numbers counted as numbers.
+    training; all arrays when there are no matrices. Low-rank adapters (a word of the path has lora or
+    adapter in it) are all looked at, end to end as one layer. The classifier is known by a word of its
+    path (head, classifier, logits, score, …; else output, out or fc), and is the last matrix where no
+    word says so; what comes before it is told by names, too, see `l3rs.layers.depth_order`.
     """
-    paths = [layer.path for layer in layers_of(params)]
-    leaves = dict(zip(paths, jax.tree.leaves(params), strict=True))
-    matrices = [path for path in sorted(leaves, key=_natural) if leaves[path].ndim >= 2]
+    paths = [layer.path.lower() for layer in layers_of(params)]
+    leaves = jax.tree.leaves(params)
+    matrices = [i for i in depth_order(paths) if leaves[i].ndim >= 2]
     if len(matrices) <= _FEW:
-        return [leaves[path] for path in matrices or paths]
-    named = [path for path in matrices if _CLASSIFIER.search(path.lower())] or matrices[-1:]
-    others = [path for path in matrices if path not in named]
-    return [leaves[path] for path in (*others[-2:], named[-1])]
+        return [leaves[i] for i in matrices] or leaves
+    adapters = [i for i in matrices if _ADAPTER.search(paths[i])]
+    others = [i for i in matrices if i not in adapters]
+    key = [jnp.concatenate([leaves[i].ravel() for i in adapters])] if adapters else []
+    if others:
+        classifier = _classifier([paths[i] for i in others])
+        key += [leaves[i] for i in [*(others[:classifier] + others[classifier + 1 :])[-2:], others[classifier]]]
+    return key
 
 
-def _natural(path: str) -> list[tuple[bool, int, str]]:
-    """dense_2 before dense_10."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", path)]
+def _classifier(paths: Sequence[str]) -> int:
+    """Which of the matrices it is: of those that are named so the one nearest to the root, the last of these."""
+    parts = [re.split("[/.]", path) for path in paths]
+    for words in _CLASSIFIERS:
+        if named := [i for i, each in enumerate(parts) if words & set(each)]:
+            return min(named, key=lambda i: (len(parts[i]), -i))
+    return len(paths) - 1
 
 
 class Compressor:
@@ -51,8 +65,9 @@ class Compressor:
 
     Each layer, flattened, is a point; the stages before make a cloud of them, and the compressor
     gives each its coordinates along the directions in which the cloud is wide (PCA, UMAP), or along
-    random ones. That a layer is compressed for itself is the paper's; that it is one point a stage,
-    rather than a matrix of its own rows, is ours: such coordinates move as the training does.
+    random ones; of two stages UMAP's are PCA's. That a layer is compressed for itself is the paper's;
+    that it is one point a stage, rather than a matrix of its own rows, is ours: such coordinates move
+    as the training does.
     A layer of more than 4096 numbers is represented by as many of them, drawn once.
 
     Args:
@@ -100,7 +115,7 @@ class Compressor:
     def transform(self, stages: Sequence[list[np.ndarray]]) -> np.ndarray:
         """Features of some stages' samples, [n, width]: of mean 0 and, together, variance 1 where fitted.
 
-        Of a single stage whose sample is not finite they are that mean.
+        Of a single stage whose sample is not finite, or beyond 1e15, they are that mean.
         """
         if not stages or (len(stages) == 1 and not is_finite(stages[0])):
             return np.zeros((len(stages), self.width))
@@ -117,7 +132,8 @@ class Compressor:
 
 
 def is_finite(sample: Sequence[np.ndarray]) -> bool:
-    return all(np.all(np.isfinite(x)) for x in sample)
+    """Whether the methods can reckon with it: they take squares, in float32."""
+    return all(np.all(np.abs(x) <= FAR) for x in sample)
 
 
 @functools.cache
@@ -143,6 +159,8 @@ def _random_projection(rows: np.ndarray, components: int, seed: int) -> Transfor
 def _umap(rows: np.ndarray, components: int, seed: int) -> Transform:
     from umap import UMAP  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
+    if len(rows) < 3:
+        return _pca(rows, components, seed)  # two points have no neighbourhoods
     neighbors = max(2, min(15, len(rows) - 1))
     # Its spectral start needs more points than an initial phase gives.
     return UMAP(neighbors, components, init="random", random_state=seed, n_jobs=1).fit(rows).transform

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from l3rs.baselines import common
-from l3rs.baselines.iomt.compress import Compressor, CompressorName, Layers, is_finite
+from l3rs.baselines.iomt.compress import FAR, Compressor, CompressorName, Layers, is_finite
 from l3rs.baselines.iomt.score import DIVERGED, acquisition, sampling_weight, stage_score
 from l3rs.baselines.iomt.space import SPACE, Choice, Moments, Space, choices
 from l3rs.baselines.iomt.surrogate import Surrogates
@@ -46,8 +46,8 @@ class Options:
       rollback: a stage that diverged ends where it began, its steps spent. Not in the source, where
         such a run would be lost.
       divergence: a loss that is not finite, or exceeds this many times the run's first (or this,
-        where the first is below 1; absolute values), makes a stage diverged: its score is -1. Not in
-        the source.
+        where the first is below 1; absolute values), makes a stage diverged: its score is -1, which is
+        not held against its optimizer where the loss was bad before it. Not in the source.
     """
 
     stage_steps: int = 25
@@ -151,7 +151,10 @@ class Controller:
         notes: list[str] = []
         sample = self._surrogates.compressor.sample(layers) if self._surrogates else []
         if not is_finite(sample):
-            notes.append("the key parameters are not finite: the surrogates take them for average, and skip the stage")
+            notes.append(
+                f"key parameters are not finite, or beyond {FAR:g}: the surrogates take them for average "
+                "and skip the stage"
+            )
         optimizer, choice, chosen = self._decide(sample, notes)
         self._pending = _Pending(optimizer, choice, chosen, sample, notes, time.perf_counter() - start)
         return self._choices[optimizer][choice]
@@ -176,11 +179,18 @@ class Controller:
             raise L3RSError(f"losses have shape {values.shape}; they must be [steps + 1], steps ≥ 1")
         optimizer, choice, chosen, sample, notes, seconds = self._pending
         self._pending = None
-        diverged = self._diverged(values, notes)
+        bad = self._bad(values)
+        diverged = bool(bad.any())
         score = DIVERGED if diverged else stage_score(values, self.options.alpha)
-        self._weights[optimizer] = sampling_weight(score, self.options.minimum_weight)
-        if self._surrogates and is_finite(sample):
-            self._surrogates.add(optimizer, choice, sample, score)
+        if diverged:
+            end = "the stage was rolled back" if self.options.rollback else "training went on"
+            notes.append(f"the loss was {values[bad.argmax()]:.3g} after step {bad.argmax()} of the stage; {end}")
+        if bad[0]:
+            notes.append("the loss was bad before its first step: that is not held against its optimizer")
+        else:
+            self._weights[optimizer] = sampling_weight(score, self.options.minimum_weight)
+            if self._surrogates and is_finite(sample):
+                self._surrogates.add(optimizer, choice, sample, score)
         stage = Stage(
             step=sum(before.steps for before in self.history),
             steps=len(values) - 1,
@@ -235,15 +245,11 @@ class Controller:
         places = [(i, j) for i, of_one in enumerate(self._choices) for j in range(len(of_one))]
         return places[self._random.choice(np.flatnonzero(gains == gains.max()))]
 
-    def _diverged(self, losses: np.ndarray, notes: list[str]) -> bool:
+    def _bad(self, losses: np.ndarray) -> np.ndarray:
+        """Which losses say that training diverged."""
         if not self.history:
             self._limit = self.options.divergence * max(abs(losses[0]), 1.0)
-        bad = ~(np.abs(losses) <= self._limit) | ~np.isfinite(losses)
-        if not bad.any():
-            return False
-        end = "the stage was rolled back" if self.options.rollback else "training went on"
-        notes.append(f"the loss was {losses[bad.argmax()]:.3g} after step {bad.argmax()} of the stage; {end}")
-        return True
+        return ~(np.abs(losses) <= self._limit) | ~np.isfinite(losses)
 
 
 class _Pending(NamedTuple):

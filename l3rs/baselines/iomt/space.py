@@ -36,11 +36,11 @@ class Choice(NamedTuple):
 
 _RATES = {"learning_rate": (0.1, 0.01, 0.001)}
 
-# The paper's space, with PyTorch's defaults as it has them.
+# The paper's space, with PyTorch's defaults as it has them. Adagrad's ε, 1e-10, is beside the root there, here inside.
 SPACE: Space = {
     "sgd": Optimizer(optax.sgd, _RATES),
     "sgdm": Optimizer(functools.partial(optax.sgd, momentum=0.9), _RATES),
-    "adagrad": Optimizer(functools.partial(optax.adagrad, initial_accumulator_value=0.0, eps=1e-10), _RATES),
+    "adagrad": Optimizer(functools.partial(optax.adagrad, initial_accumulator_value=0.0, eps=1e-20), _RATES),
     "rmsprop": Optimizer(functools.partial(optax.rmsprop, decay=0.99, eps_in_sqrt=False), _RATES),
     "adam": Optimizer(optax.adam, _RATES),
 }

@@ -348,19 +348,69 @@ def test_head_only_with_frozen_parameters_as_stats():
     np.testing.assert_array_equal(result.stats["hidden"], frozen["hidden"])
 
 
+@pytest.mark.parametrize("name", list(iomt.SPACE))
+def test_the_space_is_pytorchs(name):
+    """Gradients from 1 to 1e-6, 20 steps: each optimizer is torch.optim's, with its defaults."""
+    torch = pytest.importorskip("torch", reason="the extra `torch` is not installed")
+    make = {
+        "sgd": torch.optim.SGD,
+        "sgdm": lambda params, lr: torch.optim.SGD(params, lr, momentum=0.9),
+        "adagrad": torch.optim.Adagrad,
+        "rmsprop": torch.optim.RMSprop,
+        "adam": torch.optim.Adam,
+    }[name]
+    gradients = np.random.default_rng(0).normal(size=(20, 7)) * 10.0 ** -np.arange(7)
+    tx = iomt.SPACE[name].make(learning_rate=0.01)
+    ours = jnp.zeros(7)
+    state = tx.init(ours)
+    theirs = torch.nn.Parameter(torch.zeros(7))
+    optimizer = make([theirs], lr=0.01)
+    for gradient in gradients.astype(np.float32):
+        updates, state = tx.update(jnp.asarray(gradient), state, ours)
+        ours = optax.apply_updates(ours, updates)
+        theirs.grad = torch.tensor(gradient)
+        optimizer.step()
+    np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=2e-4)
+
+
 def test_key_parameters():
     def shapes(params):
         return [np.shape(x) for x in iomt.key_parameters(jax.tree.map(jnp.zeros, params, is_leaf=is_shape))]
 
     is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
     few = {"head": {"kernel": (4, 3), "bias": (3,)}, "lora": {"a": (9, 2), "b": (2, 9)}}
-    assert shapes(few) == [(4, 3), (9, 2), (2, 9)]
+    assert shapes(few) == [(9, 2), (2, 9), (4, 3)]
     assert shapes({"scale": (3,), "bias": (2,)}) == [(2,), (3,)]
     deep = {f"dense_{i}": {"kernel": (i + 1, 2), "bias": (2,)} for i in range(12)}
     assert shapes(deep) == [(10, 2), (11, 2), (12, 2)]
     assert shapes({"classifier": (7, 7), **deep}) == [(11, 2), (12, 2), (7, 7)]
     assert shapes({"fc": {"kernel": (7, 5)}, **deep}) == [(11, 2), (12, 2), (7, 5)]
     assert shapes({"fc1": {"kernel": (7, 5)}, **deep}) == [(11, 2), (12, 2), (7, 5)]  # the last by path
+    # An encoder's own output is not the classifier, and what is called "head" in attention is no head.
+    roberta = {f"layer/{i}/output": {"kernel": (i + 1, 2)} for i in range(12)}
+    classifier = {"dense": {"kernel": (5, 5)}, "out_proj": {"kernel": (5, 3)}}
+    assert shapes({"roberta": roberta, "classifier": classifier}) == [(12, 2), (5, 5), (5, 3)]
+    assert shapes({"MultiHeadDotProductAttention": {"q": (2, 2)}, **deep}) == [(10, 2), (11, 2), (12, 2)]
+    # Every adapter counts, end to end.
+    lora = {f"block_{i}": {"a": (6, 2), "b": (2, 6)} for i in range(5)}
+    assert shapes({"head": {"kernel": (6, 3)}, "lora": lora}) == [(5 * 24,), (6, 3)]
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("vit_tiny", ["blocks/11/proj/kernel", "blocks/11/qkv/kernel", "head/kernel"]),
+        ("resnet8", ["stages/2/0/layers/0/conv/kernel", "stages/2/0/layers/1/conv/kernel", "head/kernel"]),
+    ],
+)
+def test_key_parameters_of_our_models(model, expected):
+    from tasks.models import make_model
+
+    params, _ = make_model(model, (16, 16, 3), 10).init(jax.random.key(0))
+    paths = {
+        id(leaf): layer.path for layer, leaf in zip(l3rs.spec.layers_of(params), jax.tree.leaves(params), strict=True)
+    }
+    assert [paths[id(x)] for x in iomt.key_parameters(params)] == expected
 
 
 @pytest.mark.parametrize(

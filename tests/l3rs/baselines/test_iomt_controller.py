@@ -95,15 +95,31 @@ def test_ablations():
         assert how(history) == {"initial": 6, "surrogate": 6}
 
 
-def test_doit_explores_less():
-    """With α < 1 before it, the deviation of what was hardly tried counts less."""
-
-    def tried(variant):
-        rate = lambda c, _: 0.3 if c.optimizer == "left" else 0.1  # noqa: E731
-        history = play(rate, 40, variant=variant, alpha=0.01, seed=1)
-        return sum(stage.optimizer == "right" for stage in history[6:])
-
-    assert tried("doit") <= tried("iomt")
+@pytest.mark.parametrize(
+    ("options", "explores"),
+    [
+        ({}, True),  # σ counts in full
+        ({"transferability": 0.9}, False),  # .1 of it
+        ({"transferability": 0.5}, True),  # .5
+        ({"transferability": 0.9, "halving": 6}, True),  # 1 - .9 / 2
+        ({"transferability": 0.9, "halving": 7}, False),  # not yet
+        ({"transferability": 0.9, "halving": None}, False),
+        ({"variant": "doit", "alpha": 0.1}, False),
+        ({"variant": "doit", "alpha": 0.5}, True),
+        ({"variant": "iomt", "alpha": 0.1}, True),
+    ],
+)
+def test_equation_7_chooses(monkeypatch, options, explores):
+    """After six stages one choice is known, of mean .3 and deviation .1, and one is not, 0 and 1: that one is taken
+    where more than a third of the deviation counts."""
+    space = {name: iomt.Optimizer(optax.sgd, {"learning_rate": (0.1,)}) for name in ("known", "unknown")}
+    controller = iomt.Controller(space, iomt.Options(**{**FEW, **options}), seed=0)
+    predictions = [(np.array([0.3]), np.array([0.1])), (np.array([0.0]), np.array([1.0]))]
+    monkeypatch.setattr(controller._surrogates, "predict", lambda _: predictions)
+    for stage in range(6):
+        controller.choose([np.full(2, stage)])
+        controller.observe([2.0, 1.9])
+    assert controller.choose([np.full(2, 6.0)]).optimizer == ("unknown" if explores else "known")
 
 
 @pytest.mark.parametrize("switch", ["surrogate", "random"])
@@ -152,6 +168,18 @@ def test_umap():
             iomt.Controller(TWO, iomt.Options(compressor="umap"))
     else:
         assert how(play(lambda *_: 0.1, 9, compressor="umap")) == {"initial": 6, "surrogate": 3}
+        assert how(play(lambda *_: 0.1, 5, compressor="umap", initial_stages=1)) == {"initial": 1, "surrogate": 4}
+
+
+@pytest.mark.parametrize("size", [1e14, 1e20, 1e38])
+def test_parameters_that_are_huge(size):
+    """A run that diverges, and is not rolled back, passes through such sizes: what is too large is said."""
+    rng = np.random.default_rng(0)
+    layers = lambda stage: [(size if stage == 4 else 1.0) * rng.normal(size=(8, 3))]  # noqa: E731
+    history = play(lambda *_: 0.1, 9, layers=layers, initial_stages=3, rollback=False)
+    said = ["beyond 1e+15" in " ".join(stage.notes) for stage in history]
+    assert said == [stage == 4 and size > 1e15 for stage in range(9)]
+    assert np.isfinite([stage.score for stage in history]).all()
 
 
 def test_scikit_learn_is_missed_before_the_first_stage(monkeypatch):
@@ -212,7 +240,20 @@ def test_a_loss_that_is_no_more(bad):
     assert first.diverged
     assert first.score == second.score == -1
     assert "after step 1 of the stage; the stage was rolled back" in first.notes[-1]
-    assert f"the loss was {bad:.3g} after step 0" in second.notes[-1]
+    assert f"the loss was {bad:.3g} after step 0" in second.notes[-2]
+    assert second.notes[-1] == "the loss was bad before its first step: that is not held against its optimizer"
+
+
+@pytest.mark.parametrize(("losses", "learned"), [([1.9, np.nan], 2), ([np.nan, np.nan], 1)])
+def test_what_was_bad_before_is_not_held_against_the_next(losses, learned):
+    """Of two stages the second diverges: by itself, or because the loss was bad already."""
+    controller = iomt.Controller(TWO, iomt.Options(**FEW), seed=0)
+    for values in ([2.0, 1.9], losses):
+        controller.choose([np.ones(2)])
+        controller.observe(values)
+    assert controller.history[1].diverged
+    assert (controller._weights == controller.options.minimum_weight).sum() == learned - 1
+    assert sum(map(len, controller._surrogates._data)) == learned
 
 
 def test_a_small_first_loss_is_no_measure():
@@ -225,7 +266,7 @@ def test_parameters_that_are_not_finite():
     """Without rollback this is what the controller sees; the stage is no evidence about parameters."""
     history = play(lambda *_: 0.1, 12, layers=lambda stage: [np.full(3, np.nan if stage in (2, 8) else stage)])
     assert [bool(stage.notes) for stage in history] == [stage in (2, 8) for stage in range(12)]
-    assert "the key parameters are not finite" in history[8].notes[0]
+    assert "key parameters are not finite" in history[8].notes[0]
 
 
 def test_many_stages():

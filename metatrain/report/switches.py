@@ -1,0 +1,63 @@
+"""What IOMT chose: its training loss in the colour of the optimizer that trains."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from l3rs.baselines.iomt import Stage
+from metatrain.report import words
+from metatrain.report.figures import Panel, Plate, name_axis
+from metatrain.report.theme import INK, MUTED, SERIES, Look
+from metatrain.results import SwitchHistory
+
+_RUG = 0.06  # of a panel's height: the stages, below the loss
+
+
+def plate(histories: Sequence[SwitchHistory], name: str) -> Plate:
+    """A panel a variant of IOMT; the dotted line is where the random start ends, a cross a stage that diverged.
+
+    Args:
+      histories: of one setting.
+      name: of the plate.
+    """
+    chosen = dict.fromkeys(stage["optimizer"] for history in histories for stage in history.stages)
+    looks = {optimizer: Look(SERIES[i % len(SERIES)], "", 1.6) for i, optimizer in enumerate(sorted(chosen))}
+    return Plate(name, [_panel(history, looks) for history in histories], list(looks.items()))
+
+
+def _panel(history: SwitchHistory, looks: dict[str, Look]) -> Panel:
+    stages = [Stage(**stage) for stage in history.stages]
+    losses = np.array([np.nan if loss is None else loss for loss in history.losses])
+
+    def draw(ax: Axes) -> None:
+        shown = losses[np.isfinite(losses)]
+        for stage in stages:
+            colour, end = looks[stage.optimizer].colour, stage.step + stage.steps
+            ax.plot(np.arange(stage.step, end + 1), losses[stage.step : end + 1], color=colour, lw=1)
+            ax.axvspan(stage.step, end, 0, _RUG, color=colour, lw=0)
+            if stage.diverged:
+                ax.plot((stage.step + end) / 2, 1.5 * _RUG, "x", color=INK, ms=4, transform=ax.get_xaxis_transform())
+        if (first := next((stage.step for stage in stages if stage.chosen == "surrogate"), 0)) > 0:
+            ax.axvline(first, color=MUTED, ls=":", lw=0.8)
+        if len(shown) and shown.min() > 0:
+            ax.set_yscale("log")
+            low, high = (
+                shown.min(),
+                min(shown.max(), 10 * float(np.median(shown))),
+            )  # a stage that diverged may leave it
+            ax.set_ylim(low / (high / low) ** (2 * _RUG), 1.1 * high)
+        name_axis(ax, x="step", y="training loss")
+
+    name = words.optimizer(history.optimizer)
+    counts = Counter(stage.optimizer for stage in stages).most_common()
+    diverged = sum(stage.diverged for stage in stages)
+    message = f"{name} in {words.short(history.setting)}: {len(stages)} stages, " + ", ".join(
+        f"{count} of {optimizer}" for optimizer, count in counts
+    )
+    return Panel(
+        f"{words.short(history.setting)}: {name}", f"{message}{f', {diverged} diverged' if diverged else ''}.", draw
+    )
