@@ -64,14 +64,14 @@ class Coefficients(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Of one parameter tensor, in its shape. None: coefficients that cannot move make no use of it."""
+    """Each like the params, or of one tensor of them. None: coefficients that cannot move make no use of it."""
 
-    first: jax.Array  # m
-    second: jax.Array  # v
-    difference: jax.Array | None  # n
-    grad: jax.Array | None  # g of the step before
-    mean: jax.Array | None  # v̄
-    lion: jax.Array | None  # Lion's momentum
+    first: Any  # m
+    second: Any  # v
+    difference: Any | None  # n
+    grad: Any | None  # g of the step before
+    mean: Any | None  # v̄
+    lion: Any | None  # Lion's momentum
 
 
 class MADAState(NamedTuple):
@@ -80,7 +80,7 @@ class MADAState(NamedTuple):
 
     count: jax.Array  # type: ignore[assignment]  # int32 [], steps taken
     coefficients: Coefficients  # of the last step
-    moments: Any  # like the params, a `Moments` for each tensor
+    moments: Moments
     grads: optax.Updates | None  # g of the last step, like the params; None: nothing is learned
     params: optax.Params | None  # θ before the last step; None: no derivative needs it
     history: jax.Array  # float [history, 7], a ring: row (t-1) % history has the `Coefficients` of step t
@@ -90,11 +90,11 @@ def _update(
     q: Coefficients,
     step: jax.Array,
     grads: optax.Updates,
-    moments: Any,
+    moments: Moments,
     params: optax.Params | None,
     eps: common.Number,
     weight_decay: common.Number,
-) -> tuple[optax.Updates, Any]:
+) -> tuple[optax.Updates, Moments]:
     """(updates, moments after) of step ≥ 1; params None: without weight decay."""
 
     def one(g: jax.Array, old: Moments, param: jax.Array | None) -> tuple[jax.Array, Moments]:
@@ -103,10 +103,18 @@ def _update(
             direction = direction + weight_decay * param.astype(g.dtype)
         return -q.learning_rate.astype(g.dtype) * direction, new
 
-    if params is None:
-        params = jax.tree.map(lambda _: None, grads)
-    pairs = jax.tree.map(one, grads, moments, params)
-    return jax.tree.map(lambda _, pair: pair[0], grads, pairs), jax.tree.map(lambda _, pair: pair[1], grads, pairs)
+    leaves, form = jax.tree.flatten(grads)
+
+    def column(tree: Any) -> list[Any]:
+        return [None] * len(leaves) if tree is None else jax.tree.leaves(tree)
+
+    olds = [Moments(*row) for row in zip(*map(column, moments), strict=True)]
+    pairs = [one(*row) for row in zip(leaves, olds, column(params), strict=True)]
+    after = [
+        None if tree is None else jax.tree.unflatten(form, [new[i] for _, new in pairs])
+        for i, tree in enumerate(moments)
+    ]
+    return jax.tree.unflatten(form, [moved for moved, _ in pairs]), Moments(*after)
 
 
 def _direction(
@@ -156,7 +164,7 @@ def mada(
     start_step: int | jax.Array = 50,
     eps: jax.typing.ArrayLike = 1e-6,
     weight_decay: jax.typing.ArrayLike = 0.0,
-    history: int = 0,
+    history: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Meta-adaptive optimizer: learns its coefficients by hyper-gradient descent. Step t::
 
@@ -189,7 +197,7 @@ def mada(
       start_step: the first step, counted from 1, that moves coefficients; no earlier than the second.
       eps: ε > 0.
       weight_decay: decoupled, and times α; its update needs the params.
-      history: of how many last steps the coefficients are kept, see `mada_history`.
+      history: of how many last steps the coefficients are kept, see `mada_history`. Not traced.
 
     Returns:
       A transformation whose update needs the params only where there is weight decay. Moments are
@@ -224,7 +232,7 @@ def mada(
     learning_rate = common.rate(learning_rate)
     hyper_clip = common.number("hyper_clip", hyper_clip, lambda x: x > 0, "> 0")
     start_step = _whole("start_step", start_step)
-    history = _whole("history", history)
+    rows = _rows(history)
     weight_decay = common.not_negative("weight_decay", weight_decay)
     decays = not isinstance(weight_decay, float) or weight_decay > 0
     keeps_params = decays and "learning_rate" in rates
@@ -240,7 +248,7 @@ def mada(
             moments=_no_moments(params, start, rates),
             grads=common.zeros(params) if rates else None,
             params=common.zeros(params) if keeps_params else None,
-            history=jnp.zeros((history, len(Coefficients._fields)), dtype),
+            history=jnp.zeros((rows, len(Coefficients._fields)), dtype),
         )
 
     def update_fn(
@@ -250,7 +258,7 @@ def mada(
         if decays and params is None:
             raise L3RSError("weight decay reads the params: call update(grads, state, params)")
         step = optax.safe_increment(state.count)
-        grads = jax.tree.map(lambda g, old: g.astype(old.first.dtype), updates, state.moments)
+        grads = jax.tree.map(lambda g, m: g.astype(m.dtype), updates, state.moments.first)
         q, moments = state.coefficients, state.moments
         if "learning_rate" not in rates:
             q = q._replace(learning_rate=common.rate_at(learning_rate, state.count, q.b1.dtype))
@@ -265,7 +273,7 @@ def mada(
             moments=moments if rates else after,
             grads=grads if rates else None,
             params=jax.tree.map(lambda p, g: p.astype(g.dtype), params, grads) if keeps_params else None,
-            history=state.history.at[state.count % history].set(jnp.stack(q)) if history else state.history,
+            history=state.history.at[state.count % rows].set(jnp.stack(q)) if rows else state.history,
         )
         return common.narrow(moved, updates, params), new_state
 
@@ -276,14 +284,19 @@ def hyper_adam(
     learning_rate: optax.ScalarOrSchedule,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.95,
-    **options: Any,
+    *,
+    hyper_learning_rates: Mapping[str, jax.typing.ArrayLike] | None = None,
+    hyper_clip: jax.typing.ArrayLike = 10.0,
+    start_step: int | jax.Array = 50,
+    eps: jax.typing.ArrayLike = 1e-6,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    history: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam that learns its β1 and β2: MADA with the other coefficients frozen. 3 numbers a parameter.
 
     Args:
-      learning_rate, b1, b2: as those of `mada`.
-      **options: the keyword options of `mada`: hyper_learning_rates, hyper_clip, start_step, eps,
-        weight_decay, history.
+      learning_rate, b1, b2, hyper_learning_rates, hyper_clip, start_step, eps, weight_decay, history:
+        as those of `mada`.
 
     Returns:
       A transformation, with the state of `mada`.
@@ -295,7 +308,18 @@ def hyper_adam(
     Reference: Chandra et al., Gradient Descent: The Ultimate Optimizer, arXiv 1909.13371, in the
     form in which MADA is compared with it.
     """
-    return mada(learning_rate, b1, b2, learned=("b1", "b2"), **options)
+    return mada(
+        learning_rate,
+        b1,
+        b2,
+        learned=("b1", "b2"),
+        hyper_learning_rates=hyper_learning_rates,
+        hyper_clip=hyper_clip,
+        start_step=start_step,
+        eps=eps,
+        weight_decay=weight_decay,
+        history=history,
+    )
 
 
 def mada_coefficients(state: optax.OptState) -> dict[str, jax.Array]:
@@ -424,17 +448,15 @@ def _descend(
     return jnp.where(active, jnp.clip(old - rate * usable, *DOMAIN[name]), old).astype(old.dtype)
 
 
-def _no_moments(params: optax.Params, start: Mapping[str, Any], rates: Mapping[str, Any]) -> Any:
+def _no_moments(params: optax.Params, start: Mapping[str, Any], rates: Mapping[str, Any]) -> Moments:
     """Zeros for what is of use to coefficients that begin here."""
 
     def useless(name: str, value: float) -> bool:
         return name not in rates and isinstance(start[name], float) and start[name] == value
 
-    none = jax.tree.map(lambda _: None, params)
     difference = useless("b3", 0.0)
     off = (False, False, difference, difference, useless("rho", 1.0), useless("gamma", 1.0))
-    trees = [none if is_off else common.zeros(params) for is_off in off]
-    return jax.tree.map(lambda _, *tensors: Moments(*tensors), params, *trees)
+    return Moments(*(None if is_off else common.zeros(params) for is_off in off))
 
 
 def _rates(learned: Sequence[str], given: Mapping[str, Any]) -> dict[str, common.Number]:
@@ -473,6 +495,12 @@ def _start(given: Mapping[str, Any], rates: Mapping[str, Any]) -> dict[str, comm
 def _within(low: float, high: float, x: float) -> bool:
     # A coefficient that was learned in float32 may be the float32 that rounds the edge outwards.
     return bool(np.float32(low) <= np.float32(x) <= np.float32(high))
+
+
+def _rows(history: int | None) -> int:
+    if isinstance(history, jax.core.Tracer):  # it is a shape
+        raise L3RSError("history is traced; it must be a plain number: inject_hyperparams(…, static_args=('history',))")
+    return int(_whole("history", history or 0))
 
 
 def _whole(name: str, value: Any) -> common.Number:

@@ -62,7 +62,10 @@ def test_options_go_to_the_constructor() -> None:
     [
         ({"name": "adam", "beta": 1}, "baseline adam has no option beta; allowed are learning_rate, b1, b2, eps"),
         ({"name": "mada", "b4": 1}, "baseline mada has no option b4; allowed are learning_rate, b1, b2, b3, c, rho"),
-        ({"name": "hyper_adam", "b4": 1}, "baseline hyper_adam: .*unexpected keyword argument 'b4'"),
+        (
+            {"name": "hyper_adam", "b4": 1},
+            "baseline hyper_adam has no option b4; allowed are learning_rate, b1, b2, hyper",
+        ),
         ({"name": "iomt", "tau": 5}, "baseline iomt has no option tau; allowed are learning_rate, stage_steps"),
         ({"name": "mada", "b1": 2.0}, "baseline mada: b1 is 2.0; it must be one number in"),
         ({"name": "iomt", "stage_steps": "x"}, "baseline iomt: stage_steps is 'x'; it must be a whole number ≥ 1"),

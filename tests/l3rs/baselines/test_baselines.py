@@ -176,6 +176,45 @@ def test_it_is_refused_once_and_clearly(name):
         make(name, b1=1.0)
 
 
+@every
+def test_optax_finds_what_is_like_the_params(name):
+    """`tree_map_params` is how a state is sharded or cast: it reaches every moment, and nothing else."""
+    tx, params = make(name), normal(0)
+    state = tx.init(params)
+    marked = optax.tree_map_params(tx, lambda _: "like the params", state, transform_non_params=lambda _: "other")
+    arrays, marks = jax.tree.leaves(state), jax.tree.leaves(marked)
+    sizes = [x.size for x, mark in zip(arrays, marks, strict=True) if mark == "like the params"]
+    n_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+    others = [x.size for x, mark in zip(arrays, marks, strict=True) if mark == "other"]
+    assert sum(sizes) % n_params == 0
+    assert sum(sizes) >= 2 * n_params
+    assert all(size in (0, 1, 3 * 7) for size in others)  # a history is three rows, or none
+
+
+@every
+def test_hyper_parameters_can_be_injected(name):
+    """optax.inject_hyperparams traces every number among the arguments."""
+    factory = {"amsbound": BASELINES["adabound"]}.get(name, BASELINES[name])
+    options = {"amsbound": True} if name == "amsbound" else {}
+    tx, plain = optax.inject_hyperparams(factory)(0.02, **options), factory(0.02, **options)
+    params = normal(0)
+    state, expected_state = tx.init(params), plain.init(params)
+    update = jax.jit(tx.update)
+    for seed in range(3):
+        updates, state = update(normal(seed), state, params)
+        expected, expected_state = plain.update(normal(seed), expected_state, params)
+        np.testing.assert_allclose(ravel(updates), ravel(expected), rtol=1e-4, atol=1e-7)
+    assert float(state.hyperparams["learning_rate"]) == pytest.approx(0.02)
+
+
+def test_a_history_cannot_be_traced():
+    tx = optax.inject_hyperparams(baselines.mada)(0.02, history=3)
+    with pytest.raises(l3rs.L3RSError, match="history is traced; it must be a plain number: inject_hyperparams"):
+        jax.jit(tx.init)(jnp.ones(2))
+    kept = optax.inject_hyperparams(baselines.mada, static_args=("history",))(0.02, history=3)
+    assert jax.jit(kept.init)(jnp.ones(2)).inner_state.history.shape == (3, 7)
+
+
 def test_public_face():
     for name in baselines.__all__:
         assert name in dir(baselines)
