@@ -4,6 +4,9 @@ tx = l3rs.load("checkpoints/digits-mlp", total_steps=200)
 updates, state = tx.update(grads, state, params, value=loss)
 """
 
+import importlib
+from typing import Any
+
 from l3rs.checkpoint import describe, load, match, restore, save
 from l3rs.guard import Guard, guard_report
 from l3rs.layers import Match
@@ -11,6 +14,14 @@ from l3rs.network import init
 from l3rs.optimizer import L3RSState, l3rs
 from l3rs.places import shipped as list  # noqa: A004
 from l3rs.spec import Direction, L3RSError, Layer, Spec
+
+
+def __getattr__(name: str) -> Any:
+    """`l3rs.torch` and `l3rs.baselines`, when they are asked for: `import l3rs` loads neither."""
+    if name in ("torch", "baselines"):
+        return importlib.import_module(f"l3rs.{name}")
+    raise AttributeError(f"module 'l3rs' has no attribute {name!r}")
+
 
 __all__ = [
     "Direction",

@@ -68,7 +68,7 @@ def save(
         "format": FORMAT_VERSION,
         "features": FEATURE_VERSION,
         "spec": spec.to_json(),
-        "sha256": _digest(theta),
+        "sha256": digest(theta),
         "info": dict(info or {}),
     }
     text = json.dumps(manifest, indent=1, allow_nan=False) + "\n"
@@ -183,7 +183,7 @@ def _restore(path: Path) -> tuple[Theta, Spec, dict[str, Any]]:
         raise L3RSError(f"{folder} cannot be read: {first_line[:200]}") from None
     theta = jax.tree.map(np.asarray, theta)
     network.check(theta, spec, str(folder))
-    if _digest(theta) != manifest["sha256"]:
+    if digest(theta) != manifest["sha256"]:
         raise L3RSError(f"{folder} is damaged: its values do not have the digest that {MANIFEST} states")
     return theta, spec, manifest["info"]
 
@@ -208,7 +208,7 @@ def _spec(path: Path, manifest: Mapping[str, Any]) -> Spec:
 
 def load(
     path: str | os.PathLike[str],
-    total_steps: int | jax.Array,
+    total_steps: int | jax.Array | None = None,
     *,
     rename: Mapping[str, str] | None = None,
     match: MatchBy = "path",
@@ -220,12 +220,27 @@ def load(
     Args:
       path: a checkpoint: its folder, a name of `l3rs.list()`, `hf://owner/name[@revision]`, or `gs://…` or another
         URL that fsspec has a driver for. A folder that exists goes before a name.
-      total_steps: the number of steps you are going to train.
+      total_steps: the number of steps you are going to train. None means the longest that the checkpoint was
+        meta-trained on.
       rename, match, on_unknown: how the params' layers find theirs in the checkpoint.
       guard: a safety net.
     """
-    theta, spec, _ = restore(path)
-    return l3rs(theta, spec, total_steps, rename=rename, match=match, on_unknown=on_unknown, guard=guard)
+    theta, spec, info = restore(path)
+    steps = trained_horizon(info) if total_steps is None else total_steps
+    return l3rs(theta, spec, steps, rename=rename, match=match, on_unknown=on_unknown, guard=guard)
+
+
+def trained_horizon(info: Mapping[str, Any]) -> int:
+    """The longest horizon of a checkpoint's meta-training.
+
+    Raises:
+      L3RSError: it does not say.
+    """
+    horizon = info.get("horizon")
+    longest = horizon.get("max") if isinstance(horizon, Mapping) else None
+    if longest is None:
+        raise L3RSError("total_steps is missing, and the checkpoint does not say up to which it was meta-trained")
+    return int(longest)
 
 
 def match(
@@ -260,9 +275,10 @@ def match(
     return match_params(spec, params, Matching.of(spec, rename, match, on_unknown))
 
 
-def _digest(theta: Theta) -> str:
-    digest = hashlib.sha256()
+def digest(theta: Theta) -> str:
+    """SHA-256 of names and values, in hexadecimal."""
+    found = hashlib.sha256()
     for name, array in sorted((layer_path(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(theta)):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(array, "<f4").tobytes())
-    return digest.hexdigest()
+        found.update(name.encode())
+        found.update(np.ascontiguousarray(array, "<f4").tobytes())
+    return found.hexdigest()

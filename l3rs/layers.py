@@ -127,6 +127,8 @@ def match_layers(
             f"rename has {min(not_there)!r}, which is no layer of the params; they are {_abridged(known_names)}"
         )
     if spec.embedding == "descriptor":
+        if None in names:
+            raise L3RSError("descriptor embeddings are read off the layers' names: pass model.named_parameters()")
         return tuple(Match(name, shape, None, "descriptor") for name, shape in network)
     rows = {layer.path: row for row, layer in enumerate(spec.layers)}
     taken = set(taken)

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from l3rs import features, network
-from l3rs.checkpoint import read_spec, restore
+from l3rs.checkpoint import digest, read_spec, restore, trained_horizon
 from l3rs.directions import DIRECTIONS, make_direction
 from l3rs.guard import Guard, GuardState, adam_share, advance, make_guard, report
 from l3rs.layers import Convention, Match, MatchBy, Matching, OnUnknown, embedding_weights, kind, match_layers
@@ -64,7 +64,8 @@ class L3RS(torch.optim.Optimizer):
 
     Args:
       params: `model.named_parameters()`, parameters, or param groups of either. Pass frozen ones, too,
-        unless the names are the checkpoint's.
+        unless the names are the checkpoint's. Descriptor embeddings are read off names; where these do not say how
+        deep a layer is, its place among the parameters does, in several groups that among the sorted names.
       checkpoint: what `l3rs.load` takes: a folder, a shipped name or a URL; or meta-parameters and their spec,
         `(theta, spec)`.
       total_steps: the number of steps you are going to train, the horizon T. None means the longest
@@ -141,18 +142,33 @@ class L3RS(torch.optim.Optimizer):
         # What all layers share lives in the first group: the only place besides a parameter's own state
         # that every tool for saving and sharding optimizers carries along.
         ema = [0.0] * len(self.spec.loss_decays)
-        self.param_groups[0]["shared"] = {"step": 0, "losses": 0, "first_loss": 0.0, "loss_ema": ema}
+        self.param_groups[0]["shared"] = {
+            "step": 0,
+            "losses": 0,
+            "first_loss": 0.0,
+            "loss_ema": ema,
+            **self._identity(),
+        }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, e.g. once they are no longer frozen.
 
+        With descriptor embeddings all layers' depths are told anew; pass frozen parameters from the start, and they
+        stay as they are.
+
+        Args:
+          param_group: beside what `torch.optim` takes, `rename`, as of `L3RS`.
+
         Raises:
           L3RSError: a parameter has no layer in the checkpoint, or that layer has one already.
         """
-        super().add_param_group(param_group)
+        group = dict(param_group)
+        rename = group.pop("rename", None)
+        super().add_param_group(group)
         if "shared" in self.param_groups[0]:  # while constructing, all groups are matched at once
             try:
-                self._match(self.param_groups[-1:], dataclasses.replace(self._matching, rename={}))
+                how = self._matching
+                self._match(self.param_groups[-1:], Matching.of(self.spec, rename, how.by, how.on_unknown))
             except L3RSError:
                 self.param_groups.pop()
                 raise
@@ -161,6 +177,10 @@ class L3RS(torch.optim.Optimizer):
         params = [param for group in groups for param in group["params"]]
         names = [name for group in groups for name in group.get("param_names", [None] * len(group["params"]))]
         for name, param in zip(names, params, strict=True):
+            if hasattr(param, "device_mesh") or re.search("_fsdp_wrapped_module|_flat_param", name or ""):
+                raise L3RSError(
+                    f"parameter {name or ''}{tuple(param.shape)} is sharded; L3RS reads norms of whole layers: use DDP"
+                )
             if param.is_complex():
                 raise L3RSError(f"parameter {name or ''}{tuple(param.shape)} is complex; L3RS takes real ones")
         devices = {str(param.device) for group in self.param_groups for param in group["params"]}
@@ -168,7 +188,7 @@ class L3RS(torch.optim.Optimizer):
             raise L3RSError(f"parameters are on {', '.join(sorted(devices))}; they must all be on one device")
         taken = {path for group in self.param_groups for path in group.get("layers", ())}
         network = [(name, tuple(param.shape)) for name, param in zip(names, params, strict=True)]
-        matches = match_layers(self.spec, network, how, TORCH, taken - {None})
+        matches = match_layers(self.spec, network, how, self._convention, taken - {None})
         if self.spec.embedding == "descriptor":
             paths = iter([how.rename.get(name, name) for name in names])
         else:
@@ -177,6 +197,15 @@ class L3RS(torch.optim.Optimizer):
             group["layers"] = [next(paths) for _ in group["params"]]
         self._embed()
 
+    @property
+    def _convention(self) -> Convention:
+        # Groups are made by other rules than depth: a split by weight decay puts all norms at the end.
+        return TORCH._replace(alphabetical=len(self.param_groups) > 1)
+
+    def _identity(self) -> dict[str, Any]:
+        """What a saved state is told by, beside its form."""
+        return {"total_steps": self.total_steps, "theta": digest(self._theta)[:16]}
+
     def _embed(self) -> None:
         """The embeddings of all groups' parameters, from what `layers` says that they are."""
         layers = [path for group in self.param_groups for path in group["layers"]]
@@ -184,21 +213,24 @@ class L3RS(torch.optim.Optimizer):
         described = [_flax_layer(path, param.shape) for path, param in zip(layers, params, strict=True)]
         rows = {layer.path: row for row, layer in enumerate(self.spec.layers)}
         matches = [Match(None, (), rows.get(path), "") for path in layers]
-        embeddings = iter(embedding_weights(self.spec, matches, described, TORCH) @ self._theta["embedding"])
+        weights = embedding_weights(self.spec, matches, described, self._convention)
+        embeddings = iter(weights @ self._theta["embedding"])
         self._embeddings = [[next(embeddings) for _ in group["params"]] for group in self.param_groups]
 
     def observe(self, loss: Tensor | float) -> None:
         """Remember a loss for the next step, for loops in which somebody else calls `step()`.
 
-        Losses of several micro-batches are averaged. Each is the micro-batch's own mean loss, not divided
-        by their number. A step that `GradScaler` skips leaves its losses for the next one.
+        Losses of several micro-batches are averaged, those that are finite if any is. Each is the
+        micro-batch's own mean loss, not divided by their number. A step that `GradScaler` skips leaves its
+        losses for the next one.
         """
         if not isinstance(loss, (Tensor, numbers.Real)):
             raise L3RSError(f"the loss is {loss!r}; it must be a number or a tensor of one")
         value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss), device="cpu")
         if value.numel() != 1 or value.is_complex():
             raise L3RSError(f"the loss is {value.dtype}{list(value.shape)}; it must be one real number")
-        self._observed.append(value.reshape(()).float())
+        # A copy: what is in the tensor now is the loss, whatever is done to it in place.
+        self._observed.append(value.reshape(()).float().clone())
 
     def guard_report(self) -> dict[str, Any]:
         """What the guard did so far: see `l3rs.guard_report`.
@@ -227,7 +259,9 @@ class L3RS(torch.optim.Optimizer):
           loss: the loss that the gradients are of; in place of a closure.
 
         Returns:
-          The loss that was passed, or that the closure returned.
+          The loss that was passed, or that the closure returned; None, and no step, where the closure has neither a
+          loss nor gradients. Without a loss, a step with an `lr` of 0 only makes the state: that is how
+          torch.distributed.checkpoint prepares an optimizer to load one.
 
         Raises:
           L3RSError: no loss; a sparse gradient.
@@ -235,13 +269,17 @@ class L3RS(torch.optim.Optimizer):
         if closure is not None:
             if loss is not None:
                 raise L3RSError("step takes a closure or a loss, not both")
+            if not callable(closure):
+                raise L3RSError("step takes the loss by its name: step(loss=loss)")
             with torch.enable_grad():
                 loss = closure()
+        layers = self._layers()
         if loss is not None and not (closure is not None and self._observed):
             self.observe(loss)
         if not self._observed:
+            if (closure is not None and not layers) or not any(float(group["lr"]) for group in self.param_groups):
+                return None
             raise L3RSError("L3RS reads the loss: call step(loss=loss), step(closure), or observe(loss) before step()")
-        layers = self._layers()
         observed, self._observed = self._observed, []
         if layers:
             with np.errstate(all="ignore"):  # what is not finite is looked for, and taken out
@@ -263,11 +301,16 @@ class L3RS(torch.optim.Optimizer):
                 state = self.state[param]
                 if not state:
                     state["step"] = 0
-                    state["log_norms"] = torch.from_numpy(np.zeros((2, 2 + len(self._directions)), np.float32))
+                    state |= {name: torch.zeros(shape, device="cpu") for name, shape in self._small_state().items()}
                     for key in self._moments():
                         state[key] = torch.zeros_like(param, dtype=torch.float32)
                 layers.append(_ActiveLayer(param.detach(), param.grad.detach(), state, embedding, group["lr"]))
         return layers
+
+    def _small_state(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what is kept of the last step, in a parameter's state."""
+        n = len(self._directions)
+        return {"log_norms": (2, 2 + n), "mix": (n,), "step_norm": ()}
 
     def _moments(self) -> list[str]:
         """Names of the moments in a parameter's state: `0/adam/exp_avg`."""
@@ -282,7 +325,8 @@ class L3RS(torch.optim.Optimizer):
         index = np.array([i for bucket in passes for i in bucket.layers])
 
         # Reductions that need no direction, and whether a gradient may enter the moments at all.
-        loss = _mean_over_ranks(torch.stack([each.to(device) for each in observed]).mean())
+        losses = torch.stack([each.to(device) for each in observed])
+        loss = _mean_over_ranks(torch.where(losses.isfinite(), losses, torch.nan).nanmean())
         value, *norms = _host(torch.cat([loss[None], _norms(passes)]))
         gradient, parameter = _per_layer(np.square(norms).reshape(2, -1).T, index).T  # squared norms
         finite = np.isfinite(gradient)
@@ -361,7 +405,7 @@ class L3RS(torch.optim.Optimizer):
         norms = np.concatenate([gradient_norm[:, None], parameter_norm[:, None], direction_norm], axis=1)
         log_norms = _safe_log(norms / root_n[:, None])  # [L, S]
         decays = np.array(spec.norm_decays, np.float32)[:, None, None]
-        ema = np.stack([layer.state["log_norms"].numpy() for layer in layers], axis=1)  # [2, L, S]
+        ema = np.stack([_host(layer.state["log_norms"].float()) for layer in layers], axis=1)  # [2, L, S]
         ema = decays * ema + (1 - decays) * log_norms
         seen = _norm_features(log_norms, ema, steps, decays)
         embedding = np.stack([layer.embedding for layer in layers])
@@ -408,16 +452,20 @@ class L3RS(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict()` of this optimizer, of the same checkpoint.
 
+        Warns of other meta-parameters and of another `total_steps`: this optimizer's count from here on.
+
         Raises:
           L3RSError: it is another optimizer's.
         """
         groups = state_dict["param_groups"]
-        paths = [path for group in groups for path in group.get("layers", ())]
-        known = "shared" in groups[0] and all("layers" in group for group in groups)
-        rows = {layer.path for layer in self.spec.layers}
-        if not known or not (self.spec.embedding == "descriptor" or set(paths) - {None} <= rows):
-            raise L3RSError("the state dict is not one of an L3RS optimizer with these layers")
+        self._check_state(state_dict)
+        for name, own in self._identity().items():
+            saved = groups[0]["shared"].get(name, own)
+            if saved != own:
+                what = "other meta-parameters" if name == "theta" else f"{name}={saved}, not {own}"
+                warnings.warn(f"the state was saved with {what}; those of this optimizer count", stacklevel=2)
         super().load_state_dict(state_dict)
+        self.param_groups[0]["shared"] = {**self.param_groups[0]["shared"], **self._identity()}
         self._embed()
         indices = (index for group in groups for index in group["params"])
         params = (param for group in self.param_groups for param in group["params"])
@@ -429,6 +477,37 @@ class L3RS(torch.optim.Optimizer):
                     state[key] = saved.to(param.device, torch.float32)
                 elif isinstance(saved, Tensor) and key not in moments:
                     state[key] = saved.to("cpu", torch.float32)
+
+    def _check_state(self, state_dict: Mapping[str, Any]) -> None:
+        """A form that is not this optimizer's would be found out in the next step only, when the old state is gone."""
+        groups = state_dict["param_groups"]
+        paths = [path for group in groups for path in group.get("layers", ())]
+        known = "shared" in groups[0] and all("layers" in group for group in groups)
+        rows = {layer.path for layer in self.spec.layers}
+        if not known or not (self.spec.embedding == "descriptor" or set(paths) - {None} <= rows):
+            raise L3RSError("the state dict is not one of an L3RS optimizer with these layers")
+        if len(groups[0]["shared"]["loss_ema"]) != len(self.spec.loss_decays):
+            raise L3RSError(
+                f"the state dict has {len(groups[0]['shared']['loss_ema'])} averages of the loss; this optimizer "
+                f"has {len(self.spec.loss_decays)}"
+            )
+        indices = [index for group in groups for index in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for index, param in zip(indices, params, strict=False):  # how many there must be is torch's to say
+            state = state_dict["state"].get(index)
+            if not state:
+                continue
+            expected = {key: tuple(param.shape) for key in self._moments()}
+            expected["log_norms"] = self._small_state()["log_norms"]
+            found = {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
+            found = {key: shape for key, shape in found.items() if "/" in key or key in expected}
+            if found != expected:
+                theirs, ours = ([f"{k} {s}" for k, s in a.items() if b.get(k) != s] for a, b in
+                                ((found, expected), (expected, found)))  # fmt: skip
+                raise L3RSError(
+                    f"the state dict has {', '.join(theirs) or 'less'} for parameter {index} {tuple(param.shape)}; "
+                    f"this optimizer has {', '.join(ours) or 'less'}"
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         own = (
@@ -447,10 +526,7 @@ class L3RS(torch.optim.Optimizer):
 
 def _horizon(total_steps: int | None, info: Mapping[str, Any]) -> int:
     if total_steps is None:
-        horizon = info.get("horizon")
-        total_steps = horizon.get("max") if isinstance(horizon, Mapping) else None
-        if total_steps is None:
-            raise L3RSError("total_steps is missing, and the checkpoint does not say up to which it was meta-trained")
+        total_steps = trained_horizon(info)
     whole = isinstance(total_steps, numbers.Integral) and not isinstance(total_steps, bool)
     if not whole or not 1 <= total_steps < 2**31:
         raise L3RSError(f"total_steps is {total_steps}; it must be a whole number ≥ 1")
@@ -532,7 +608,8 @@ def match(
 
 
 def _unwrapped(name: str) -> str:
-    return re.sub(r"^((module|_orig_mod)\.)+", "", name).replace(".", "/")
+    name = re.sub(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module)(?=\.)", "", name).removeprefix(".")
+    return re.sub(r"^(module\.)+", "", name).replace(".", "/")
 
 
 def _spellings(name: str) -> Iterator[str]:

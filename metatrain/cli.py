@@ -274,7 +274,7 @@ def inspect(
     optimizer: Annotated[str, typer.Argument(help="a checkpoint: a folder, shipped name or URL")],
     network: Annotated[
         Path | None,
-        typer.Option(help="a configuration, or a safetensors file of a PyTorch model"),
+        typer.Option(help="a configuration, or a safetensors file of a PyTorch model, whose layers it sorts by name"),
     ] = None,
     match: Annotated[str, typer.Option(help="how layers of --network find theirs: auto, path or order")] = "auto",
     on_unknown: Annotated[str, typer.Option(help="what a layer gets that is not found: error, mean")] = "error",

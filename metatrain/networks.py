@@ -10,10 +10,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 import l3rs
-from l3rs.layers import Match
+from l3rs.layers import Match, depth_order
 from metatrain.config import UserError, load_config
 from tasks import make_task
 
+_TRAINED = ("F64", "F32", "F16", "BF16")  # of what is trained; others are buffers, such as position ids
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of BatchNorm: not parameters
 
 
@@ -23,6 +24,7 @@ def matches(optimizer: str, network: Path, how: Mapping[str, Any]) -> list[tuple
     Args:
       optimizer: a checkpoint, as of `l3rs.load`.
       network: a configuration, whose tasks' networks are meant, or a safetensors file with a PyTorch model's weights.
+        Such a file does not keep the order of its layers: they are taken as sorted by name, numbers as numbers.
       how: rename, match and on_unknown of `l3rs.match`.
 
     Raises:
@@ -44,12 +46,12 @@ def _of_weights(optimizer: str, file: Path, how: Mapping[str, Any]) -> tuple[Mat
 
     try:
         with safe_open(file, framework="pt") as weights:
-            shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+            shapes = {name: x.get_shape() for name, x in slices.items() if x.get_dtype() in _TRAINED}
     except FileNotFoundError:
         raise UserError(f"{file}: there is no such file") from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: not a readable safetensors file ({error})") from None
-    params = [
-        (name, torch.empty(shape, device="meta")) for name, shape in shapes.items() if not name.endswith(_STATISTICS)
-    ]
-    return match(optimizer, params, **how)
+    names = [name for name in shapes if not name.endswith(_STATISTICS)]
+    ordered = [names[i] for i in depth_order(names)]
+    return match(optimizer, [(name, torch.empty(shapes[name], device="meta")) for name in ordered], **how)

@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the extra `torch` is not installed")
 lightning = pytest.importorskip("lightning", reason="lightning is not installed")
 
+import l3rs  # noqa: E402
 from l3rs.torch import L3RS  # noqa: E402
 from tests.integrations.common import untrained  # noqa: E402
 
@@ -38,17 +39,17 @@ def fit(model, **arguments):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 8, generator=generator)
     data = torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long())
+    resumed = arguments.pop("ckpt_path", None)
     trainer = lightning.Trainer(
         accelerator="cpu",
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **arguments,
+        **{"enable_checkpointing": False, **arguments},
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the number of workers
-        trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=16))
+        trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=16), ckpt_path=resumed)
     (opt,) = trainer.optimizers
     return model, opt.param_groups[0]["shared"]
 
@@ -73,3 +74,42 @@ def test_accumulated_batches():
     model, shared = fit(Observing(), max_epochs=2, accumulate_grad_batches=2)
     assert shared["step"] == shared["losses"] == 4
     assert shared["first_loss"] == pytest.approx((model.losses[0] + model.losses[1]) / 2)
+
+
+class Skipping(Classifier):
+    """Leaves out every other batch, as Lightning allows."""
+
+    def training_step(self, batch, index):
+        return super().training_step(batch) if index % 2 else None
+
+
+def test_batches_that_are_skipped():
+    model, shared = fit(Skipping(), max_epochs=2)
+    assert shared["step"] == shared["losses"] == len(model.losses) == 4
+
+
+def test_resuming(tmp_path):
+    """Two epochs, a checkpoint of Lightning, and two more from it are four, bit for bit."""
+    whole, shared = fit(Classifier(), max_epochs=4)
+    saving = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+    fit(Classifier(), max_epochs=2, enable_checkpointing=True, callbacks=[saving])
+    resumed, again = fit(Classifier(), max_epochs=4, ckpt_path=tmp_path / "last.ckpt")
+    assert again == shared
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_half_precision():
+    """With a scaler, Lightning calls the closure itself, and the optimizer sees only losses it is told."""
+    from lightning.pytorch.plugins.precision import MixedPrecision
+
+    def half(model):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+        return fit(model, max_epochs=4, plugins=[plugin])
+
+    model, shared = half(Observing())
+    assert shared["step"] == shared["losses"] == len(model.losses) == 16
+    assert sum(model.losses[-4:]) < sum(model.losses[:4])
+    with pytest.raises(l3rs.L3RSError, match=r"^L3RS reads the loss: .* observe\(loss\) before step"):
+        half(Classifier())

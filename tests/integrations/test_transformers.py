@@ -129,6 +129,27 @@ def test_gradient_accumulation(tmp_path):
     assert losses_of_parts == pytest.approx(losses, rel=1e-3)  # the Trainer rounds what it logs
 
 
+def test_resuming(tmp_path):
+    """Two steps, a checkpoint of the Trainer, and two more from it are four steps, bit for bit."""
+    finals = []
+    for stops in (False, True):
+        folder = tmp_path / str(stops)
+        arguments = {"max_steps": 4, "per_device_train_batch_size": 8}
+        model = bert()
+        if stops:
+            first = trainer(model, optimizer(model, 4), folder, **arguments)
+            first.args.save_strategy, first.args.save_steps = transformers.trainer_utils.SaveStrategy.STEPS, 2
+            observe_trainer(first).train()
+            model = bert()
+        opt = optimizer(model, 4)
+        run = observe_trainer(trainer(model, opt, folder, **arguments))
+        run.train(resume_from_checkpoint=str(folder / "checkpoint-2") if stops else None)
+        assert opt.param_groups[0]["shared"]["step"] == 4
+        finals.append(model.state_dict())
+    for name, value in finals[0].items():
+        assert torch.equal(value, finals[1][name]), name
+
+
 def test_evaluation_is_not_observed(tmp_path):
     model = bert()
     opt = optimizer(model, 4)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import l3rs
 
 FORBIDDEN = {
@@ -19,6 +21,15 @@ def test_import_loads_nothing_heavy():
     loaded = set(done.stdout.split())
     assert {"l3rs", "jax", "optax"} <= loaded
     assert not loaded & FORBIDDEN
+
+
+def test_submodules_are_there_when_asked_for():
+    code = "import l3rs; print(l3rs.baselines.mada.__name__); import sys; sys.modules['torch'] = None; l3rs.torch"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split() == ["mada"]
+    assert done.stderr.splitlines()[-1] == "ImportError: l3rs.torch needs torch: pip install l3rs[torch]"
+    with pytest.raises(AttributeError, match="module 'l3rs' has no attribute 'jax'"):
+        _ = l3rs.jax
 
 
 def test_core_modules_import_only_what_is_installed_with_them():

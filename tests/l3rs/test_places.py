@@ -60,6 +60,20 @@ def test_shipped_names(tmp_path, monkeypatch):
     l3rs.load("digits-mlp", total_steps=10)
 
 
+def test_without_a_horizon_it_is_the_longest_of_meta_training(tmp_path):
+    longest = l3rs.describe("digits-mlp")["info"]["horizon"]["max"]
+    theta, spec, _ = l3rs.restore("digits-mlp")
+    params = {layer.path: np.full(layer.shape, 0.1, np.float32) for layer in spec.layers}
+    steps = []
+    for tx in (l3rs.load("digits-mlp", match="order"), l3rs.load("digits-mlp", longest, match="order")):
+        updates, _ = tx.update(params, tx.init(params), params, value=1.0)
+        steps.append(updates)
+    jax.tree.map(np.testing.assert_array_equal, *steps)
+    l3rs.save(tmp_path / "silent", theta, spec)
+    with pytest.raises(l3rs.L3RSError, match="total_steps is missing, and the checkpoint does not say up to which"):
+        l3rs.load(tmp_path / "silent")
+
+
 def test_universal_fits_a_network_of_any_kind():
     params = {
         "stem": {"kernel": np.ones((3, 3, 1, 4), np.float32), "bias": np.zeros(4, np.float32)},

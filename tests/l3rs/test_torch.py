@@ -509,6 +509,93 @@ def test_state_dict_of_another_optimizer():
             opt.load_state_dict(state_dict)
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {"directions": ("adam", "lion", "sgd")},
+            r"has log_norms \(2, 4\) for .* this optimizer has 1/lion/exp_avg \(",
+        ),
+        (
+            {"directions": ("adam", "weight_decay", "sgd")},
+            r"log_norms \(2, 4\).* this optimizer has log_norms \(2, 5\)$",
+        ),
+        ({"loss_decays": (0.5, 0.9, 0.99)}, "^the state dict has 2 averages of the loss; this optimizer has 3$"),
+    ],
+    ids=["directions", "norms", "losses"],
+)
+def test_state_dict_of_another_form(fields, words):
+    """It is refused, and the optimizer goes on as if it had not been tried."""
+    params = parameters()
+    opt = L3RS(params.items(), checkpoint(embedding="descriptor"), 10)
+    theirs = parameters()
+    other = L3RS(theirs.items(), checkpoint(embedding="descriptor", **fields), 10)
+    train(opt, params, 1)
+    train(other, theirs, 1)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(l3rs.L3RSError, match=words):
+        other.load_state_dict(opt.state_dict())
+    assert other.state_dict()["param_groups"] == before["param_groups"]
+    train(other, theirs, 1, first=1)
+
+
+def test_state_dict_of_a_wider_network():
+    theta, spec = checkpoint(embedding="descriptor")
+    small, wide = ({"w": torch.nn.Parameter(torch.ones(n, 3))} for n in (2, 5))
+    opt, other = L3RS(small.items(), (theta, spec), 10), L3RS(wide.items(), (theta, spec), 10)
+    train(opt, small, 1)
+    with pytest.raises(l3rs.L3RSError, match=r"for parameter 0 \(5, 3\); this optimizer has 0/adam/exp_avg \(5, 3\)"):
+        other.load_state_dict(opt.state_dict())
+
+
+def test_another_horizon_and_other_meta_parameters_are_said():
+    theta, spec = checkpoint()
+    opt = L3RS(parameters().items(), (theta, spec), 10)
+    saved = opt.state_dict()
+    with warnings.catch_warnings(action="error"):
+        L3RS(parameters().items(), (theta, spec), 10).load_state_dict(saved)
+    longer = L3RS(parameters().items(), (theta, spec), 20)
+    with pytest.warns(UserWarning, match="saved with total_steps=10, not 20; those of this optimizer count") as found:
+        longer.load_state_dict(saved)
+    assert len(found) == 1
+    assert longer.state_dict()["param_groups"][0]["shared"]["total_steps"] == 20
+    with pytest.warns(UserWarning, match="saved with other meta-parameters"):
+        L3RS(parameters().items(), (random_theta(spec, seed=1), spec), 10).load_state_dict(saved)
+
+
+def test_state_that_was_moved():
+    """Lightning moves every tensor of a state to the parameters' device, or dtype."""
+    runs = []
+    for moves in (False, True):
+        params = parameters()
+        opt = L3RS(params.items(), checkpoint(), 10)
+        train(opt, params, 2)
+        for state in opt.state.values() if moves else ():
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    state[key] = Elsewhere(value) if key in opt._small_state() else value
+        train(opt, params, 2, first=2)
+        runs.append(values(params))
+    assert_same(*runs)
+
+
+class Elsewhere(torch.Tensor):
+    """As a tensor on another device: it has no `numpy` before it has been fetched."""
+
+    @staticmethod
+    def __new__(cls, x):
+        return x.as_subclass(cls)
+
+    def numpy(self, **_):
+        raise TypeError("can't convert device type tensor to numpy")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+    def float(self):
+        return self
+
+
 def test_deepcopy_and_pickle_protocol():
     params = parameters()
     opt = L3RS(params.items(), checkpoint(), 10)
@@ -606,6 +693,52 @@ def test_observed_losses_are_averaged():
         opt.step()
 
 
+def test_an_observed_loss_is_what_it_was():
+    """`loss /= 4` after it, the usual way to accumulate, is not the loss."""
+    params = parameters()
+    opt = L3RS(params.items(), checkpoint(), 10)
+    give_gradients(params, 0)
+    loss = torch.tensor(3.0)
+    opt.observe(loss)
+    loss /= 4
+    opt.step()
+    assert opt.param_groups[0]["shared"]["first_loss"] == 3.0
+
+
+@pytest.mark.parametrize(("losses", "mean"), [([1.0, float("inf"), 3.0], 2.0), ([float("nan")], None)], ids=str)
+def test_losses_that_are_not_finite_do_not_spoil_others(losses, mean):
+    """A step that GradScaler skipped leaves its infinite loss behind."""
+    params = parameters()
+    opt = L3RS(params.items(), checkpoint(), 10)
+    give_gradients(params, 0)
+    for loss in losses:
+        opt.observe(loss)
+    opt.step()
+    shared = opt.param_groups[0]["shared"]
+    assert (shared["losses"], shared["first_loss"]) == ((0, 0.0) if mean is None else (1, mean))
+
+
+def test_a_step_that_is_refused_leaves_no_loss_behind():
+    embedding = torch.nn.Embedding(7, 3, sparse=True)
+    opt = L3RS(embedding.named_parameters(), checkpoint({"embed/embedding": (7, 3)}), 10)
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(l3rs.L3RSError, match="is sparse"):
+        opt.step(loss=100.0)
+    embedding.weight.grad = embedding.weight.grad.to_dense()
+    opt.step(loss=1.0)
+    assert opt.param_groups[0]["shared"]["first_loss"] == 1.0
+
+
+def test_a_batch_that_is_skipped():
+    """Lightning's training_step may return None: there is neither a loss nor a gradient."""
+    params = parameters()
+    opt = L3RS(params.items(), checkpoint(), 10)
+    before = values(params)
+    assert opt.step(lambda: None) is None
+    assert opt.param_groups[0]["shared"]["step"] == 0
+    assert_same(values(params), before)
+
+
 def test_observed_losses_go_before_a_closures():
     """Lightning's closure returns the loss of the last micro-batch, divided by their number."""
     params = parameters()
@@ -666,6 +799,16 @@ def test_add_param_group_that_is_not_known():
     train(opt, params, 1)  # and it goes on
 
 
+def test_add_param_group_under_another_name():
+    params = parameters()
+    opt = L3RS({name: p for name, p in params.items() if name != "dense.weight"}.items(), checkpoint(), 10)
+    group = {"params": [("fc.weight", params["dense.weight"])], "rename": {"fc.weight": "dense/kernel"}}
+    opt.add_param_group(group)
+    assert "rename" in group  # the caller's own
+    assert opt.param_groups[1]["layers"] == ["dense/kernel"]
+    assert "rename" not in opt.state_dict()["param_groups"][1]
+
+
 def test_horizon():
     """Past it, the optimizer warns once; None is what the checkpoint was meta-trained on."""
     params = parameters()
@@ -695,6 +838,7 @@ def test_total_steps_below_one(total_steps):
             r"^L3RS reads the loss: call step\(loss=loss\), step\(closure\), or observe\(loss\) before step\(\)$",
         ),
         (lambda opt: opt.step(lambda: None), "^L3RS reads the loss"),
+        (lambda opt: opt.step(torch.tensor(1.0)), r"^step takes the loss by its name: step\(loss=loss\)$"),
         (lambda opt: opt.step(lambda: 1.0, loss=1.0), "^step takes a closure or a loss, not both$"),
         (lambda opt: opt.observe(torch.ones(2)), r"^the loss is torch.float32\[2\]; it must be one real number$"),
         (lambda opt: opt.observe("1"), "^the loss is '1'; it must be a number or a tensor of one$"),
@@ -912,6 +1056,50 @@ def test_descriptors_of_both_layouts():
     )
 
 
+def test_descriptors_need_names():
+    _, spec = made_of = checkpoint(embedding="descriptor")
+    unnamed = list(parameters().values())
+    for call in (lambda: L3RS(unnamed, made_of, 10), lambda: match(spec, unnamed)):
+        with pytest.raises(l3rs.L3RSError) as error:
+            call()
+        assert str(error.value) == (
+            "descriptor embeddings are read off the layers' names: pass model.named_parameters()"
+        )
+
+
+def test_groups_do_not_change_what_a_layer_is_described_by():
+    """A split by weight decay, or groups from head to input: the depth is that of the sorted names."""
+    shapes = {
+        f"block_{i}/{leaf}": (4, 4) if leaf == "kernel" else (4,) for i in range(11) for leaf in ("kernel", "bias")
+    }
+    params = parameters(shapes=shapes)
+    made_of = checkpoint(embedding="descriptor")
+    matrices, biases = ([item for item in params.items() if item[1].dim() == n] for n in (2, 1))
+    splits = (
+        [matrices, biases],
+        [biases, matrices],
+        [list(params.items())[11:][::-1], list(params.items())[:11][::-1]],
+    )
+    (plain,) = L3RS(params.items(), made_of, 10)._embeddings
+    expected = dict(zip(params, plain, strict=True))
+    for split in splits:
+        opt = L3RS([{"params": group} for group in split], made_of, 10)
+        for group, found in zip(split, opt._embeddings, strict=True):
+            for (name, _), embedding in zip(group, found, strict=True):
+                np.testing.assert_allclose(embedding, expected[name], rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["_fsdp_wrapped_module.dense.weight", "_flat_param"])
+def test_sharded_parameters_are_refused_by_name(name):
+    with pytest.raises(l3rs.L3RSError, match=rf"^parameter {name}\(40,\) is sharded; L3RS reads norms of whole layers"):
+        L3RS([(name, torch.nn.Parameter(torch.ones(40)))], checkpoint(embedding="descriptor"), 10)
+
+
+def test_wrappers_words_do_not_count():
+    for name in ("module._orig_mod.a.weight", "_orig_mod.module.a.weight", "a._checkpoint_wrapped_module.weight"):
+        assert l3rs.torch._unwrapped(name) == "a/weight"
+
+
 def test_parity_with_descriptors():
     """For a network that the spec does not know; the state is saved and copied as any other."""
     theta, spec = checkpoint({"other/kernel": (2, 2)}, embedding="descriptor")
@@ -1117,16 +1305,32 @@ def test_two_ranks(tmp_path):
     assert_near(dict(ranks[0]["model"]), dict(model.state_dict()), 1e-5)
 
 
+def test_sharded_parameters_are_refused(tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = Small()
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(l3rs.L3RSError, match=r"^parameter embed.weight\(11, 4\) is sharded; .*: use DDP$"):
+            small_optimizer(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_distributed_checkpoint_of_the_state():
     """torch.distributed.checkpoint keys the state by the parameters' names; nothing of ours is in its way."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
     model, resumed = Small(), Small()
     opt, other = small_optimizer(model), small_optimizer(resumed)
+    untouched = Small()
+    fresh = get_optimizer_state_dict(untouched, small_optimizer(untouched))
     fit(model, opt, 2)
-    fit(resumed, other, 1)
     saved = copy.deepcopy(get_optimizer_state_dict(model, opt))
     assert set(saved["state"]) == set(dict(model.named_parameters()))
+    assert {key: set(state) for key, state in fresh["state"].items()} == {k: set(s) for k, s in saved["state"].items()}
     resumed.load_state_dict(model.state_dict())
     set_optimizer_state_dict(resumed, other, saved)
     assert_same(fit(resumed, other, 2), fit(model, opt, 2))

@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 import l3rs
@@ -218,8 +220,21 @@ def test_inspect_shows_what_the_layers_of_a_network_are(finished: Path, config: 
     assert "0.weight  [8, 3, 3, 3]  ← descriptor" in done.stdout
     assert "running_mean" not in done.stdout
 
+    # Sorted as by a person: in the file, "10.weight" is before "2.weight". What is not trained is no layer.
+    wide = torch.nn.ModuleDict({"dense": torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(12)])})
+    save_file({**wide.state_dict(), "position_ids": torch.arange(3)}, tmp_path / "wide.safetensors")
+    layers = {f"dense_{i}": {"kernel": np.zeros((4, 4)), "bias": np.zeros(4)} for i in range(12)}
+    spec = l3rs.Spec.create(layers)
+    l3rs.save(tmp_path / "table", l3rs.init(jax.random.key(0), spec), spec)
+    done = metatrain("inspect", tmp_path / "table", "--network", tmp_path / "wide.safetensors", "--match", "auto")
+    assert done.returncode == 0, done.stderr
+    shown = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    for i in range(12):
+        assert f"dense.{i}.weight [4, 4] ← dense_{i}/kernel" in shown
+    assert "position_ids" not in done.stdout
+
     table = tmp_path / "model.safetensors"
-    assert "layer '0.bias' (8,) is none that" in refused(
+    assert "layer '0.weight' (8, 3, 3, 3) is none that" in refused(
         metatrain("inspect", "digits-mlp", "--network", table, "--match", "path")
     )
     done = metatrain("inspect", "digits-mlp", "--network", table, "--on-unknown", "mean")
