@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 
@@ -35,14 +36,18 @@ def _panel(history: SwitchHistory, looks: dict[str, Look]) -> Panel:
 
     def draw(ax: Axes) -> None:
         shown = losses[np.isfinite(losses)]
+        for optimizer, group in itertools.groupby(stages, lambda stage: stage.optimizer):  # one piece: no seams
+            first, *others = group
+            last, colour = (others or [first])[-1], looks[optimizer].colour
+            end = last.step + last.steps
+            ax.plot(np.arange(first.step, end + 1), losses[first.step : end + 1], color=colour, lw=1)
+            ax.axvspan(first.step, end, 0, _RUG, color=colour, lw=0)
         for stage in stages:
-            colour, end = looks[stage.optimizer].colour, stage.step + stage.steps
-            ax.plot(np.arange(stage.step, end + 1), losses[stage.step : end + 1], color=colour, lw=1)
-            ax.axvspan(stage.step, end, 0, _RUG, color=colour, lw=0)
             if stage.diverged:
-                ax.plot((stage.step + end) / 2, 1.5 * _RUG, "x", color=INK, ms=4, transform=ax.get_xaxis_transform())
-        if (first := next((stage.step for stage in stages if stage.chosen == "surrogate"), 0)) > 0:
-            ax.axvline(first, color=MUTED, ls=":", lw=0.8)
+                middle = stage.step + stage.steps / 2
+                ax.plot(middle, 1.5 * _RUG, "x", color=INK, ms=4, transform=ax.get_xaxis_transform())
+        if (start := next((stage.step for stage in stages if stage.chosen == "surrogate"), 0)) > 0:
+            ax.axvline(start, color=MUTED, ls=":", lw=0.8)
         if len(shown) and shown.min() > 0:
             ax.set_yscale("log")
             low, high = (
@@ -58,6 +63,5 @@ def _panel(history: SwitchHistory, looks: dict[str, Look]) -> Panel:
     message = f"{name} in {words.short(history.setting)}: {len(stages)} stages, " + ", ".join(
         f"{count} of {optimizer}" for optimizer, count in counts
     )
-    return Panel(
-        f"{words.short(history.setting)}: {name}", f"{message}{f', {diverged} diverged' if diverged else ''}.", draw
-    )
+    title = f"{name} in {words.short(history.setting)}"
+    return Panel(title, f"{message}{f', {diverged} diverged' if diverged else ''}.", draw)
