@@ -27,6 +27,10 @@ from metatrain.config import UserError, load_config
 from metatrain.evaluate import evaluate, held_out_samples
 from metatrain.interleaved import interleaved_rollout, trainers
 from metatrain.results import Results
+from tasks import Task, uniform_batches
+from tasks.classification import classification_loss
+from tasks.models import make_model
+from tasks.trainable import train_only
 from tests.metatrain.common import REGRESSION, small_config
 from tests.metatrain.quadratic import regression
 
@@ -291,6 +295,35 @@ def test_a_run_of_iomt_is_the_run_it_says(plan: Any) -> None:
         losses[stage.step + stage.steps] = float(task.loss(params, stats, data["test"], False)[0])
     # float32 over 30 steps, compiled apart
     np.testing.assert_allclose(score["test"].loss, [losses[point] for point in points], rtol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["lora", "head"])
+def test_iomt_where_little_is_trained(mode: str) -> None:
+    """A small ViT with adapters, or its head alone: the loss falls, and the surrogates see the trained parameters."""
+    rng = np.random.default_rng(0)
+    label = np.arange(64, dtype=np.int32) % 2  # dark ones and bright ones
+    images = rng.integers(0, 160, (64, 8, 8, 3), dtype=np.uint8) + 95 * label[:, None, None, None].astype(np.uint8)
+    split = {"image": images, "label": label}
+    model = make_model("vit_tiny", (8, 8, 3), 2, patch_size=4, dim=16, heads=2, depth=1)
+    init, loss = train_only(mode, lambda _, i: model.init(jax.random.key(i)), classification_loss(model))
+    data = dict.fromkeys(("inner_train", "inner_valid", "outer_valid", "test"), split)
+    task = Task(mode, data, init, uniform_batches(32), loss, {"meta_train": range(2), "held_out": range(2, 4)})
+    entry = find_baseline("iomt", {"stage_steps": 5, "initial_stages": 6})
+    assert isinstance(entry, Interleaved)
+    histories: list[list[iomt.Stage]] = []
+    rollout = interleaved_rollout(
+        task, entry, "fused", trainers(task, "fused"), lambda history, _: histories.append(history)
+    )
+    sample = jax.tree.map(lambda x: x[0], held_out_samples(task, 0, 1))
+    hyper = Tuned(jnp.float32(0.01), jnp.int32(0))
+    score = rollout(hyper, jax.tree.map(jnp.asarray, data), sample, jnp.int32(60), ("inner_train",), [0, 60])
+    before, after = score["inner_train"].loss
+    assert after < 0.8 * before
+    (history,) = histories
+    assert {stage.chosen for stage in history} == {"initial", "surrogate"}
+    assert not any("do not vary" in note for stage in history for note in stage.notes)
+    params, _ = task.init(data, jnp.int32(0))
+    assert len(iomt.key_parameters(params)) == {"lora": 2, "head": 1}[mode]
 
 
 def test_transferability_is_the_accuracy_of_the_init(monkeypatch: pytest.MonkeyPatch) -> None:
