@@ -297,7 +297,7 @@ def test_a_run_of_iomt_is_the_run_it_says(plan: Any) -> None:
     np.testing.assert_allclose(score["test"].loss, [losses[point] for point in points], rtol=1e-3)
 
 
-@pytest.mark.parametrize("mode", ["lora", "head"])
+@pytest.mark.parametrize("mode", [pytest.param("lora", marks=pytest.mark.slow), "head"])
 def test_iomt_where_little_is_trained(mode: str) -> None:
     """A small ViT with adapters, or its head alone: the loss falls, and the surrogates see the trained parameters."""
     rng = np.random.default_rng(0)
