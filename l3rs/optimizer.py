@@ -65,7 +65,8 @@ def l3rs(
     Args:
       theta: meta-parameters, from `init`, a meta-training run or a checkpoint.
       spec: what `theta` belongs to.
-      total_steps: the horizon T ≥ 1, a number or a traced int32 scalar. Training may go past it.
+      total_steps: the horizon T ≥ 1, a number or a traced int32 scalar. Training may go past it, with the
+        features of a training that is over; compiled code cannot say so, `state.count` tells.
       rename: {path in the params: path in the checkpoint}, for layers that are called otherwise here. With
         descriptor embeddings, the names that layers are described by.
       match: how layers find theirs in an embedding table. "path": by name; layers may be absent (frozen). "order":
