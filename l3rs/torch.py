@@ -301,7 +301,10 @@ class L3RS(torch.optim.Optimizer):
                 state = self.state[param]
                 if not state:
                     state["step"] = 0
-                    state |= {name: torch.zeros(shape, device="cpu") for name, shape in self._small_state().items()}
+                    state |= {
+                        name: torch.zeros(shape, dtype=torch.float32, device="cpu")
+                        for name, shape in self._small_state().items()
+                    }
                     for key in self._moments():
                         state[key] = torch.zeros_like(param, dtype=torch.float32)
                 layers.append(_ActiveLayer(param.detach(), param.grad.detach(), state, embedding, group["lr"]))

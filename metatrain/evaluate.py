@@ -303,8 +303,8 @@ def _look_inside(
     tuned = Tuned(jnp.float32(0.1), jnp.int32(0))
     shape = comparison.task.params_shape()
     form = jax.eval_shape(lambda params: make_baseline(baseline, tuned, 10).init(params), shape)
-    learns = bool(_parts_of(form, MADAState))
-    if not learns and not _parts_of(form, SWATSState):
+    learns, switches = (len(_parts_of(form, kind)) == 1 for kind in (MADAState, SWATSState))
+    if not learns and not switches:
         return
     horizon = comparison.horizons[-1]
     kept = set(np.linspace(1, horizon, min(horizon, _COEFFICIENT_POINTS)).round().astype(int).tolist())
@@ -320,10 +320,10 @@ def _look_inside(
     if learns:
         values = {name: [round(at[name], 4) for at in found.values()] for name in COEFFICIENTS}
         part.coefficients.append(CoefficientPath(comparison.setting, label, list(found), values))
-        return
-    (state,) = _parts_of(carry.state, SWATSState)
-    when = f"after step {int(state.switch_step)}" if state.sgd else "not at all, so that it was Adam"
-    part.notes.append(f"{comparison.setting}: {label} switched to SGD {when}, in the first seed's {horizon} steps")
+    if switches:
+        (state,) = _parts_of(carry.state, SWATSState)
+        what = f"switched to SGD after step {int(state.switch_step)}" if state.sgd else "was Adam, it did not switch,"
+        part.notes.append(f"{comparison.setting}: {label} {what} in the first seed's run of {horizon} steps")
 
 
 def _parts_of(state: Any, kind: type) -> list[Any]:
