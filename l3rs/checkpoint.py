@@ -86,6 +86,7 @@ def save(
         # Whatever interrupts this, the old checkpoint is there: under its own name or under this one.
         old = target.with_name(f"{target.name}.replaced")
         if target.exists():
+            shutil.rmtree(old, ignore_errors=True)  # of a save that was killed when it had the new one in place
             target.rename(old)
         try:
             (scratch / "new").rename(target)

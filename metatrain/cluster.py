@@ -44,7 +44,8 @@ _SHARD_SECONDS = 0.25  # shards are made so large that Ray's 2 ms a call do not 
 _SHARDS_A_WORKER = 4  # as long as there are so many: the last one to end is waited for
 _RECRUIT_SECONDS = 60.0  # at most, before a worker is asked for again when the last ones died at once
 _MAX_BAD = 3  # unusable answers of a worker before it is replaced
-_MAX_ERRORS = 3  # errors of the task's own code before the run stops
+_MAX_ERRORS = 3  # errors of the task's own code, with no answer in between, before the run stops
+_MAX_DOUBLINGS = 6  # of the time to answer: it doubles when it was too short, until there is an answer
 
 
 class Answer(NamedTuple):
@@ -167,6 +168,7 @@ class RayEvaluator:
         self._ray, self._owned, self._say = ray, connected, say
         self._execution, self._population, self._chunk = execution, outer.population, members_per_call
         self._shards_of = self._chunks = cut(outer.population, members_per_call)
+        self._steps = 1  # candidate-steps of a shard, in this generation
         self._pace = 0.0  # seconds of a chunk's step, in the last generation
         arrays, treedef = jax.tree.flatten([task.data for task in tasks])
         self._arrays = [np.asanyarray(array) for array in arrays]
@@ -185,8 +187,8 @@ class RayEvaluator:
         self._begun = False  # a worker has been ready
         self._wanted, self._count_again = 0, 0.0  # workers, and when to look whether the cluster has grown
         self._stillborn, self._recruit_again = 0, 0.0  # workers in a row that died before they began; wait so long
-        self._errors = 0
-        self._slowest = 0.0
+        self._errors = self._timeouts = 0  # since the last answer: errors, and times that nobody answered in time
+        self._slowest = 0.0  # seconds of an answer, for each candidate-step of its shard
         self._counts = dict.fromkeys(("lost", "duplicated", "requeued", "stale", "rejected"), 0)
         try:
             self._refuse_what_never_fits()
@@ -198,6 +200,7 @@ class RayEvaluator:
         self._round += 1
         self._count_again = 0.0
         self._shards_of = self._group(spec.horizon)
+        self._steps = len(self._shards_of[0]) * spec.horizon
         shards = Shards(len(self._shards_of))
         fitness = np.full(self._population, np.nan, np.float32)
         host = jax.tree.map(np.asarray, (state, spec.key, spec.sample))
@@ -293,13 +296,17 @@ class RayEvaluator:
             self._ray.kill(member.actor)
 
     def _replace_hung(self, shards: Shards) -> None:
-        now = time.monotonic()
-        for member in list(self._members):
-            patience = max(_HANG_SECONDS, _HANG_FACTOR * self._slowest)
+        now, hung = time.monotonic(), []
+        for member in self._members:
+            patience = max(_HANG_SECONDS, _HANG_FACTOR * self._slowest * self._steps)
             if not member.answered:
                 patience = max(patience, _FIRST_CALL_SECONDS)
-            if member.calls and now - member.since > patience:
-                self._lose(member, shards, f"no answer for {now - member.since:.0f} s")
+            if member.calls and now - member.since > patience * 2**self._timeouts:
+                hung.append(member)
+        for member in hung:
+            self._lose(member, shards, f"no answer for {now - member.since:.0f} s")
+        # What is slow, and not dead, ends some time.
+        self._timeouts = min(self._timeouts + bool(hung), _MAX_DOUBLINGS)
 
     # Work goes out, answers come in.
 
@@ -341,8 +348,7 @@ class RayEvaluator:
                 self._halve(member.chunk, "the node ran out of memory")
             self._lose(member, shards, first_line(error))
             return
-        self._slowest = max(self._slowest, now - member.since) if member.answered else self._slowest
-        member.since, member.answered = now, member.answered + 1
+        self._note_time(member, asked, now)
         if asked != self._round:
             self._counts["stale"] += 1
             return
@@ -356,6 +362,13 @@ class RayEvaluator:
             fitness[self._shards_of[shard]] = answer.fitness
         else:
             self._counts["stale"] += 1
+
+    def _note_time(self, member: _Member, asked: int, now: float) -> None:
+        """An answer has come: of a worker's first one the time is that of compiling."""
+        if member.answered and asked == self._round:
+            self._slowest = max(self._slowest, (now - member.since) / self._steps)
+        self._errors = self._timeouts = 0
+        member.since, member.answered = now, member.answered + 1
 
     def _welcome(self, member: _Member, ref: Any) -> None:
         try:

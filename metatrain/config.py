@@ -25,7 +25,7 @@ class UserError(ValueError):
 
 
 class _Section(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=False)
 
 
 class TaskConfig(pydantic.BaseModel):
@@ -215,7 +215,18 @@ def check_section(section: type[Section], data: dict[Any, Any], where: str) -> S
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML, such that `load_config` gives it back."""
-    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+    return OmegaConf.to_yaml(OmegaConf.create(_plain(config.model_dump(mode="python"))))
+
+
+def _plain(value: Any) -> Any:
+    """What YAML holds; text that looks like an interpolation stays text. JSON would lose infinities."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, str):
+        return value.replace("${", "\\${")
+    return value
 
 
 def portable(value: Any) -> Any:

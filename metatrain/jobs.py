@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import shutil
 import tempfile
 import time
@@ -121,7 +122,7 @@ def submit(jobs: Any, config: Config, folder: str, *, resume: bool = False, say:
             job_id = jobs.submit_job(
                 # Ray makes job ids unique: two who submit one name at the same time cannot both succeed.
                 submission_id=f"{config.name}-{len(earlier) + 1}",
-                entrypoint=f"python -m metatrain.cli run config.yaml --out {json.dumps(folder)}{options}",
+                entrypoint=f"python -m metatrain.cli run config.yaml --out {shlex.quote(folder)}{options}",
                 runtime_env={"working_dir": str(place), "env_vars": environment},
                 metadata={_NAME: config.name, _FOLDER: folder},
             )

@@ -39,6 +39,8 @@ class Display:
     def update(self, metrics: dict[str, Any]) -> None:
         done = metrics["generation"] + 1
         mean = metrics["meta_loss_mean"]
+        if mean is None:
+            self.say(f"generation {metrics['generation']}: no candidate has a finite loss; the state stays")
         line = (
             f"meta-loss {'not finite' if mean is None else format(mean, '.4f')}  horizon {metrics['horizon']:>4}  "
             f"{metrics['candidate_steps_per_s']:,.0f} candidate-steps/s  {metrics['workers']} workers"
@@ -51,7 +53,7 @@ class Display:
             self._console.print(f"generation {done}/{self._total}  {line}  {left:,.0f} s left")
 
     def say(self, sentence: str) -> None:
-        self._console.print(sentence)
+        self._console.print(sentence, markup=False)  # it may hold a [bracket]
 
     def close(self) -> None:
         if self._bar:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,7 +76,7 @@ class StateStore:
                 continue
             for newer in steps[: steps.index(step)]:
                 # Set aside, not deleted: the run is going to write this step again.
-                (self._folder / str(newer)).rename(self._folder.parent / f"damaged-state-{newer}")
+                (self._folder / str(newer)).rename(_free(self._folder.parent / f"damaged-state-{newer}"))
             self._manager.reload()
             return progress
         if steps:
@@ -98,6 +99,12 @@ class StateStore:
             raise ValueError("it belongs to another strategy or another network")
         strategy = jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in sorted(leaves)])
         return Progress(strategy=jax.tree.map(jax.numpy.asarray, strategy), **counters)
+
+
+def _free(path: Path) -> Path:
+    """A name that nothing has: what was set aside before stays."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}-{i}") for i in itertools.count(2)))
+    return next(name for name in names if not name.exists())
 
 
 def _digest(leaves: dict[str, np.ndarray]) -> str:

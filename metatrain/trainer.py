@@ -14,7 +14,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import shutil
 import signal
 import tempfile
@@ -39,6 +38,7 @@ from metatrain.plan import choose_plan, members_per_call
 from metatrain.population import Evaluator, GenerationSpec, LocalEvaluator
 from metatrain.progress import Display
 from metatrain.remote import RunFolder, run_folder
+from metatrain.results import write_whole
 from metatrain.state import Progress, StateStore
 from metatrain.strategy import Strategy, make_strategy
 from tasks import Task, make_task, sample
@@ -75,8 +75,12 @@ def run(config: Config, out: str | Path | None = None, *, resume_run: bool = Fal
             raise UserError(
                 f"{folder.name} exists; resume it with `metatrain resume {folder.name}` or choose another with --out"
             )
-        folder.path.mkdir(parents=True)
-        (folder.path / "config.yaml").write_text(dump_config(setup.config))
+        # There with its configuration, or not at all: a killed start is not in the way of the next.
+        folder.path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.path.name}.", dir=folder.path.parent))
+        scratch.chmod(0o755)
+        (scratch / "config.yaml").write_text(dump_config(setup.config))
+        scratch.rename(folder.path)
         try:
             return _train(folder, setup)
         except UserError:
@@ -216,6 +220,7 @@ def _train(folder: RunFolder, setup: Setup) -> Run:
     metrics = _Metrics(folder.path, progress.generation, config.logging.tensorboard)
     page = Live(folder.path)
     display.begin(progress.generation)
+    began = progress.generation
 
     def waiting(sentence: str) -> None:
         store.save(progress)
@@ -231,8 +236,6 @@ def _train(folder: RunFolder, setup: Setup) -> Run:
                     metrics.write(line)
                     display.update(line)
                     page.tick()
-                    if progress.failures:
-                        display.say(f"generation {line['generation']}: no candidate has a finite loss; the state stays")
                     if progress.failures >= config.outer.max_failures:
                         break
                     if progress.generation % config.checkpoint.every == 0:
@@ -240,6 +243,11 @@ def _train(folder: RunFolder, setup: Setup) -> Run:
                         folder.saved(False)
             except KeyboardInterrupt:
                 interrupted = True
+            except Exception:
+                if progress.generation > began:  # what is done is not lost with what failed
+                    store.save(progress)
+                    folder.saved(False)
+                raise
             store.save(progress)
             page.close()
             folder.saved(True)
@@ -344,9 +352,7 @@ class _Metrics:
         path = folder / "metrics.jsonl"
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _before(line, generation)]
-            with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as scratch:
-                scratch.writelines(line + "\n" for line in kept)
-            os.replace(scratch.name, path)
+            write_whole(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a")
         self._board = None
         if tensorboard:

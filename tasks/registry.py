@@ -26,7 +26,7 @@ def prepare_task(name: str, options: Mapping[str, Any] | None = None) -> list[st
       TaskError: bad options, or a missing extra.
     """
     preparation = PREPARATIONS.get(name)
-    return preparation(**dict(options or {})) if preparation else []
+    return _call(preparation, name, options) if preparation else []
 
 
 def make_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
@@ -39,24 +39,42 @@ def make_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     Raises:
       TaskError: no such task, an option it does not have, or one that it refuses.
     """
-    builder = _find(name)
-    options = dict(options or {})
-    allowed = inspect.signature(builder).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in allowed.values()):
-        for option in options:
-            if option not in allowed:
-                raise TaskError(f"task.{option} is not an option of task {name!r}; allowed are {', '.join(allowed)}")
-    task = builder(**options)
+    task = _call(_find(name), name, options)
     if not isinstance(task, Task):
         raise TaskError(f"task {name!r} returned {type(task).__name__}, not a tasks.base.Task")
     return task
 
 
+def _call(function: Callable[..., Any], name: str, options: Mapping[str, Any] | None) -> Any:
+    """The function with these options, checked against its signature."""
+    options = dict(options or {})
+    allowed = inspect.signature(function).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in allowed.values()):
+        for option in options:
+            if option not in allowed:
+                raise TaskError(f"task.{option} is not an option of task {name!r}; allowed are {', '.join(allowed)}")
+    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [p.name for p in allowed.values() if p.default is p.empty and p.kind in kinds]
+    if missing := [option for option in needed if option not in options]:
+        raise TaskError(f"task {name!r} needs {', '.join(f'task.{option}' for option in missing)}")
+    if name not in TASKS:
+        return function(**options)
+    try:
+        return function(**options)
+    except TaskError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:  # a number where a mapping is meant, and the like
+        shown = ", ".join(f"{option}={value!r}" for option, value in options.items())
+        raise TaskError(f"task {name!r} cannot be made of {shown[:500]}: {error}") from error
+
+
 def _find(name: str) -> Callable[..., Task]:
+    if not isinstance(name, str):
+        raise TaskError(f"task.name is {name!r}; it must be a text")
     if name in TASKS:
         return TASKS[name]
     module_name, _, function = name.partition(":")
-    if not function:
+    if not function or not module_name:
         raise TaskError(f"unknown task {name!r}; allowed are {', '.join(TASKS)} and package.module:function")
     try:
         return getattr(importlib.import_module(module_name), function)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from metatrain import load_config, run
 from metatrain.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,15 +52,15 @@ def test_the_pytorch_example_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["loss_fn"](model(x), y).item() < names["loss"].item()
 
 
-def test_the_users_own_task_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_users_own_task_runs(tmp_path: Path) -> None:
+    """By the command itself: it lies beside the configuration, where a script does not look by itself."""
     (tmp_path / "my_task.py").write_text(python_blocks()[2])
-    monkeypatch.syspath_prepend(str(tmp_path))
-    file = tmp_path / "my.yaml"
-    file.write_text("name: mine\ntask: {name: 'my_task:regression', examples: 64}\nlogging: {tensorboard: false}\n")
-    small = ["outer.steps=2", "outer.population=4", "outer.horizon.min=2", "outer.horizon.max=5"]
-    done = run(load_config(file, small), tmp_path / "run")
-    assert done.finished
-    sys.modules.pop("my_task")
+    (tmp_path / "my.yaml").write_text("name: mine\ntask: {name: 'my_task:regression', examples: 64}\n")
+    small = ["outer.steps=1", "outer.population=2", "outer.horizon.min=2", "outer.horizon.max=3"]
+    script = Path(sys.executable).with_name("metatrain")
+    done = subprocess.run([script, "run", "my.yaml", *small], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "mine" / "optimizer").is_dir()
 
 
 def test_the_baselines_example_runs() -> None:

@@ -119,6 +119,16 @@ def test_describe(original):
     assert len(found["sha256"]) == 64
 
 
+def test_what_a_killed_save_left_behind_is_not_in_the_way(tmp_path, original):
+    """Killed while it removed the old one, with the new one in place."""
+    theta, spec, _ = l3rs.restore(original)
+    target = l3rs.save(tmp_path / "it", theta, spec)
+    (tmp_path / "it.replaced" / "theta").mkdir(parents=True)
+    l3rs.save(target, theta, spec, {"note": "new"}, overwrite=True)
+    assert l3rs.describe(target)["info"] == {"note": "new"}
+    assert not (tmp_path / "it.replaced").exists()
+
+
 def test_digest_is_of_the_values(tmp_path, original):
     same = l3rs.save(tmp_path / "same", some_theta(), SPEC)
     other = l3rs.save(tmp_path / "other", some_theta(seed=1), SPEC)

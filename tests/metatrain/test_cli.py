@@ -56,6 +56,11 @@ def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_job_does_not_run_in_this_folder(config: Path) -> None:
+    sentence = refused(metatrain("submit", config, "--out", "runs/x"))
+    assert sentence == "metatrain: --out is runs/x; a job runs elsewhere, so it must be an absolute path or a URL"
+
+
 def test_inspect_and_export(finished: Path, tmp_path: Path) -> None:
     done = metatrain("inspect", finished / "optimizer")
     assert done.returncode == 0

@@ -7,8 +7,10 @@ import os
 import signal
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -184,6 +186,33 @@ def test_a_worker_that_hangs_for_ever_is_replaced(monkeypatch: pytest.MonkeyPatc
     finally:
         remote.close()
         local.close()
+
+
+def test_the_time_to_answer_follows_the_horizon_and_doubles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that is slow, or compiles for long, is not lost for ever; the clock and the workers are made up."""
+    driver: Any = object.__new__(RayEvaluator)
+    clock, lost = [0.0], []
+    monkeypatch.setattr("metatrain.cluster.time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    driver._slowest, driver._timeouts, driver._errors, driver._round, driver._steps = 0.0, 0, 2, 1, 10
+    driver._lose = lambda *arguments: lost.append(arguments[-1])
+
+    def waits(answered: int, seconds: float) -> bool:
+        driver._members = [types.SimpleNamespace(answered=answered, since=clock[0], calls={"call": (1, 0)})]
+        clock[0] += seconds
+        lost.clear()
+        driver._replace_hung(None)
+        return not lost
+
+    assert waits(0, 599)
+    assert not waits(0, 601)  # a first call that takes 20 minutes …
+    assert not waits(0, 1201)
+    assert waits(0, 1300)  # … ends at the third try
+    driver._note_time(types.SimpleNamespace(answered=1, since=clock[0] - 0.6), 1, clock[0])
+    assert (driver._timeouts, driver._errors) == (0, 0)
+    assert not waits(5, 31)  # twenty times .6 s is less than the least there is
+    driver._timeouts, driver._steps = 0, 500
+    assert waits(5, 599)  # fifty times the steps
+    assert not waits(5, 601)
 
 
 @pytest.mark.usefixtures("cluster")

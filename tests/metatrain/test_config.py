@@ -31,6 +31,17 @@ def test_overrides_are_merged_and_the_dump_reads_back(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, dump_config(config))) == config
 
 
+def test_the_dump_keeps_what_yaml_and_interpolation_would_change(tmp_path: Path) -> None:
+    text = 'name: x\ntask: {name: digits, far: .inf, home: "\\\\${HOME}", nested: {list: [1, 2.5, null, true]}}\n'
+    config = load_config(write(tmp_path, text))
+    assert config.task.form()[1]["home"] == "${HOME}"
+    again = load_config(write(tmp_path, dump_config(config)))
+    assert again == config
+    assert again.task.form()[1]["far"] == float("inf")
+    with pytest.raises(UserError, match=r"outer\.sigma: input should be a finite number, found inf"):
+        load_config(write(tmp_path, text), ["outer.sigma=.inf"])
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

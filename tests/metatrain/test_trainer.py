@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,6 +107,54 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
         assert metrics(folder) == metrics(quiet)
         assert_same_theta(folder / "optimizer", quiet / "optimizer")
         assert (folder / "damaged-state-4").is_dir()  # set aside, not lost
+
+
+def test_the_same_checkpoint_damaged_twice_is_set_aside_twice(quiet: Path, tmp_path: Path) -> None:
+    stopped_at(4, tmp_path / "run")
+    for name in ("damaged-state-6", "damaged-state-6-2"):
+        trainer.resume(tmp_path / "run")
+        victim = max((tmp_path / "run" / "state" / "6" / "strategy" / "d").iterdir(), key=lambda f: f.stat().st_size)
+        victim.write_bytes(b"")
+        trainer.resume(tmp_path / "run")
+        assert (tmp_path / "run" / name).is_dir()
+    assert_same_theta(tmp_path / "run" / "optimizer", quiet / "optimizer")
+    assert (tmp_path / "run" / "metrics.jsonl").stat().st_mode == (quiet / "metrics.jsonl").stat().st_mode
+
+
+def test_an_error_in_the_middle_costs_no_generation(
+    quiet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cluster that refuses after hours: what was computed is saved, though no checkpoint was due."""
+    evaluate = trainer.LocalEvaluator.evaluate
+
+    def refuses(self: Any, state: Any, spec: Any, waiting: Any = None) -> np.ndarray:
+        if spec.generation == 3:
+            raise UserError("a worker cannot be set up")
+        return evaluate(self, state, spec, waiting)
+
+    monkeypatch.setattr(trainer.LocalEvaluator, "evaluate", refuses)
+    with pytest.raises(UserError, match="cannot be set up"):
+        trainer.run(small_config(checkpoint={"every": 100}), tmp_path / "run")
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "run" / "state").iterdir() if path.name.isdigit()] == ["3"]
+    trainer.resume(tmp_path / "run")
+    assert metrics(tmp_path / "run") == metrics(quiet)
+    assert_same_theta(tmp_path / "run" / "optimizer", quiet / "optimizer")
+
+
+def test_a_start_that_is_killed_is_not_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder is there with its configuration, or not at all."""
+
+    def killed(_: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "dump_config", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(small_config(), tmp_path / "run")
+    monkeypatch.undo()
+    assert not (tmp_path / "run").exists()
+    assert trainer.run(small_config(), tmp_path / "run", resume_run=True).finished
+    assert (tmp_path / "run").stat().st_mode & 0o777 == 0o755
 
 
 def test_when_no_checkpoint_can_be_read_nothing_is_overwritten(tmp_path: Path) -> None:
