@@ -114,6 +114,12 @@ class ExecutionConfig(_Section):
     plan: Literal["auto", "fused", "stepwise"] = "auto"  # see metatrain/rollout.py; auto measures both
     members_per_call: PositiveInt | Literal["auto"] = "auto"  # candidates in one compiled call
 
+    @pydantic.model_validator(mode="after")
+    def _somewhere(self) -> ExecutionConfig:
+        if self.address is not None and self.backend == "local":
+            raise ValueError(f"address is {self.address}, of a Ray cluster; it goes with execution.backend=ray")
+        return self
+
 
 class CheckpointConfig(_Section):
     every: PositiveInt = 25  # generations

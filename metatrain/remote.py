@@ -92,12 +92,34 @@ class Store:
             raise UserError(f"{url} does not answer: {type(error).__name__}: {error}") from None
 
     def pull(self, folder: Path) -> None:
-        """Copy the newest whole state to `folder`; nothing is made when there is none."""
-        _, objects = self._newest()
+        """Copy the newest whole state to `folder`; nothing is made when there is none.
+
+        Raises:
+          UserError: there are manifests, and the objects of none are whole.
+        """
+        manifests = self._manifests()
+        for manifest in manifests:
+            objects = self._read(manifest)
+            if objects is not None and self._fetch(objects, folder):
+                return
+            shutil.rmtree(folder, ignore_errors=True)
+            _log.warning("%s is damaged; the one before is used", manifest)
+        if manifests:
+            raise UserError(f"{self._root}: none of the {len(manifests)} manifests is whole")
+
+    def _fetch(self, objects: dict[str, str], folder: Path) -> bool:
+        """Copy a state to `folder`; whether all of it is there, as it was written."""
         for name, stored in objects.items():
+            try:
+                content = self._fs.cat_file(f"{self._root}/{stored}")
+            except FileNotFoundError:
+                return False
+            if _object(content) != stored:
+                return False
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(self._fs.cat_file(f"{self._root}/{stored}"))
+            target.write_bytes(content)
+        return True
 
     def push(self, folder: Path) -> None:
         """Copy what has changed, then say that it belongs to the run, then remove what does not."""
@@ -108,7 +130,7 @@ class Store:
             if file.is_file() and "tmp" not in str(file.relative_to(folder)):
                 content = file.read_bytes()
                 name = file.relative_to(folder).as_posix()
-                objects[name] = f"objects/{hashlib.sha256(content).hexdigest()[:32]}"
+                objects[name] = _object(content)
                 if objects[name] not in before.values():
                     self._fs.makedirs(f"{self._root}/objects", exist_ok=True)
                     self._fs.pipe_file(f"{self._root}/{objects[name]}", content)
@@ -151,6 +173,11 @@ class Store:
         except (ValueError, KeyError, TypeError, FileNotFoundError):
             return None
         return {str(name): str(stored) for name, stored in found.items()}
+
+
+def _object(content: bytes) -> str:
+    """An object's place: its content's digest."""
+    return f"objects/{hashlib.sha256(content).hexdigest()[:32]}"
 
 
 def _last(path: str) -> str:

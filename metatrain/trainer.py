@@ -11,6 +11,7 @@ runs/NAME/optimizer/    to deploy (`l3rs.load`)
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import logging
 import math
@@ -83,6 +84,8 @@ def run(config: Config, out: str | Path | None = None, *, resume_run: bool = Fal
         scratch.rename(folder.path)
         try:
             return _train(folder, setup)
+        except _BusyError:
+            raise
         except UserError:
             # Refused before anything was saved: what was made here is not in the way of the next try.
             if not any(step.name.isdigit() for step in (folder.path / "state").glob("*")):
@@ -211,7 +214,27 @@ class Setup:
         return GenerationSpec(number, jax.random.key_data(ask_key), sample(self.tasks[task], sample_key), horizon, task)
 
 
+class _BusyError(UserError):
+    """Somebody else's run."""
+
+
 def _train(folder: RunFolder, setup: Setup) -> Run:
+    """The run, by this process alone.
+
+    Raises:
+      UserError: another process is at it.
+    """
+    with (folder.path / "config.yaml").open("r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _BusyError(f"{folder.name}: another process is at this run") from None
+        except OSError as error:  # a file system without locks
+            _log.debug("%s cannot be locked: %s", folder.name, error)
+        return _go_on(folder, setup)
+
+
+def _go_on(folder: RunFolder, setup: Setup) -> Run:
     config = setup.config
     display = Display(config.outer.steps)
     evaluator = setup.evaluator(display.say)

@@ -1,6 +1,6 @@
 """The resident cache: arrays that took work to make, memory-mapped, shared by all processes of a machine.
 
-An entry is a folder of .npy files and a `key.json`: what they depend on, and the size of each. Its
+An entry is a folder of .npy files and a `key.json`: what they depend on, the size of each and its digest. Its
 builder holds the lock file `.lock-ENTRY`, writes into `.building-ENTRY`, flushes that to the disk
 and renames it, so an entry is there whole or not at all. The system drops the lock of a builder
 that dies; what it leaves behind is removed by the next one.
@@ -91,7 +91,7 @@ def _build(entry: Path, key: str, build: Callable[[], Mapping[str, np.ndarray]])
     with _writing(entry.parent):
         try:
             scratch.mkdir()
-            sizes = {}
+            sizes, digests = {}, {}
             for name, array in arrays.items():
                 file = scratch / f"{name.replace('/', '@')}.npy"
                 with file.open("wb") as stream:
@@ -99,8 +99,10 @@ def _build(entry: Path, key: str, build: Callable[[], Mapping[str, np.ndarray]])
                     stream.flush()
                     os.fsync(stream.fileno())
                 sizes[file.name] = file.stat().st_size
+                with file.open("rb") as stream:
+                    digests[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
             with (scratch / _KEY).open("w") as stream:
-                json.dump({**json.loads(key), "sizes": sizes}, stream)
+                json.dump({**json.loads(key), "sizes": sizes, "sha256": digests}, stream)
                 stream.flush()
                 os.fsync(stream.fileno())
             _sync(scratch)
@@ -160,11 +162,11 @@ def _sync(folder: Path) -> None:
 
 
 class Resident(NamedTuple):
-    """Where a cached array is, on any machine that has built or been given the same entry."""
+    """Where a cached array is, on any machine that has the same entry with the same content."""
 
     entry: str
     file: str
-    key: str  # the text of key.json
+    key: str  # the text of key.json, digests and all
 
 
 def resident(array: np.ndarray) -> Resident | None:
@@ -177,13 +179,16 @@ def resident(array: np.ndarray) -> Resident | None:
         key = (path.parent / _KEY).read_text()
     except (OSError, ValueError):
         return None
-    if (whole.shape, whole.dtype) != (array.shape, array.dtype):
-        return None
+    if (whole.shape, whole.dtype) != (array.shape, array.dtype) or '"sha256"' not in key:
+        return None  # a part; or an entry of before there were digests
     return Resident(path.parent.name, path.name, key)
 
 
 def find_resident(where: Resident) -> np.ndarray | None:
-    """The array in this machine's cache, memory-mapped; None when it does not have the same entry."""
+    """The array in this machine's cache, memory-mapped; None when it does not have the same entry.
+
+    Inits that were pretrained here and elsewhere have one key, but not the same last bits: digests tell.
+    """
     entry = cache_dir() / where.entry
     try:
         if (entry / _KEY).read_text() != where.key:

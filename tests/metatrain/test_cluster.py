@@ -275,9 +275,12 @@ def test_a_worker_with_other_versions_or_without_the_tasks_code_says_so() -> Non
     assert "the task's code cannot be imported on" in str(setup(missing))
 
 
-def test_data_comes_from_the_machines_cache_when_it_has_the_same_entry() -> None:
+def test_data_comes_from_the_machines_cache_when_it_has_the_same_entry(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from tasks.data.cache import cached, find_resident, resident
 
+    monkeypatch.setenv("L3RS_CACHE", str(tmp_path / "here"))
     arrays = cached({"test": "resident"}, lambda: {"a/b": np.arange(5), "c": np.zeros((2, 3))})
     where = resident(arrays["a/b"])
     assert where is not None
@@ -288,3 +291,7 @@ def test_data_comes_from_the_machines_cache_when_it_has_the_same_entry() -> None
     assert resident(np.arange(5)) is None
     assert find_resident(where._replace(key="another")) is None
     assert find_resident(where._replace(entry="nowhere")) is None
+    # Pretrained on another machine: the same key and sizes, not the same numbers.
+    monkeypatch.setenv("L3RS_CACHE", str(tmp_path / "elsewhere"))
+    cached({"test": "resident"}, lambda: {"a/b": np.arange(5) + 1, "c": np.zeros((2, 3))})
+    assert find_resident(where) is None

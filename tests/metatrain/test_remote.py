@@ -75,6 +75,30 @@ def test_a_damaged_manifest_means_the_one_before(
     assert_same_theta(tmp_path / "copy" / "optimizer", quiet / "optimizer")
 
 
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_damaged_object_means_the_manifest_before(
+    damage: str, url: str, quiet: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stopped_at(4, url)
+    store = fsspec.filesystem("memory")
+    newest, before, *_ = Store(url)._manifests()
+    objects = (set((Store(url)._read(m) or {}).values()) for m in (newest, before))
+    only_new = sorted(next(objects) - next(objects))[0]
+    content = store.cat_file(f"/bucket/runs/small/{only_new}")
+    store.rm_file(f"/bucket/runs/small/{only_new}")
+    if damage == "truncated":
+        store.pipe_file(f"/bucket/runs/small/{only_new}", content[:-1])
+    with caplog.at_level(logging.WARNING):
+        assert trainer.resume(url).finished
+    assert "is damaged; the one before is used" in caplog.text
+    Store(url).pull(tmp_path / "copy")
+    assert_same_theta(tmp_path / "copy" / "optimizer", quiet / "optimizer")
+    for path in store.ls("/bucket/runs/small/objects", detail=False):
+        store.pipe_file(path, b"")
+    with pytest.raises(UserError, match=r"none of the \d manifests is whole"):
+        trainer.resume(url)
+
+
 def test_what_no_manifest_names_is_removed(url: str) -> None:
     trainer.run(small_config(checkpoint={"keep": 1}), url)
     store = fsspec.filesystem("memory")

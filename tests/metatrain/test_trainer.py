@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -155,6 +156,16 @@ def test_a_start_that_is_killed_is_not_in_the_way(tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "run").exists()
     assert trainer.run(small_config(), tmp_path / "run", resume_run=True).finished
     assert (tmp_path / "run").stat().st_mode & 0o777 == 0o755
+
+
+def test_two_processes_cannot_be_at_one_run(quiet: Path, tmp_path: Path) -> None:
+    stopped_at(3, tmp_path / "run")
+    with (tmp_path / "run" / "config.yaml").open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is at this run"):
+            trainer.resume(tmp_path / "run")
+    assert trainer.resume(tmp_path / "run").finished
+    assert_same_theta(tmp_path / "run" / "optimizer", quiet / "optimizer")
 
 
 def test_when_no_checkpoint_can_be_read_nothing_is_overwritten(tmp_path: Path) -> None:
