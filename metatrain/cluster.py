@@ -374,17 +374,14 @@ class RayEvaluator:
         try:
             needed = self._ray.get(ref)
         except self._ray.exceptions.RayTaskError as error:
-            raise UserError(f"a worker cannot be set up: {first_line(error.cause or error)}") from error
+            self._turn_away(member, f"a worker cannot be set up: {first_line(error.cause or error)}")
+            return
         except self._ray.exceptions.RayError as error:
-            self._counts["lost"] += 1
-            self._say(f"a worker was lost before it began ({first_line(error)})")
-            self._stillborn += 1
-            self._recruit_again = time.monotonic() + min(2.0**self._stillborn, _RECRUIT_SECONDS)
-            with contextlib.suppress(Exception):
-                self._ray.kill(member.actor)
+            self._stillborn_one(member, f"a worker was lost before it began ({first_line(error)})")
             return
         if isinstance(needed, str):
-            raise UserError(needed)
+            self._turn_away(member, needed)
+            return
         if needed:  # not in that machine's cache
             for i in needed:
                 if i not in self._refs:
@@ -394,6 +391,20 @@ class RayEvaluator:
         self._stillborn = 0
         self._begun = True
         self._members.append(member)
+
+    def _turn_away(self, member: _Member, why: str) -> None:
+        """Where no worker has ever been ready it is the run that is wrong; later it is that machine."""
+        if not self._begun:
+            raise UserError(why)
+        self._stillborn_one(member, f"a worker is not used: {why}")
+
+    def _stillborn_one(self, member: _Member, sentence: str) -> None:
+        self._counts["lost"] += 1
+        self._say(sentence)
+        self._stillborn += 1
+        self._recruit_again = time.monotonic() + min(2.0**self._stillborn, _RECRUIT_SECONDS)
+        with contextlib.suppress(Exception):
+            self._ray.kill(member.actor)
 
     def _failed(self, member: _Member, shards: Shards, current: bool, shard: int, error: Any) -> None:
         self._errors += 1

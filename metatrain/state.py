@@ -57,11 +57,12 @@ class StateStore:
         with saving(self._folder, sum(leaf.nbytes for leaf in leaves.values())):
             self._manager.save(progress.generation, args=items)
 
-    def restore(self, like: State) -> Progress | None:
+    def restore(self, like: State, *, to_go_on: bool = True) -> Progress | None:
         """The newest good checkpoint; None when there is none at all.
 
         Args:
           like: a strategy state, for its structure.
+          to_go_on: set aside what is newer, and damaged: the run is going to write these steps again.
 
         Raises:
           UserError: there are checkpoints, and none of them can be read.
@@ -74,8 +75,7 @@ class StateStore:
                 reason = " ".join(str(error).split())[:200]
                 _log.warning("checkpoint %s is damaged and not used: %s", self._folder / str(step), reason)
                 continue
-            for newer in steps[: steps.index(step)]:
-                # Set aside, not deleted: the run is going to write this step again.
+            for newer in steps[: steps.index(step)] if to_go_on else ():
                 (self._folder / str(newer)).rename(_free(self._folder.parent / f"damaged-state-{newer}"))
             self._manager.reload()
             return progress

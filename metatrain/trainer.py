@@ -141,7 +141,7 @@ def export(folder: str | Path, destination: str | Path, results: Mapping[str, An
         setup = Setup.build(_run_config(opened))
         store = StateStore(opened.path / "state", setup.config.checkpoint.keep)
         try:
-            progress = store.restore(setup.fresh().strategy)
+            progress = store.restore(setup.fresh().strategy, to_go_on=False)
         finally:
             store.close()
         if progress is None:

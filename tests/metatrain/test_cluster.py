@@ -188,6 +188,23 @@ def test_a_worker_that_hangs_for_ever_is_replaced(monkeypatch: pytest.MonkeyPatc
         local.close()
 
 
+def test_a_machine_that_does_not_fit_stops_no_run_that_goes() -> None:
+    """Other versions: before there was any worker it is the run's fault, afterwards the new machine's."""
+    said: list[str] = []
+    driver: Any = object.__new__(RayEvaluator)
+    driver._ray = types.SimpleNamespace(get=lambda ref: ref, kill=print, exceptions=ray.exceptions)
+    driver._say, driver._counts, driver._stillborn, driver._members = said.append, {"lost": 0}, 0, []
+    member = types.SimpleNamespace(actor=None)
+    driver._begun = False
+    with pytest.raises(UserError, match="host7 has jax 0"):
+        driver._welcome(member, "host7 has jax 0")
+    driver._begun = True
+    driver._welcome(member, "host7 has jax 0")
+    assert said == ["a worker is not used: host7 has jax 0"]
+    assert driver._members == []
+    assert driver._recruit_again > time.monotonic()
+
+
 def test_the_time_to_answer_follows_the_horizon_and_doubles(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that is slow, or compiles for long, is not lost for ever; the clock and the workers are made up."""
     driver: Any = object.__new__(RayEvaluator)

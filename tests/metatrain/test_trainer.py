@@ -116,6 +116,8 @@ def test_the_same_checkpoint_damaged_twice_is_set_aside_twice(quiet: Path, tmp_p
         trainer.resume(tmp_path / "run")
         victim = max((tmp_path / "run" / "state" / "6" / "strategy" / "d").iterdir(), key=lambda f: f.stat().st_size)
         victim.write_bytes(b"")
+        trainer.export(tmp_path / "run", tmp_path / f"exported-{name}")  # reads, and moves nothing
+        assert not (tmp_path / "run" / name).exists()
         trainer.resume(tmp_path / "run")
         assert (tmp_path / "run" / name).is_dir()
     assert_same_theta(tmp_path / "run" / "optimizer", quiet / "optimizer")
