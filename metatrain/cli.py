@@ -28,6 +28,17 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 # Tables are wider than the 80 columns that a pipe is taken for.
 _console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 
+# A folder that cannot be written, a file in a folder's place, a full disk: no bug of this program.
+_FOR_THE_USER_TO_MEND = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ENOTDIR,
+    errno.EEXIST,
+}
+
 
 def main() -> None:
     """Entry point: turns errors of the user's input into one sentence."""
@@ -40,8 +51,7 @@ def main() -> None:
     except (UserError, L3RSError, TaskError) as error:
         sys.exit(_refuse(str(error)))
     except OSError as error:
-        # A folder that cannot be written and a full disk are the user's to mend; others are not.
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR):
+        if error.errno not in _FOR_THE_USER_TO_MEND:
             raise
         sys.exit(_refuse(f"{error.filename or 'a file'} cannot be written: {error.strerror}"))
 

@@ -194,8 +194,11 @@ def test_a_checkpoint_names_no_folder_of_this_machine(tmp_path: Path) -> None:
         "a": ["…/set/1.0", 3],
         "b": "set/1.0",
     }
-    trainer.run(small_config(task={"name": REGRESSION}, execution={"address": "/home/me/ray"}), tmp_path / "run")
-    assert "home" not in (tmp_path / "run" / "optimizer" / "l3rs.json").read_text()
+    settings = {"A": {"directory": "/home/me/data/set/1.0"}}
+    trainer.run(small_config(task={"name": REGRESSION}, evaluation={"settings": settings}), tmp_path / "run")
+    card = (tmp_path / "run" / "optimizer" / "l3rs.json").read_text()
+    assert "home" not in card
+    assert "set/1.0" in card
 
 
 def test_export_of_an_interrupted_run(quiet: Path, tmp_path: Path) -> None:
