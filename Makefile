@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # `make test EXTRAS=dev,integrations` also installs PyTorch and what is built on it, and runs their tests.
 EXTRAS ?= dev
 comma := ,
+# Several processes: few tests use more than one core.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 READY := $(VENV)/.ready-$(subst $(comma),-,$(EXTRAS))
 
 .PHONY: setup demo test test-slow lint bench clean
@@ -23,10 +25,10 @@ demo: $(READY)
 	$(BIN)/metatrain evaluate runs/demo/optimizer configs/demo.yaml --horizons 10,30,100 --out runs/demo/evaluation
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

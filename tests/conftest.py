@@ -11,10 +11,20 @@ import pytest
 from metatrain.devices import use_cores
 
 use_cores()
-# The same small programs are compiled in many tests.
-jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="l3rs-tests-"))
+# The same small programs are compiled in many tests, and in the processes that they start.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="l3rs-tests-"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test goes to a network
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several processes a file's tests stay together, for their fixtures; so do all tests that start clusters,
+    because some kill every worker on the machine."""
+    for item in items:
+        group = "clusters" if item.path.name in ("test_chaos.py", "test_cluster.py", "test_jobs.py") else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session", autouse=True)
