@@ -5,8 +5,6 @@ BIN := $(VENV)/bin
 # `make test EXTRAS=dev,integrations` also installs PyTorch and what is built on it, and runs their tests.
 EXTRAS ?= dev
 comma := ,
-# Several processes: few tests use more than one core.
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 READY := $(VENV)/.ready-$(subst $(comma),-,$(EXTRAS))
 
 .PHONY: setup demo test test-slow lint bench clean
@@ -24,11 +22,13 @@ demo: $(READY)
 	$(BIN)/metatrain run configs/demo.yaml --out runs/demo
 	$(BIN)/metatrain evaluate runs/demo/optimizer configs/demo.yaml --horizons 10,30,100 --out runs/demo/evaluation
 
+# In several processes: few tests use more than one core.
 test: $(READY)
-	$(PYTEST)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
+# One after another: many start clusters and kill processes, and wait for what happens.
 test-slow: $(READY)
-	$(PYTEST) -m slow
+	$(BIN)/python -m pytest -m slow
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

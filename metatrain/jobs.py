@@ -32,6 +32,7 @@ CLIENT = "L3RS_CLIENT"  # environment: the versions of who submitted, as JSON
 _NAME, _FOLDER = "l3rs_run", "l3rs_folder"  # metadata of a job
 _START_SECONDS = 180.0
 _STOP_SECONDS = 120
+_AGENT_SECONDS = 60.0
 _MODULE_BYTES = 50 * 2**20
 _OURS = ("l3rs", "tasks", "metatrain")
 
@@ -118,18 +119,28 @@ def submit(jobs: Any, config: Config, folder: str, *, resume: bool = False, say:
             "PYTHONUNBUFFERED": "1",
         }
         options = " --resume" if resume else ""
-        try:
-            job_id = jobs.submit_job(
-                # Ray makes job ids unique: two who submit one name at the same time cannot both succeed.
-                submission_id=f"{config.name}-{len(earlier) + 1}",
-                entrypoint=f"python -m metatrain.cli run config.yaml --out {shlex.quote(folder)}{options}",
-                runtime_env={"working_dir": str(place), "env_vars": environment},
-                metadata={_NAME: config.name, _FOLDER: folder},
-            )
-        except Exception as error:  # what Ray's REST client raises has no common base
-            raise UserError(f"the job cannot be submitted: {first_line(error)}") from None
+        job_id = _submit_job(
+            jobs,
+            # Ray makes job ids unique: two who submit one name at the same time cannot both succeed.
+            submission_id=f"{config.name}-{len(earlier) + 1}",
+            entrypoint=f"python -m metatrain.cli run config.yaml --out {shlex.quote(folder)}{options}",
+            runtime_env={"working_dir": str(place), "env_vars": environment},
+            metadata={_NAME: config.name, _FOLDER: folder},
+        )
     say(f"job {job_id}, run directory {folder}")
     return _until_it_computes(jobs, job_id, say)
+
+
+def _submit_job(jobs: Any, **job: Any) -> str:
+    """The job's id. A cluster that has just started answers before it can take jobs: it is asked again."""
+    deadline = time.monotonic() + _AGENT_SECONDS
+    while True:
+        try:
+            return str(jobs.submit_job(**job))
+        except Exception as error:  # what Ray's REST client raises has no common base
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise UserError(f"the job cannot be submitted: {first_line(error)}") from None
+        time.sleep(1.0)
 
 
 def list_runs(jobs: Any) -> list[Job]:
