@@ -80,6 +80,7 @@ class Store:
     def __init__(self, url: str) -> None:
         import fsspec
 
+        self._whole: set[str] = set()  # objects that were read or written here
         scheme = url.partition("://")[0]
         try:
             self._fs, self._root = fsspec.core.url_to_fs(url)
@@ -116,6 +117,7 @@ class Store:
                 return False
             if _object(content) != stored:
                 return False
+            self._whole.add(stored)
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
@@ -123,7 +125,6 @@ class Store:
 
     def push(self, folder: Path) -> None:
         """Copy what has changed, then say that it belongs to the run, then remove what does not."""
-        number, before = self._newest()
         objects = {}
         for file in sorted(folder.rglob("*")):
             # Orbax writes into folders with tmp in their name and renames them.
@@ -131,30 +132,24 @@ class Store:
                 content = file.read_bytes()
                 name = file.relative_to(folder).as_posix()
                 objects[name] = _object(content)
-                if objects[name] not in before.values():
+                if objects[name] not in self._whole:
                     self._fs.makedirs(f"{self._root}/objects", exist_ok=True)
                     self._fs.pipe_file(f"{self._root}/{objects[name]}", content)
-        manifest = f"{self._root}/manifest-{number + 1:08d}.json"
+                    self._whole.add(objects[name])
+        manifests = self._manifests()
+        number = int(_last(manifests[0])[9:-5]) + 1 if manifests else 1
+        manifest = f"{self._root}/manifest-{number:08d}.json"
         self._fs.pipe_file(manifest, json.dumps({"objects": objects}).encode())
         self._clean()
 
     def _clean(self) -> None:
         manifests = self._manifests()
         kept = {stored for m in manifests[:_KEPT_MANIFESTS] for stored in (self._read(m) or {}).values()}
+        self._whole &= kept
         gone = manifests[_KEPT_MANIFESTS:]
         gone += [path for path in self._listed(f"{self._root}/objects") if f"objects/{_last(path)}" not in kept]
         for path in gone:
             self._fs.rm_file(path)
-
-    def _newest(self) -> tuple[int, dict[str, str]]:
-        """(number, {file: object}) of the newest manifest that is whole; (0, {}) without one."""
-        manifests = self._manifests()
-        number = int(_last(manifests[0])[9:-5]) if manifests else 0
-        for manifest in manifests:
-            if (objects := self._read(manifest)) is not None:
-                return number, objects
-            _log.warning("%s is damaged; the one before is used", manifest)
-        return number, {}
 
     def _manifests(self) -> list[str]:
         """The newest first."""

@@ -17,7 +17,7 @@ import pytest
 import l3rs
 from metatrain import trainer
 from metatrain.config import UserError, dump_config
-from metatrain.remote import Store
+from metatrain.remote import Store, _object
 from tests.metatrain.common import assert_same_theta, metrics, small_config
 from tests.metatrain.test_trainer import stopped_at
 
@@ -97,6 +97,24 @@ def test_a_damaged_object_means_the_manifest_before(
         store.pipe_file(path, b"")
     with pytest.raises(UserError, match=r"none of the \d manifests is whole"):
         trainer.resume(url)
+
+
+def test_a_damaged_object_is_written_again(url: str, tmp_path: Path) -> None:
+    """The run that goes on makes the same content, whose object is there and is not whole."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    store = Store(url)
+    for name in ("a", "b"):
+        (folder / name).write_text(name)
+        store.push(folder)
+    fsspec.filesystem("memory").pipe_file(f"/bucket/runs/small/{_object(b'b')}", b"")
+    store = Store(url)
+    store.pull(tmp_path / "resumed")
+    assert not (tmp_path / "resumed" / "b").exists()
+    (tmp_path / "resumed" / "b").write_text("b")
+    store.push(tmp_path / "resumed")
+    Store(url).pull(tmp_path / "copy")
+    assert (tmp_path / "copy" / "b").read_text() == "b"
 
 
 def test_what_no_manifest_names_is_removed(url: str) -> None:
