@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import jax
 import typer
 from rich.console import Console
+from rich.text import Text
 
 import l3rs
 from l3rs import L3RSError
@@ -25,8 +26,8 @@ from metatrain.results import Results
 from tasks import TASKS, TaskError, make_task, prepare_task
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-# Tables are wider than the 80 columns that a pipe is taken for.
-_console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
+# Tables are wider than the 80 columns that a pipe is taken for; a name or a message may hold [brackets].
+_console = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 
 # A folder that cannot be written, a file in a folder's place, a full disk: no bug of this program.
 _FOR_THE_USER_TO_MEND = {
@@ -59,11 +60,6 @@ def main() -> None:
 def _refuse(sentence: str) -> int:
     print(f"metatrain: {sentence}", file=sys.stderr)
     return 2
-
-
-def _print(text: str) -> None:
-    """Names and messages are not ours: rich would take [brackets] for markup."""
-    _console.print(text, markup=False)
 
 
 def _whole_numbers(text: str, option: str, example: str) -> list[int]:
@@ -100,7 +96,7 @@ def resume(
 
 def _conclude(run: trainer.Run) -> None:
     if run.finished:
-        _print(f"meta-trained for {run.generation} generations; the optimizer is in {run.optimizer}")
+        _console.print(f"meta-trained for {run.generation} generations; the optimizer is in {run.optimizer}")
 
 
 @app.command()
@@ -132,7 +128,7 @@ def evaluate(
         optimizer,
         load_config(config, overrides or ()),
         settings=_names(settings),
-        say=_print,
+        say=_console.print,
         horizons=_whole_numbers(horizons, "--horizons", "10,30,100") if horizons else None,
         seeds=seeds,
         tuning_seeds=tuning_seeds,
@@ -143,10 +139,10 @@ def evaluate(
     for setting in results.settings():
         _console.print(report.table(results, setting))
     for note in results.notes:
-        _print(f"note: {note}")
+        _console.print(f"note: {note}")
     if optimizer != NO_OPTIMIZER:  # the page is about L3RS
-        _print(f"{report.verdict(results)}\nreport: {report.write(results, folder)}")
-    _print(f"results: {saved}")
+        _console.print(f"{report.verdict(results)}\nreport: {report.write(results, folder)}")
+    _console.print(f"results: {saved}")
 
 
 @app.command("report")
@@ -158,9 +154,9 @@ def report_(
         results = Results.load(folder / "results.json")
         if results.optimizer == NO_OPTIMIZER:
             raise UserError(f"{folder} compares baselines alone; the page is about an optimizer of ours")
-        _print(f"report: {report.write(results, folder)}")
+        _console.print(f"report: {report.write(results, folder)}")
     elif (folder / "config.yaml").is_file():
-        _print(f"report: {live.write(folder, going=False)}")
+        _console.print(f"report: {live.write(folder, going=False)}")
     else:
         raise UserError(f"{folder} is neither an evaluation, with a results.json, nor a run, with a config.yaml")
 
@@ -175,7 +171,7 @@ def export(
 ) -> None:
     """Write the optimizer of a run's newest checkpoint, finished or not."""
     measured = None if results is None else Results.load(results).summary()
-    _print(f"the optimizer is in {trainer.export(folder, destination, measured)}")
+    _console.print(f"the optimizer is in {trainer.export(folder, destination, measured)}")
 
 
 @app.command()
@@ -188,7 +184,7 @@ def prepare(
     forms = setup.task.forms() + [setup.task.form(options) for options in setup.evaluation.settings.values()]
     places = [place for name, options in forms for place in prepare_task(name, options)]
     for place in dict.fromkeys(places or ["nothing to prepare"]):
-        _print(place)
+        _console.print(place)
 
 
 @app.command()
@@ -201,7 +197,7 @@ def pretrain(
     for name, options in load_config(config, overrides or ()).task.forms():
         task = make_task(name, options)
         meta_train, held_out = (len(task.pools[pool]) for pool in ("meta_train", "held_out"))
-        _print(f"{task.name}: {meta_train} inits for meta-training, {held_out} held out")
+        _console.print(f"{task.name}: {meta_train} inits for meta-training, {held_out} held out")
 
 
 @app.command()
@@ -214,7 +210,7 @@ def plan(
     setup = load_config(config, overrides or ())
     counts = _whole_numbers(workers, "--workers", "1,8,64")
     found = estimate.estimate(setup)
-    _print(
+    _console.print(
         f"{setup.name}: {setup.outer.steps:,} generations of {found.population} candidates, "
         f"{found.candidate_steps:,} candidate-steps; a shard is {found.members_per_shard} candidates\n"
         f"measured here, one core or accelerator: {1e3 * found.seconds_a_step:.3g} ms a candidate-step, "
@@ -248,22 +244,22 @@ def submit(
     folder = out or str(Path("runs").absolute() / setup.name)
     if "://" not in folder and not Path(folder).is_absolute():
         raise UserError(f"--out is {folder}; a job runs elsewhere, so it must be an absolute path or a URL")
-    job = jobs.submit(jobs.client(address, allow_unauthenticated), setup, folder, resume=resume, say=_print)
-    _print(f"{job.name} is {job.status.lower()}; see: metatrain status {job.name}")
+    job = jobs.submit(jobs.client(address, allow_unauthenticated), setup, folder, resume=resume, say=_console.print)
+    _console.print(f"{job.name} is {job.status.lower()}; see: metatrain status {job.name}")
 
 
 @app.command("list")
 def list_(address: _Address = _DASHBOARD, allow_unauthenticated: _Open = False) -> None:
     """List the runs of a Ray cluster."""
     for job in jobs.list_runs(jobs.client(address, allow_unauthenticated)):
-        _print(f"{job.id}  {job.status.lower()}  {job.folder}")
+        _console.print(f"{job.id}  {job.status.lower()}  {job.folder}")
 
 
 @app.command()
 def status(name: _Name, address: _Address = _DASHBOARD, allow_unauthenticated: _Open = False) -> None:
     """Say how far a run is."""
     connected = jobs.client(address, allow_unauthenticated)
-    _print(jobs.status(connected, jobs.find(connected, name)))
+    _console.print(jobs.status(connected, jobs.find(connected, name)))
 
 
 @app.command()
@@ -276,7 +272,7 @@ def logs(
     """Print what a run's driver printed."""
     connected = jobs.client(address, allow_unauthenticated)
     for text in jobs.logs(connected, jobs.find(connected, name), follow):
-        _console.print(text, end="", markup=False)
+        _console.print(text, end="")
 
 
 @app.command()
@@ -284,7 +280,7 @@ def stop(name: _Name, address: _Address = _DASHBOARD, allow_unauthenticated: _Op
     """Stop a run, with a last checkpoint."""
     connected = jobs.client(address, allow_unauthenticated)
     job = jobs.stop(connected, jobs.find(connected, name))
-    _print(f"{job.name} is {job.status.lower()}; go on with: metatrain submit … --resume")
+    _console.print(f"{job.name} is {job.status.lower()}; go on with: metatrain submit … --resume")
 
 
 @app.command()
@@ -304,28 +300,30 @@ def inspect(
         return
     theta, spec, info = l3rs.restore(optimizer)
     size = sum(leaf.size for leaf in jax.tree.leaves(theta))
-    _print(f"{optimizer}: L3RS with {size:,} meta-parameters, directions {', '.join(d.name for d in spec.directions)}")
+    _console.print(
+        f"{optimizer}: L3RS with {size:,} meta-parameters, directions {', '.join(d.name for d in spec.directions)}"
+    )
     for key, value in info.items():
         if key not in ("config", "results"):
-            _print(f"  {key}: {value}")
+            _console.print(f"  {key}: {value}")
     for setting, optimizers in info.get("results", {}).items():
-        _print(f"  measured, {setting}: test loss after N steps")
+        _console.print(f"  measured, {setting}: test loss after N steps")
         for name, horizons in optimizers.items():
-            _print(f"    {name}: " + ", ".join(f"{steps}: {loss}" for steps, (loss, *_) in horizons.items()))
+            _console.print(f"    {name}: " + ", ".join(f"{steps}: {loss}" for steps, (loss, *_) in horizons.items()))
     if spec.embedding == "descriptor":
         _console.print("  fits any network: it reads kind, depth and fans of a layer")
         return
     _console.print("  layers:")
     for layer in spec.layers:
-        _print(f"    {layer.path}  {list(layer.shape)}")
+        _console.print(f"    {layer.path}  {list(layer.shape)}")
 
 
 def _print_matches(optimizer: str, network: Path, how: Mapping[str, Any]) -> None:
     for name, layers in networks.matches(optimizer, network, how):
-        _print(f"{name} ← {optimizer}")
+        _console.print(f"{name} ← {optimizer}")
         width = max(len(layer.name or "") for layer in layers)
         for layer in layers:
-            _print(f"  {layer.name or '':{width}}  {list(layer.shape)}  ← {layer.source}")
+            _console.print(f"  {layer.name or '':{width}}  {list(layer.shape)}  ← {layer.source}")
 
 
 def _renames(pairs: Sequence[str] | None) -> dict[str, str]:
@@ -340,9 +338,9 @@ def list_tasks() -> None:
     """List the tasks and their options."""
     for name, builder in TASKS.items():
         first_line = (builder.__doc__ or "").strip().splitlines()[0]
-        _console.print(f"[bold]{name}[/bold]  {first_line}")
+        _console.print(Text.assemble((name, "bold"), f"  {first_line}"))
         for option in python_inspect.signature(builder).parameters.values():
-            _print(f"    {str(option).replace(': ', '  ', 1)}")
+            _console.print(f"    {str(option).replace(': ', '  ', 1)}")
 
 
 if __name__ == "__main__":

@@ -17,11 +17,10 @@ class Display:
 
     Args:
       total: generations of the run.
-      console: where to show it.
     """
 
-    def __init__(self, total: int, console: Console | None = None) -> None:
-        self._console = console or Console(highlight=False, soft_wrap=True)
+    def __init__(self, total: int) -> None:
+        self._console = Console(highlight=False, markup=False, soft_wrap=True)  # a message may hold [brackets]
         self._total = total
         self._bar: Bar | None = None
 
@@ -53,7 +52,7 @@ class Display:
             self._console.print(f"generation {done}/{self._total}  {line}  {left:,.0f} s left")
 
     def say(self, sentence: str) -> None:
-        self._console.print(sentence, markup=False)  # it may hold a [bracket]
+        self._console.print(sentence)
 
     def close(self) -> None:
         if self._bar:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from rich.table import Table
+from rich.text import Text
 
 from metatrain.report import words
 from metatrain.report.findings import Findings
@@ -33,6 +34,6 @@ def table(results: Results, setting: str) -> Table:
             cell = f"{words.number(losses[optimizer, horizon])} ({words.percent(accuracy)})"
             if compared and optimizer != L3RS and findings.outcome(setting, optimizer, horizon) == "undecided":
                 cell = f"≈ {cell}"
-            cells.append(f"[bold]{cell}[/bold]" if losses[optimizer, horizon] == best[horizon] else cell)
+            cells.append(Text(cell, "bold" if losses[optimizer, horizon] == best[horizon] else ""))
         view.add_row(words.optimizer(optimizer), *cells, style="cyan" if optimizer == L3RS else None)
     return view
