@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -221,29 +221,23 @@ def check_section(section: type[Section], data: dict[Any, Any], where: str) -> S
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML, such that `load_config` gives it back."""
-    return OmegaConf.to_yaml(OmegaConf.create(_plain(config.model_dump(mode="python"))))
-
-
-def _plain(value: Any) -> Any:
-    """What YAML holds; text that looks like an interpolation stays text. JSON would lose infinities."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, str):
-        return value.replace("${", "\\${")
-    return value
+    data = config.model_dump(mode="python")  # JSON would lose infinities
+    # What looks like an interpolation is text: it was resolved when the configuration was read.
+    return OmegaConf.to_yaml(OmegaConf.create(_each_text(data, lambda text: text.replace("${", "\\${"))))
 
 
 def portable(value: Any) -> Any:
     """Absolute paths cut to their end: a checkpoint goes to others, the folders of this machine do not."""
+    return _each_text(value, lambda text: "…/" + "/".join(Path(text).parts[-2:]) if text.startswith("/") else text)
+
+
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """`change` of each text in mappings, lists and tuples, the last as lists."""
     if isinstance(value, dict):
-        return {key: portable(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [portable(item) for item in value]
-    if isinstance(value, str) and value.startswith("/"):
-        return "…/" + "/".join(Path(value).parts[-2:])
-    return value
+        return {key: _each_text(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_each_text(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def _parse(overrides: Sequence[str]) -> Any:

@@ -78,10 +78,11 @@ def run(config: Config, out: str | Path | None = None, *, resume_run: bool = Fal
             )
         # There with its configuration, or not at all: a killed start is not in the way of the next.
         folder.path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.path.name}.", dir=folder.path.parent))
-        scratch.chmod(0o755)
-        (scratch / "config.yaml").write_text(dump_config(setup.config))
-        scratch.rename(folder.path)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.path.name}.", dir=folder.path.parent) as scratch:
+            new = Path(scratch) / "new"
+            new.mkdir()
+            (new / "config.yaml").write_text(dump_config(setup.config))
+            new.rename(folder.path)
         try:
             return _train(folder, setup)
         except _BusyError:

@@ -155,7 +155,7 @@ def test_a_start_that_is_killed_is_not_in_the_way(tmp_path: Path, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         trainer.run(small_config(), tmp_path / "run")
     monkeypatch.undo()
-    assert not (tmp_path / "run").exists()
+    assert list(tmp_path.iterdir()) == []
     assert trainer.run(small_config(), tmp_path / "run", resume_run=True).finished
     assert (tmp_path / "run").stat().st_mode & 0o777 == 0o755
 
