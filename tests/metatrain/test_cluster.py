@@ -252,8 +252,9 @@ def test_every_worker_does_its_share() -> None:
         before = [member.answered for member in remote._members]
         remote.evaluate(state, generation(1))
         answered = [member.answered - n for member, n in zip(remote._members, before, strict=True)]
-        assert 8 <= sum(answered) <= 8 + remote.report()["duplicated"]
         assert min(answered) >= 2, "one worker did it all"
+        answered_or_asked = sum(member.answered + len(member.calls) for member in remote._members)
+        assert answered_or_asked == 8 * remote._round + remote.report()["duplicated"]
         # Calls of 2 candidates, 50 ms each, are put together to shards of .25 s, as long as there are 4 a worker.
         assert [len(shard) for shard in remote._group(horizon=5)] == [2] * 8
         other = remote._members.pop()
