@@ -7,12 +7,12 @@ updates, state = tx.update(grads, state, params, value=loss)
 import importlib
 from typing import Any
 
-from l3rs.checkpoint import describe, load, match, restore, save
+from l3rs.checkpoint import info, load, match_layers, restore, save
 from l3rs.guard import Guard, guard_report
 from l3rs.layers import Match
-from l3rs.network import init
-from l3rs.optimizer import L3RSState, l3rs
-from l3rs.places import shipped as list  # noqa: A004
+from l3rs.network import init_meta_params
+from l3rs.optimizer import L3RSState, learned_optimizer
+from l3rs.places import available
 from l3rs.spec import Direction, L3RSError, Layer, Spec
 
 
@@ -31,13 +31,13 @@ __all__ = [
     "Layer",
     "Match",
     "Spec",
-    "describe",
+    "available",
     "guard_report",
-    "init",
-    "l3rs",
-    "list",
+    "info",
+    "init_meta_params",
+    "learned_optimizer",
     "load",
-    "match",
+    "match_layers",
     "restore",
     "save",
 ]

@@ -29,7 +29,7 @@ from l3rs import network
 from l3rs.directions import make_direction
 from l3rs.guard import Guard
 from l3rs.layers import Match, MatchBy, Matching, OnUnknown, match_params
-from l3rs.optimizer import l3rs
+from l3rs.optimizer import learned_optimizer
 from l3rs.places import MANIFEST, THETA, local_folder
 from l3rs.spec import FEATURE_VERSION, L3RSError, Spec, Theta, layer_path
 
@@ -125,7 +125,7 @@ def os_errors(path: Path) -> Iterator[None]:
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
 
 
-def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+def info(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The checkpoint's manifest: format, features, spec, sha256, info.
 
     Args:
@@ -190,7 +190,7 @@ def _restore(path: Path) -> tuple[Theta, Spec, dict[str, Any]]:
 
 
 def read_spec(path: str | os.PathLike[str]) -> Spec:
-    """The spec of a checkpoint, without its values; errors as of `describe`."""
+    """The spec of a checkpoint, without its values; errors as of `info`."""
     with local_folder(path) as folder:
         return _spec(folder, _manifest(folder))
 
@@ -216,10 +216,10 @@ def load(
     on_unknown: OnUnknown = "error",
     guard: bool | Guard = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """A meta-trained optimizer, ready to use: see `l3rs` for its arguments and errors.
+    """A meta-trained optimizer, ready to use: see `learned_optimizer` for its arguments and errors.
 
     Args:
-      path: a checkpoint: its folder, a name of `l3rs.list()`, `hf://owner/name[@revision]`, or `gs://…` or another
+      path: a checkpoint: its folder, a name of `l3rs.available()`, `hf://owner/name[@revision]`, or `gs://…` or another
         URL that fsspec has a driver for. A folder that exists goes before a name.
       total_steps: the number of steps you are going to train. None means the longest that the checkpoint was
         meta-trained on.
@@ -228,7 +228,7 @@ def load(
     """
     theta, spec, info = restore(path)
     steps = trained_horizon(info) if total_steps is None else total_steps
-    return l3rs(theta, spec, steps, rename=rename, match=match, on_unknown=on_unknown, guard=guard)
+    return learned_optimizer(theta, spec, steps, rename=rename, match=match, on_unknown=on_unknown, guard=guard)
 
 
 def trained_horizon(info: Mapping[str, Any]) -> int:
@@ -244,12 +244,12 @@ def trained_horizon(info: Mapping[str, Any]) -> int:
     return int(longest)
 
 
-def match(
+def match_layers(
     optimizer: str | os.PathLike[str] | Spec,
     params: optax.Params,
     *,
     rename: Mapping[str, str] | None = None,
-    match: MatchBy = "path",
+    by: MatchBy = "path",
     on_unknown: OnUnknown = "error",
 ) -> tuple[Match, ...]:
     """What each layer of `params` is to an optimizer, in leaf order; `load` does the same with these arguments.
@@ -257,7 +257,7 @@ def match(
     Args:
       optimizer: a checkpoint, or a spec.
       params: a pytree of arrays or shapes.
-      rename, match, on_unknown: see `l3rs`.
+      rename, by, on_unknown: see `learned_optimizer`.
 
     Raises:
       L3RSError: as `load`.
@@ -266,14 +266,14 @@ def match(
       >>> import jax, l3rs
       >>> spec = l3rs.Spec.create({"dense": {"kernel": jax.numpy.ones((3, 2)), "bias": jax.numpy.ones(2)}})
       >>> params = {"fc": {"w": jax.numpy.ones((3, 2)), "b": jax.numpy.ones(2)}, "scale": jax.numpy.ones(5)}
-      >>> for layer in l3rs.match(spec, params, rename={"fc/w": "dense/kernel"}, on_unknown="mean"):
+      >>> for layer in l3rs.match_layers(spec, params, rename={"fc/w": "dense/kernel"}, on_unknown="mean"):
       ...     print(layer.name, layer.source)
       fc/b mean
       fc/w dense/kernel
       scale mean
     """
     spec = optimizer if isinstance(optimizer, Spec) else read_spec(optimizer)
-    return match_params(spec, params, Matching.of(spec, rename, match, on_unknown))
+    return match_params(spec, params, Matching.of(spec, rename, by, on_unknown))
 
 
 def digest(theta: Theta) -> str:

@@ -125,7 +125,7 @@ def guard_report(state: Any) -> dict[str, Any]:
     step for sure; `best_loss`, the lowest loss EMA.
 
     Args:
-      state: an optimizer state that holds one of `l3rs(…, guard=…)`, chained or wrapped.
+      state: an optimizer state that holds one of `learned_optimizer(…, guard=…)`, chained or wrapped.
 
     Raises:
       L3RSError: there is none, or more than one.

@@ -1,6 +1,6 @@
 """Layers of a network: which layer of the checkpoint each one is, and what can be read off it by itself.
 
-With an embedding table a layer has to find its row (`match_layers`); one that has none can be given the mean of
+With an embedding table a layer has to find its row (`match_network`); one that has none can be given the mean of
 all rows. With descriptor embeddings there is nothing to find, any network will do (`descriptors`). Either way a
 layer's embedding is a weighted sum of the rows of theta["embedding"] (`embedding_weights`).
 """
@@ -37,7 +37,7 @@ class Matching:
 
     Attributes:
       rename: {name in the network: path in the checkpoint}, before anything else.
-      by: "path", a layer is the one of its name; "order", see `match_layers`; "auto", by path, or by order if no
+      by: "path", a layer is the one of its name; "order", see `match_network`; "auto", by path, or by order if no
         name is a layer's.
       on_unknown: what a layer that is not found, or has another shape, gets: an "error", or the "mean" embedding.
         "descriptor" is for checkpoints with descriptor embeddings, where no layer is unknown.
@@ -91,13 +91,13 @@ def match_params(spec: Spec, params: Any, how: Matching) -> tuple[Match, ...]:
     of frozen parameters.
 
     Raises:
-      L3RSError: see `match_layers`.
+      L3RSError: see `match_network`.
     """
     layers = layers_of(params)
-    return match_layers(spec, [(layer.path, layer.shape) for layer in layers], how, JAX)
+    return match_network(spec, [(layer.path, layer.shape) for layer in layers], how, JAX)
 
 
-def match_layers(
+def match_network(
     spec: Spec,
     network: Sequence[tuple[str | None, tuple[int, ...]]],
     how: Matching,

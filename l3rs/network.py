@@ -30,7 +30,7 @@ def feature_sizes(spec: Spec) -> tuple[int, int]:
     return time + 2 * len(spec.loss_decays), 2 * (2 + len(spec.directions)) + spec.embedding_dim
 
 
-def init(key: jax.Array, spec: Spec) -> Theta:
+def init_meta_params(key: jax.Array, spec: Spec) -> Theta:
     """Meta-parameters whose optimizer already works: normalised steps of size `spec.step_scale`,
     mostly along the first direction.
 
@@ -56,10 +56,12 @@ def init(key: jax.Array, spec: Spec) -> Theta:
 
 def check(theta: Theta, spec: Spec, where: str) -> None:
     """Raise L3RSError, naming `where`, unless `theta` has the names, shapes and dtypes that `spec` needs."""
-    expected = jax.eval_shape(lambda: init(jax.random.key(0), spec))
+    expected = jax.eval_shape(lambda: init_meta_params(jax.random.key(0), spec))
     needed, found = _named(expected), _named(theta)
     if str(jax.tree.structure(theta)) != str(jax.tree.structure(expected)):
-        raise L3RSError(f"{where} holds {sorted(found)}; its spec needs {sorted(needed)}, nested as `init` makes them")
+        raise L3RSError(
+            f"{where} holds {sorted(found)}; its spec needs {sorted(needed)}, nested as `init_meta_params` makes them"
+        )
     for name, array in found.items():
         shape, dtype = tuple(getattr(array, "shape", ())), getattr(array, "dtype", type(array).__name__)
         if shape != needed[name].shape or dtype != jnp.float32:
@@ -76,7 +78,7 @@ def apply(theta: Theta, spec: Spec, shared: jax.Array, per_layer: jax.Array) -> 
     """One forward pass for all layers.
 
     Args:
-      theta: as `init` makes them.
+      theta: as `init_meta_params` makes them.
       spec: the optimizer's spec.
       shared: float32 [F], features common to all layers.
       per_layer: float32 [L, G], features and embedding of each layer.

@@ -35,7 +35,7 @@ _MIN_RELATIVE_RMS = 1e-3  # with step="relative", a layer of zeros still moves
 
 
 class L3RSState(NamedTuple):
-    """State of `l3rs`. L layers, P directions, S = 2 + P norms (gradient, parameters, directions)."""
+    """State of `learned_optimizer`. L layers, P directions, S = 2 + P norms (gradient, parameters, directions)."""
 
     count: jax.Array  # type: ignore[assignment]  # int32 [], steps taken
     loss: features.LossState
@@ -46,7 +46,7 @@ class L3RSState(NamedTuple):
     guard: GuardState | None = None  # None: off
 
 
-def l3rs(
+def learned_optimizer(
     theta: Theta,
     spec: Spec,
     total_steps: int | jax.Array,
@@ -63,7 +63,7 @@ def l3rs(
     gradient counts as zero in the moments; a non-finite loss is left out of the loss features.
 
     Args:
-      theta: meta-parameters, from `init`, a meta-training run or a checkpoint.
+      theta: meta-parameters, from `init_meta_params`, a meta-training run or a checkpoint.
       spec: what `theta` belongs to.
       total_steps: the horizon T ≥ 1, a number or a traced int32 scalar. Training may go past it, with the
         features of a training that is over; compiled code cannot say so, `state.count` tells.
@@ -71,7 +71,7 @@ def l3rs(
         descriptor embeddings, the names that layers are described by.
       match: how layers find theirs in an embedding table. "path": by name; layers may be absent (frozen). "order":
         the i-th of a shape is the table's i-th of that shape, see `layers.match_layers`. "auto": by path, or by
-        order if no path is known. `l3rs.match` says what it comes to.
+        order if no path is known. `l3rs.match_layers` says what it comes to.
       on_unknown: "error", or "mean": a layer that is not in the table, or has another shape there, gets the
         mean of all embeddings. "descriptor" is for checkpoints with descriptor embeddings, which know any layer.
       guard: True, or a `Guard`: plain Adam steps for a while when the loss runs away, see `guard_report`.
@@ -87,7 +87,7 @@ def l3rs(
       >>> import jax, optax, l3rs
       >>> params = {"w": jax.numpy.ones(3)}
       >>> spec = l3rs.Spec.create(params)
-      >>> tx = l3rs.l3rs(l3rs.init(jax.random.key(0), spec), spec, total_steps=100)
+      >>> tx = l3rs.learned_optimizer(l3rs.init_meta_params(jax.random.key(0), spec), spec, total_steps=100)
       >>> state = tx.init(params)
       >>> loss, grads = jax.value_and_grad(lambda p: (p["w"] ** 2).sum())(params)
       >>> updates, state = tx.update(grads, state, params, value=loss)

@@ -16,7 +16,7 @@ _DRIVERS = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "az": "adlfs", "abfs": 
 MANIFEST, THETA = "l3rs.json", "theta"  # what a checkpoint consists of
 
 
-def shipped() -> list[str]:
+def available() -> list[str]:
     """The names of the optimizers that come with the package: `l3rs.load` takes them in place of a path."""
     return sorted(file.parent.name for file in _shipped_folder().glob(f"*/{MANIFEST}"))
 
@@ -48,10 +48,10 @@ def local_folder(place: str | os.PathLike[str]) -> Iterator[Path]:
             yield Path(scratch)
     elif Path(name).exists() or len(Path(name).parts) != 1:
         yield Path(name)
-    elif name in shipped():
+    elif name in available():
         yield _shipped_folder() / name
     else:
-        names = ", ".join(shipped())
+        names = ", ".join(available())
         raise L3RSError(f"{name} is not an L3RS checkpoint: there is no such folder, and the shipped ones are {names}")
 
 

@@ -1,7 +1,7 @@
 """L3RS as a `torch.optim.Optimizer`: step by step the numbers of `l3rs.optimizer`.
 
 Norms, means and sums over a tensor do not see its layout, so a torch weight [out, in] and the flax
-kernel [in, out] that the checkpoint knows are one layer; only finding each other takes a rule (`match`).
+kernel [in, out] that the checkpoint knows are one layer; only finding each other takes a rule (`match_layers`).
 
 A step is a pass of reductions over gradients and parameters, one that advances the moments and takes
 the directions' inner products, and one that updates. In between, everything small (features, MLP,
@@ -27,7 +27,7 @@ from l3rs import features, network
 from l3rs.checkpoint import digest, read_spec, restore, trained_horizon
 from l3rs.directions import DIRECTIONS, make_direction
 from l3rs.guard import Guard, GuardState, adam_share, advance, make_guard, report
-from l3rs.layers import Convention, Match, MatchBy, Matching, OnUnknown, embedding_weights, kind, match_layers
+from l3rs.layers import Convention, Match, MatchBy, Matching, OnUnknown, embedding_weights, kind, match_network
 from l3rs.optimizer import _MIN_MIX_NORM, _MIN_RELATIVE_RMS
 from l3rs.spec import Direction, L3RSError, Layer, Spec, Theta
 
@@ -74,7 +74,7 @@ class L3RS(torch.optim.Optimizer):
         rate schedulers and for param groups.
       rename: {name of a parameter: path of its layer in the checkpoint}. With descriptor embeddings, the names
         that layers are described by.
-      match: how parameters find their layers, see the function `match`: by "path", by "order", or "auto": by path,
+      match: how parameters find their layers, see `match_layers`: by "path", by "order", or "auto": by path,
         and by order if no name is a layer's.
       on_unknown: "error", or "mean": a parameter that is not in the checkpoint's table, or has another shape there,
         gets the mean of all embeddings. "descriptor" is for checkpoints with descriptor embeddings.
@@ -188,7 +188,7 @@ class L3RS(torch.optim.Optimizer):
             raise L3RSError(f"parameters are on {', '.join(sorted(devices))}; they must all be on one device")
         taken = {path for group in self.param_groups for path in group.get("layers", ())}
         network = [(name, tuple(param.shape)) for name, param in zip(names, params, strict=True)]
-        matches = match_layers(self.spec, network, how, self._convention, taken - {None})
+        matches = match_network(self.spec, network, how, self._convention, taken - {None})
         if self.spec.embedding == "descriptor":
             paths = iter([how.rename.get(name, name) for name in names])
         else:
@@ -578,24 +578,24 @@ def observe_trainer(trainer: Any) -> Any:
 # Matching a model's parameters to the layers of the checkpoint
 
 
-def match(
+def match_layers(
     optimizer: str | os.PathLike[str] | Spec,
     params: ParamsT,
     *,
     rename: Mapping[str, str] | None = None,
-    match: MatchBy = "auto",
+    by: MatchBy = "auto",
     on_unknown: OnUnknown = "error",
 ) -> tuple[Match, ...]:
     """What each parameter is to an optimizer, in the order given; `L3RS` does the same with these arguments.
 
     A parameter's layer is that of its name (`.` for `/`, `weight` for `kernel`, `scale` or `embedding`; words that DDP
-    and torch.compile put before it do not count), or by order: see `l3rs.layers.match_layers`. A shape is the same if
+    and torch.compile put before it do not count), or by order: see `l3rs.layers.match_network`. A shape is the same if
     its dimensions are, in whatever order.
 
     Args:
       optimizer: a checkpoint, or a spec.
       params: `model.named_parameters()`, or parameters.
-      rename, match, on_unknown: see `L3RS`.
+      rename, by, on_unknown: see `L3RS`.
 
     Raises:
       L3RSError: as `L3RS`.
@@ -604,10 +604,10 @@ def match(
     network = []
     for param in params:
         if isinstance(param, dict):
-            raise L3RSError("match takes parameters, or (name, parameter) pairs, not param groups")
+            raise L3RSError("match_layers takes parameters, or (name, parameter) pairs, not param groups")
         name, tensor = param if isinstance(param, tuple) else (None, param)
         network.append((name, tuple(tensor.shape)))
-    return match_layers(spec, network, Matching.of(spec, rename, match, on_unknown), TORCH)
+    return match_network(spec, network, Matching.of(spec, rename, by, on_unknown), TORCH)
 
 
 def _unwrapped(name: str) -> str:

@@ -17,12 +17,16 @@ from rich.text import Text
 
 import l3rs
 from l3rs import L3RSError
-from metatrain import estimate, jobs, live, networks, report, trainer
+from metatrain import networks, report
 from metatrain.config import UserError, load_config
-from metatrain.devices import use_cores
-from metatrain.evaluate import NO_OPTIMIZER
-from metatrain.evaluate import evaluate as compare
-from metatrain.results import Results
+from metatrain.evaluation.evaluate import NO_OPTIMIZER
+from metatrain.evaluation.evaluate import evaluate as compare
+from metatrain.evaluation.results import Results
+from metatrain.inner.devices import use_cores
+from metatrain.outer import cost as estimate
+from metatrain.outer import loop as trainer
+from metatrain.ray import jobs
+from metatrain.report import live
 from tasks import TASKS, TaskError, make_task, prepare_task
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -296,7 +300,7 @@ def inspect(
 ) -> None:
     """Say what a checkpoint is: how it was made, what it fits; or what it takes the layers of a network for."""
     if network is not None:
-        _print_matches(optimizer, network, {"rename": _renames(rename), "match": match, "on_unknown": on_unknown})
+        _print_matches(optimizer, network, {"rename": _renames(rename), "by": match, "on_unknown": on_unknown})
         return
     theta, spec, info = l3rs.restore(optimizer)
     size = sum(leaf.size for leaf in jax.tree.leaves(theta))

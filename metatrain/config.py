@@ -111,7 +111,7 @@ class ExecutionConfig(_Section):
     resources_per_worker: dict[str, PositiveFloat] = {"CPU": 1.0}  # Ray's names: CPU, GPU, or a node's own
     autoscaling: bool = False  # wait for nodes that can hold a worker, instead of refusing when there is none
     allow_unauthenticated: bool = False  # use a cluster that others can reach, without Ray's token
-    plan: Literal["auto", "fused", "stepwise"] = "auto"  # see metatrain/rollout.py; auto measures both
+    plan: Literal["auto", "fused", "stepwise"] = "auto"  # see metatrain/inner/rollout.py; auto measures both
     members_per_call: PositiveInt | Literal["auto"] = "auto"  # candidates in one compiled call
 
     @pydantic.model_validator(mode="after")
@@ -133,14 +133,14 @@ class EvaluationConfig(_Section):
     horizons: tuple[PositiveInt, ...] = Field(default=(10, 30, 100), min_length=1)
     seeds: PositiveInt = 6  # training runs of each optimizer and horizon; a seed is an init and its batches
     tuning_seeds: PositiveInt | None = None  # how many of them tune the baselines; all when null
-    # Names of metatrain/baselines.py, package.module:function, or all; or mappings of a name, its options and a label.
+    # Names of evaluation/baselines.py, package.module:function, or all; or mappings of a name, its options and a label.
     baselines: tuple[str | dict[str, Any], ...] = ("adam", "sgdm")
     schedules: tuple[str, ...] = ("constant", "cosine")  # of the learning rate: also warmup_cosine
     curve_points: PositiveInt = 16  # how often a run is judged on test along its way
     guard: bool | dict[str, Any] = False  # of L3RS: fields of `l3rs.Guard`, or true for its defaults
 
     def make_guard(self) -> bool | Guard:
-        """What `l3rs.l3rs` takes as its guard."""
+        """What `l3rs.learned_optimizer` takes as its guard."""
         if isinstance(self.guard, bool):
             return self.guard
         allowed = [field.name for field in dataclasses.fields(Guard)]

@@ -25,7 +25,7 @@ def matches(optimizer: str, network: Path, how: Mapping[str, Any]) -> list[tuple
       optimizer: a checkpoint, as of `l3rs.load`.
       network: a configuration, whose tasks' networks are meant, or a safetensors file with a PyTorch model's weights.
         Such a file does not keep the order of its layers: they are taken as sorted by name, numbers as numbers.
-      how: rename, match and on_unknown of `l3rs.match`.
+      how: rename, by and on_unknown of `l3rs.match_layers`.
 
     Raises:
       UserError: no such file, one that cannot be read, or PyTorch is not installed.
@@ -34,7 +34,7 @@ def matches(optimizer: str, network: Path, how: Mapping[str, Any]) -> list[tuple
     if network.suffix == ".safetensors":
         return [(network.name, _of_weights(optimizer, network, how))]
     tasks = [make_task(name, options) for name, options in load_config(network).task.forms()]
-    return [(task.name, l3rs.match(optimizer, task.params_shape(), **how)) for task in tasks]
+    return [(task.name, l3rs.match_layers(optimizer, task.params_shape(), **how)) for task in tasks]
 
 
 def _of_weights(optimizer: str, file: Path, how: Mapping[str, Any]) -> tuple[Match, ...]:
@@ -42,7 +42,7 @@ def _of_weights(optimizer: str, file: Path, how: Mapping[str, Any]) -> tuple[Mat
         raise UserError(f"{file} holds PyTorch's layers, which needs PyTorch: pip install 'l3rs[torch]'")
     import torch
 
-    from l3rs.torch import match
+    from l3rs.torch import match_layers
 
     try:
         with safe_open(file, framework="pt") as weights:
@@ -54,4 +54,4 @@ def _of_weights(optimizer: str, file: Path, how: Mapping[str, Any]) -> tuple[Mat
         raise UserError(f"{file}: not a readable safetensors file ({error})") from None
     names = [name for name in shapes if not name.endswith(_STATISTICS)]
     ordered = [names[i] for i in depth_order(names)]
-    return match(optimizer, [(name, torch.empty(shapes[name], device="meta")) for name in ordered], **how)
+    return match_layers(optimizer, [(name, torch.empty(shapes[name], device="meta")) for name in ordered], **how)

@@ -8,7 +8,7 @@ import tempfile
 import jax
 import pytest
 
-from metatrain.devices import use_cores
+from metatrain.inner.devices import use_cores
 
 use_cores()
 # The same small programs are compiled in many tests, and in the processes that they start.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from metatrain.report.findings import Findings
+from metatrain.evaluation.analysis import Findings
+from metatrain.evaluation.results import Results
 from metatrain.report.terminal import table
-from metatrain.results import Results
 
 __all__ = ["table", "verdict", "write"]
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 
 from l3rs.baselines.mada import DOMAIN, SYMBOLS
-from metatrain.report import words
+from metatrain.evaluation.results import CoefficientPath
+from metatrain.report import formatting as words
 from metatrain.report.figures import Panel, Plate, name_axis
 from metatrain.report.theme import MUTED, SERIES, Look
-from metatrain.results import CoefficientPath
 
 _DASHES = ("-", "--", ":", "-.")
 

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 
-from metatrain.report import words
+from metatrain.evaluation.results import DecisionPath
+from metatrain.report import formatting as words
 from metatrain.report.figures import Panel, Plate, log_ticks, name_axis
 from metatrain.report.theme import INK, MUTED, PAPER, SERIES, Look
-from metatrain.results import DecisionPath
 
 _PLACES = ("input", "hidden", "output", "norm")
 _COLOURS = dict(zip(_PLACES, (SERIES[1], SERIES[2], SERIES[0], SERIES[3]), strict=True))

@@ -18,10 +18,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from metatrain.report import words
-from metatrain.report.findings import Findings
+from metatrain.evaluation.analysis import Findings
+from metatrain.evaluation.results import L3RS
+from metatrain.report import formatting as words
 from metatrain.report.theme import FILE_DPI, INK, MUTED, PAPER, SHADE, STYLE, Look, inline_svg, look
-from metatrain.results import L3RS
 
 _PANEL = (3.5, 2.4)  # inches
 _RIVALS = 5  # shown beside L3RS

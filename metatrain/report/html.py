@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 
-from metatrain.results import write_whole
+from metatrain.evaluation.results import write_whole
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("metatrain.report"),

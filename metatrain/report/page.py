@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 from omegaconf import OmegaConf
 
-from metatrain.report import coefficients, decisions, figures, switches, words
+from metatrain.evaluation.analysis import Findings, Payback
+from metatrain.evaluation.results import L3RS
+from metatrain.report import coefficients, decisions, figures, switches
+from metatrain.report import formatting as words
 from metatrain.report.figures import Plate
-from metatrain.report.findings import Findings, Payback
 from metatrain.report.html import write_page
 from metatrain.report.theme import swatch
-from metatrain.results import L3RS
 
 _SHOWN = 8  # baselines in the visible table of a setting
 

@@ -10,10 +10,10 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from l3rs.baselines.iomt import Stage
-from metatrain.report import words
+from metatrain.evaluation.results import SwitchHistory
+from metatrain.report import formatting as words
 from metatrain.report.figures import Panel, Plate, name_axis
 from metatrain.report.theme import INK, MUTED, SERIES, Look
-from metatrain.results import SwitchHistory
 
 _RUG = 0.06  # of a panel's height: the stages, below the loss
 

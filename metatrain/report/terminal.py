@@ -7,9 +7,9 @@ import math
 from rich.table import Table
 from rich.text import Text
 
-from metatrain.report import words
-from metatrain.report.findings import Findings
-from metatrain.results import L3RS, Results
+from metatrain.evaluation.analysis import Findings
+from metatrain.evaluation.results import L3RS, Results
+from metatrain.report import formatting as words
 
 
 def table(results: Results, setting: str) -> Table:

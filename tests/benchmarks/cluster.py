@@ -17,12 +17,12 @@ import jax
 import numpy as np
 
 import l3rs
-from metatrain.cluster import RayEvaluator
 from metatrain.config import ExecutionConfig, OuterConfig
-from metatrain.devices import use_cores
-from metatrain.population import Evaluator, GenerationSpec, LocalEvaluator
-from metatrain.rollout import Plan
-from metatrain.strategy import make_strategy
+from metatrain.inner.devices import use_cores
+from metatrain.inner.population import Evaluator, GenerationSpec, LocalEvaluator
+from metatrain.inner.rollout import Plan
+from metatrain.outer.strategy import make_strategy
+from metatrain.ray.evaluator import RayEvaluator
 from tasks import Task, sample
 from tests.benchmarks.stepwise import resnet8
 from tests.benchmarks.timing import in_turn, ratio
@@ -35,7 +35,7 @@ WAITING = 64  # candidates of the task that waits
 def _parts(task: Task, population: int) -> tuple[l3rs.Spec, OuterConfig, Any, Any]:
     spec = l3rs.Spec.create(task.params_shape())
     outer = OuterConfig(population=population)
-    theta = l3rs.init(jax.random.key(0), spec)
+    theta = l3rs.init_meta_params(jax.random.key(0), spec)
     strategy = make_strategy(outer, theta)
     return spec, outer, strategy, strategy.init(jax.random.key(0), theta)
 

@@ -15,8 +15,8 @@ import numpy as np
 import optax
 
 import l3rs
-from metatrain.devices import use_cores
-from metatrain.rollout import MakeOptimizer, fused_rollout
+from metatrain.inner.devices import use_cores
+from metatrain.inner.rollout import MakeOptimizer, fused_rollout
 from tasks import Aux, Task, sample, uniform_batches
 from tests.benchmarks.timing import in_turn, ratio
 
@@ -54,10 +54,10 @@ def main() -> None:
     spec = l3rs.Spec.create(task.params_shape())
     devices = jax.local_devices()
     share = POPULATION // len(devices)
-    thetas = jax.vmap(lambda key: l3rs.init(key, spec))(jax.random.split(jax.random.key(0), share))
+    thetas = jax.vmap(lambda key: l3rs.init_meta_params(key, spec))(jax.random.split(jax.random.key(0), share))
     makers: dict[str, tuple[MakeOptimizer, Any]] = {
         "adam": (lambda rate, _: optax.with_extra_args_support(optax.adam(rate)), jnp.full(share, 1e-3)),
-        "l3rs": (lambda theta, horizon: l3rs.l3rs(theta, spec, horizon), thetas),
+        "l3rs": (lambda theta, horizon: l3rs.learned_optimizer(theta, spec, horizon), thetas),
     }
     chosen = sample(task, jax.random.key(1))
     calls = {}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from l3rs.baselines import iomt
-from metatrain.interleaved import trainers
+from metatrain.evaluation.interleaved import trainers
 from tasks import sample
 from tests.benchmarks.stepwise import resnet8
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import l3rs
-from metatrain.rollout import stepwise_rollout
+from metatrain.inner.rollout import stepwise_rollout
 from tasks import Task, sample, uniform_batches
 from tasks.base import Batch, Data
 from tasks.classification import RANDOM_POOLS, classification_loss
@@ -56,9 +56,9 @@ def main() -> None:
     device = jax.devices()[0]
     spec = l3rs.Spec.create(task.params_shape())
     theta, data, chosen = jax.device_put(
-        (l3rs.init(jax.random.key(0), spec), task.data, sample(task, jax.random.key(0))), device
+        (l3rs.init_meta_params(jax.random.key(0), spec), task.data, sample(task, jax.random.key(0))), device
     )
-    rollout = stepwise_rollout(task, lambda theta, horizon: l3rs.l3rs(theta, spec, horizon), ("test",))
+    rollout = stepwise_rollout(task, lambda theta, horizon: l3rs.learned_optimizer(theta, spec, horizon), ("test",))
     params, stats = task.init(data, jnp.int32(0))
     batch = task.batch(data, jax.random.key(0))
 

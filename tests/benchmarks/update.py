@@ -43,7 +43,7 @@ def measure(network: str, shapes: Shapes) -> None:
     optimizers = {
         "adam": optax.with_extra_args_support(optax.adam(1e-3)),
         "lion": optax.with_extra_args_support(optax.lion(1e-4)),
-        "l3rs": l3rs.l3rs(l3rs.init(jax.random.key(0), spec), spec, 1000),
+        "l3rs": l3rs.learned_optimizer(l3rs.init_meta_params(jax.random.key(0), spec), spec, 1000),
     }
     n_floats = sum(p.size for p in params.values())
     print(f"{network}: {n_floats:,} parameters in {len(params)} leaves; state, floats a parameter: ", end="")
@@ -68,7 +68,7 @@ def measure_training() -> None:
     spec = l3rs.Spec.create(params)
     optimizers = {
         "adam": optax.with_extra_args_support(optax.adam(1e-3)),
-        "l3rs": l3rs.l3rs(l3rs.init(jax.random.key(0), spec), spec, 10**6),
+        "l3rs": l3rs.learned_optimizer(l3rs.init_meta_params(jax.random.key(0), spec), spec, 10**6),
     }
     calls = {name: training(tx, params, loss) for name, tx in optimizers.items()}
     seconds = in_turn(calls, rounds=15)

@@ -48,7 +48,7 @@ def measure(network: str, shapes: Shapes) -> None:
     params = with_gradients(shapes)
     n_floats = sum(param.numel() for param in params.values())
     spec = l3rs.Spec.create({name: np.empty(param.shape, np.float32) for name, param in params.items()})
-    theta = l3rs.init(jax.random.key(0), spec)
+    theta = l3rs.init_meta_params(jax.random.key(0), spec)
     ours = L3RS(params.items(), (theta, spec), total_steps=10**6)
     adamw = torch.optim.AdamW(with_gradients(shapes).values(), lr=1e-4, foreach=True)
     fused = torch.optim.AdamW(with_gradients(shapes).values(), lr=1e-4, fused=True)

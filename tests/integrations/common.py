@@ -18,14 +18,14 @@ SHARED = Path(os.environ.get("L3RS_SHARED") or ROOT.parent / "shared") / "data"
 def random_theta(spec: l3rs.Spec, seed: int = 0, scale: float = 0.3) -> l3rs.spec.Theta:
     """Meta-parameters that make every layer decide something else."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: l3rs.init(jax.random.key(0), spec))
+    shapes = jax.eval_shape(lambda: l3rs.init_meta_params(jax.random.key(0), spec))
     return jax.tree.map(lambda leaf: (scale * rng.normal(size=leaf.shape)).astype(np.float32), shapes)
 
 
 def untrained(params: Any, **fields: Any) -> tuple[l3rs.spec.Theta, l3rs.Spec]:
     """An optimizer that works on any task, near normalised Adam."""
     spec = l3rs.Spec.create(params, **fields)
-    return jax.tree.map(np.asarray, jax.jit(l3rs.init, static_argnums=1)(jax.random.key(0), spec)), spec
+    return jax.tree.map(np.asarray, jax.jit(l3rs.init_meta_params, static_argnums=1)(jax.random.key(0), spec)), spec
 
 
 def assert_same(a: Any, b: Any) -> None:

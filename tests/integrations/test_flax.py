@@ -28,7 +28,7 @@ def test_nnx_optimizer():
     model = Net(nnx.Rngs(0))
     theta, spec = untrained(nnx.state(model, nnx.Param))
     assert [layer.path for layer in spec.layers][:2] == ["head/bias", "head/kernel"]
-    optimizer = nnx.Optimizer(model, l3rs.l3rs(theta, spec, total_steps=40), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, l3rs.learned_optimizer(theta, spec, total_steps=40), wrt=nnx.Param)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(64, 8)), jnp.float32)
     y = (x[:, 0] > 0).astype(int) + (x[:, 1] > 0)

@@ -49,7 +49,10 @@ def train(tx, steps=30, batches=batch):
 
 def test_chain():
     tx = optax.chain(
-        optax.clip_by_global_norm(1.0), l3rs.l3rs(THETA, SPEC, 30), optax.scale(0.9), optax.add_decayed_weights(-1e-4)
+        optax.clip_by_global_norm(1.0),
+        l3rs.learned_optimizer(THETA, SPEC, 30),
+        optax.scale(0.9),
+        optax.add_decayed_weights(-1e-4),
     )
     losses, _, _ = train(tx)
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
@@ -57,8 +60,8 @@ def test_chain():
 
 def test_multi_steps():
     """Two halves of a batch: its gradient; the loss that is seen is that of the last half."""
-    whole, params, state = train(l3rs.l3rs(THETA, SPEC, 30), steps=5)
-    multi = optax.MultiSteps(l3rs.l3rs(THETA, SPEC, 30), every_k_schedule=2).gradient_transformation()
+    whole, params, state = train(l3rs.learned_optimizer(THETA, SPEC, 30), steps=5)
+    multi = optax.MultiSteps(l3rs.learned_optimizer(THETA, SPEC, 30), every_k_schedule=2).gradient_transformation()
 
     def halves(i):
         x, y = batch(i // 2)
@@ -76,11 +79,11 @@ def test_inject_hyperparams():
     """The horizon as a hyperparameter in the state: changed between steps, nothing is compiled again."""
 
     def make(total_steps):
-        return l3rs.l3rs(THETA, SPEC, jnp.asarray(total_steps, jnp.int32))
+        return l3rs.learned_optimizer(THETA, SPEC, jnp.asarray(total_steps, jnp.int32))
 
     injected = optax.inject_hyperparams(make)(total_steps=30)
     losses, params, state = train(injected)
-    plain_losses, plain_params, _ = train(l3rs.l3rs(THETA, SPEC, 30))
+    plain_losses, plain_params, _ = train(l3rs.learned_optimizer(THETA, SPEC, 30))
     np.testing.assert_allclose(losses, plain_losses, rtol=1e-4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), params, plain_params)
 
@@ -94,7 +97,7 @@ def test_inject_hyperparams():
 
 def test_apply_if_finite():
     """A step that is thrown away leaves the state as it was."""
-    tx = optax.apply_if_finite(l3rs.l3rs(THETA, SPEC, 30), max_consecutive_errors=3)
+    tx = optax.apply_if_finite(l3rs.learned_optimizer(THETA, SPEC, 30), max_consecutive_errors=3)
     state = tx.init(PARAMS)
     bad = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), PARAMS)
     updates, after = tx.update(bad, state, PARAMS, value=1.0)

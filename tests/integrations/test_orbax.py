@@ -18,7 +18,7 @@ from tests.integrations.test_optax import PARAMS, SPEC, THETA, batch, loss_fn
 @pytest.mark.parametrize("chained", [False, True])
 def test_state_continues_bit_for_bit(tmp_path, guard, chained):
     """The whole state: moments, loss averages, the clock, the guard."""
-    tx = l3rs.l3rs(THETA, SPEC, 12, guard=guard)
+    tx = l3rs.learned_optimizer(THETA, SPEC, 12, guard=guard)
     tx = optax.chain(optax.clip(1.0), tx) if chained else tx
 
     @jax.jit
@@ -51,5 +51,5 @@ def _is_ours(path, value):
 
 
 def test_the_state_is_arrays_only():
-    leaves = jax.tree.leaves(l3rs.l3rs(THETA, SPEC, 12, guard=True).init(PARAMS))
+    leaves = jax.tree.leaves(l3rs.learned_optimizer(THETA, SPEC, 12, guard=True).init(PARAMS))
     assert all(isinstance(leaf, jnp.ndarray) and leaf.dtype in (np.float32, np.int32) for leaf in leaves)

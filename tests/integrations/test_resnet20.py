@@ -73,7 +73,7 @@ def in_flax(weights: Path, make: Callable[[Any], Optimizer], lr: float) -> tuple
     model = make_model("resnet20", (32, 32, 3), 10, norm="frozen")
     params, stats = load_weights(weights, "resnet20", *model.init(jax.random.key(0)))
     optimizer = make(params)
-    tx = optax.chain(l3rs.l3rs(*optimizer, STEPS), optax.scale(lr))
+    tx = optax.chain(l3rs.learned_optimizer(*optimizer, STEPS), optax.scale(lr))
 
     @jax.jit
     def step(params, state, x, y):

@@ -19,7 +19,7 @@ shapes = {"dense": {"kernel": (512, 300), "bias": (300,)}, "norm": {"scale": (51
 params = jax.tree.map(lambda s: rng.normal(size=s).astype(np.float32), shapes, is_leaf=lambda x: isinstance(x, tuple))
 grads = [jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params) for _ in range(4)]
 spec = l3rs.Spec.create(params, ("adam", "sgd", "momentum"))
-tx = l3rs.l3rs(random_theta(spec), spec, 10)
+tx = l3rs.learned_optimizer(random_theta(spec), spec, 10)
 layout = {"dense": {"kernel": P("d", None), "bias": P()}, "norm": {"scale": P("d")}, "out": {"kernel": P(None, "d")}}
 
 

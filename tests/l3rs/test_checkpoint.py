@@ -22,7 +22,7 @@ INFO = {"task": "digits", "horizon": [10, 100], "results": {"speedup": 1.5}, "no
 
 def some_theta(spec=SPEC, seed=0):
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: l3rs.init(jax.random.key(0), spec))
+    shapes = jax.eval_shape(lambda: l3rs.init_meta_params(jax.random.key(0), spec))
     return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
 
 
@@ -88,7 +88,7 @@ def test_unusual_values_survive(tmp_path):
 def test_untrained_optimizer_round_trip(tmp_path):
     """What `init` makes, as JAX arrays, fits its spec; info is empty; missing parents are made."""
     spec = l3rs.Spec.create(PARAMS, hidden=())
-    theta = jax.jit(l3rs.init, static_argnums=1)(jax.random.key(0), spec)
+    theta = jax.jit(l3rs.init_meta_params, static_argnums=1)(jax.random.key(0), spec)
     path = l3rs.save(str(tmp_path / "new" / "parent" / "it"), theta, spec)
     assert path == tmp_path / "new" / "parent" / "it"
     found, found_spec, info = l3rs.restore(str(path))
@@ -104,7 +104,7 @@ def test_relative_paths(tmp_path, monkeypatch):
 
 
 def test_load_steps_as_the_original(original):
-    loaded, tx = l3rs.load(original, total_steps=10), l3rs.l3rs(some_theta(), SPEC, 10)
+    loaded, tx = l3rs.load(original, total_steps=10), l3rs.learned_optimizer(some_theta(), SPEC, 10)
     grads = jax.tree.map(lambda p: np.random.default_rng(1).normal(size=p.shape).astype(np.float32), PARAMS)
     results = [jax.jit(each.update)(grads, each.init(PARAMS), PARAMS, value=1.0) for each in (loaded, tx)]
     assert_same(*results)
@@ -112,7 +112,7 @@ def test_load_steps_as_the_original(original):
 
 
 def test_describe(original):
-    found = l3rs.describe(original)
+    found = l3rs.info(original)
     assert set(found) == {"format", "features", "spec", "sha256", "info"}
     assert (found["format"], found["features"], found["info"]) == (1, 1, INFO)
     assert l3rs.Spec.from_json(found["spec"]) == SPEC
@@ -125,22 +125,22 @@ def test_what_a_killed_save_left_behind_is_not_in_the_way(tmp_path, original):
     target = l3rs.save(tmp_path / "it", theta, spec)
     (tmp_path / "it.replaced" / "theta").mkdir(parents=True)
     l3rs.save(target, theta, spec, {"note": "new"}, overwrite=True)
-    assert l3rs.describe(target)["info"] == {"note": "new"}
+    assert l3rs.info(target)["info"] == {"note": "new"}
     assert not (tmp_path / "it.replaced").exists()
 
 
 def test_digest_is_of_the_values(tmp_path, original):
     same = l3rs.save(tmp_path / "same", some_theta(), SPEC)
     other = l3rs.save(tmp_path / "other", some_theta(seed=1), SPEC)
-    assert l3rs.describe(same)["sha256"] == l3rs.describe(original)["sha256"]
-    assert l3rs.describe(other)["sha256"] != l3rs.describe(original)["sha256"]
+    assert l3rs.info(same)["sha256"] == l3rs.info(original)["sha256"]
+    assert l3rs.info(other)["sha256"] != l3rs.info(original)["sha256"]
 
 
 def test_folder_holds_what_it_says_and_nothing_else(original):
     assert names(original) == ["l3rs.json", "theta"]
     assert names(original.parent) == ["it"]
     text = (original / "l3rs.json").read_text()
-    assert json.loads(text) == l3rs.describe(original)
+    assert json.loads(text) == l3rs.info(original)
 
 
 def test_a_checkpoint_can_be_moved_and_read_only(original, tmp_path):
@@ -287,7 +287,7 @@ def test_full_disk_is_an_os_error(tmp_path):
 
 def test_not_a_checkpoint(tmp_path):
     for path in (tmp_path, tmp_path / "missing"):
-        for action in (l3rs.describe, l3rs.restore, lambda p: l3rs.load(p, 10)):
+        for action in (l3rs.info, l3rs.restore, lambda p: l3rs.load(p, 10)):
             assert sentence_of(action, path) == f"{path} is not an L3RS checkpoint: it has no l3rs.json"
 
 
@@ -298,7 +298,7 @@ def test_paths_of_another_kind(tmp_path, kind):
         (tmp_path / "it").write_text("{}")
     else:
         (tmp_path / "it" / "l3rs.json").mkdir(parents=True)
-    assert "it" in sentence_of(l3rs.describe, tmp_path / "it")
+    assert "it" in sentence_of(l3rs.info, tmp_path / "it")
 
 
 def test_truncated_manifest(checkpoint):
@@ -333,7 +333,7 @@ def test_manifest_lacks_a_key(checkpoint, key):
 def test_other_version(checkpoint, key, version):
     rewrite(checkpoint, lambda manifest: manifest.update({key: version}))
     expected = f"l3rs.json has {key} version {version}; this release reads 1 to 1: update l3rs"
-    for action in (l3rs.describe, l3rs.restore):
+    for action in (l3rs.info, l3rs.restore):
         assert sentence_of(action, checkpoint).endswith(expected)
 
 
@@ -507,7 +507,7 @@ def test_a_checkpoint_of_every_format_steps_as_it_did(version, embedding):
     """`golden/` holds checkpoints and three steps as the code of that version made them; one loss is NaN."""
     name = f"v{version}" if embedding == "table" else f"v{version}-{embedding}"
     golden = Path(__file__).with_name("golden") / name
-    assert l3rs.describe(golden / "checkpoint")["format"] == version
+    assert l3rs.info(golden / "checkpoint")["format"] == version
     with np.load(golden / "steps.npz", allow_pickle=False) as file:
         arrays = dict(file)
     params = subtree(arrays, "params/")

@@ -26,13 +26,13 @@ def normal(seed, scale=1.0):
 SPEC = l3rs.Spec.create(normal(0), DIRECTIONS, hidden=(4,))
 THETA = jax.tree.map(
     lambda leaf: 0.4 * np.random.default_rng(leaf.size).normal(size=leaf.shape).astype(np.float32),
-    jax.eval_shape(lambda: l3rs.init(jax.random.key(0), SPEC)),
+    jax.eval_shape(lambda: l3rs.init_meta_params(jax.random.key(0), SPEC)),
 )
 
 
 def run(losses, guard, grads=None):
     """Updates and states of steps with these losses."""
-    params, tx = normal(0), l3rs.l3rs(THETA, SPEC, 40, guard=guard)
+    params, tx = normal(0), l3rs.learned_optimizer(THETA, SPEC, 40, guard=guard)
     state, update = tx.init(params), jax.jit(tx.update)
     results = []
     for i, loss in enumerate(losses):
@@ -118,7 +118,7 @@ def test_off_is_the_optimizer_without_it():
     params = normal(0)
     programs = []
     for keywords in ({}, {"guard": False}, {"guard": GUARD}):
-        tx = l3rs.l3rs(THETA, SPEC, 40, **keywords)
+        tx = l3rs.learned_optimizer(THETA, SPEC, 40, **keywords)
         state = tx.init(params)
         programs.append(jax.jit(tx.update).lower(params, state, params, value=1.0).as_text())
     assert programs[0] == programs[1] != programs[2]
@@ -144,10 +144,10 @@ def test_it_rescues_a_run():
     """A network whose steps are far too long for the task: alone it never comes down, with the guard it does."""
     params = {"w": jnp.full(20, 3.0)}
     spec = l3rs.Spec.create(params, step_scale=2.0)
-    theta = jax.jit(l3rs.init, static_argnums=1)(jax.random.key(0), spec)
+    theta = jax.jit(l3rs.init_meta_params, static_argnums=1)(jax.random.key(0), spec)
 
     def final(guard):
-        tx = l3rs.l3rs(theta, spec, 300, guard=guard)
+        tx = l3rs.learned_optimizer(theta, spec, 300, guard=guard)
 
         def step(carry, _):
             p, state = carry
@@ -166,14 +166,14 @@ def test_it_rescues_a_run():
 
 def test_report_of_wrapped_states():
     params = normal(0)
-    guarded = l3rs.l3rs(THETA, SPEC, 40, guard=True)
+    guarded = l3rs.learned_optimizer(THETA, SPEC, 40, guard=True)
     for tx in (
         optax.chain(optax.clip(1.0), guarded),
         optax.MultiSteps(guarded, 2),
         optax.masked(guarded, {"a": True, "b": False}),
     ):
         assert l3rs.guard_report(tx.init(params))["count"] == 0
-    for tx, n in ((l3rs.l3rs(THETA, SPEC, 40), 0), (optax.chain(guarded, guarded), 2)):
+    for tx, n in ((l3rs.learned_optimizer(THETA, SPEC, 40), 0), (optax.chain(guarded, guarded), 2)):
         with pytest.raises(l3rs.L3RSError) as error:
             l3rs.guard_report(tx.init(params))
         assert str(error.value) == f"the state holds {n} guards; one is needed: l3rs.load(…, guard=True)"
@@ -181,9 +181,9 @@ def test_report_of_wrapped_states():
 
 def test_a_state_without_guard():
     params = normal(0)
-    state = l3rs.l3rs(THETA, SPEC, 40).init(params)
+    state = l3rs.learned_optimizer(THETA, SPEC, 40).init(params)
     with pytest.raises(l3rs.L3RSError, match="the state is one of an optimizer without a guard"):
-        l3rs.l3rs(THETA, SPEC, 40, guard=True).update(params, state, params, value=1.0)
+        l3rs.learned_optimizer(THETA, SPEC, 40, guard=True).update(params, state, params, value=1.0)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_fields_out_of_range(fields, sentence):
 
 @pytest.mark.parametrize("torch_too", [False, True], ids=["jax", "torch"])
 def test_guards_that_cannot_be(torch_too):
-    make = functools.partial(l3rs.l3rs, total_steps=10)
+    make = functools.partial(l3rs.learned_optimizer, total_steps=10)
     if torch_too:
         pytest.importorskip("torch", reason="the extra `torch` is not installed")
         from l3rs.torch import L3RS
@@ -216,7 +216,7 @@ def test_guards_that_cannot_be(torch_too):
     with pytest.raises(l3rs.L3RSError, match=r"^guard is 3; allowed are True, False and a l3rs.Guard$"):
         make(THETA, SPEC, guard=3)
     spec = l3rs.Spec.create(normal(0), ("lion", "sgd"), hidden=(4,))
-    theta = jax.jit(l3rs.init, static_argnums=1)(jax.random.key(0), spec)
+    theta = jax.jit(l3rs.init_meta_params, static_argnums=1)(jax.random.key(0), spec)
     with pytest.raises(l3rs.L3RSError) as error:
         make(theta, spec, guard=True)
     assert str(error.value) == "guard goes back to Adam, which is not among this optimizer's directions lion, sgd"

@@ -71,7 +71,17 @@ def test_nothing_can_unpickle():
 def test_public_face():
     assert set(l3rs.__all__) == {
         *("Direction", "Guard", "L3RSError", "L3RSState", "Layer", "Match", "Spec"),
-        *("describe", "guard_report", "init", "l3rs", "list", "load", "match", "restore", "save"),
+        *(
+            "available",
+            "guard_report",
+            "info",
+            "init_meta_params",
+            "learned_optimizer",
+            "load",
+            "match_layers",
+            "restore",
+            "save",
+        ),
     }
     for name in l3rs.__all__:
         assert getattr(l3rs, name).__doc__

@@ -66,7 +66,7 @@ def test_flax_states_and_plain_dicts_have_the_same_paths():
 
 def rows(table, params, **rules):
     """Of each leaf its row in the table."""
-    found = l3rs.match(Spec(tuple(table)), params, **rules)
+    found = l3rs.match_network(Spec(tuple(table)), params, **rules)
     assert [(layer.name, layer.shape) for layer in found] == [(x.path, x.shape) for x in layers_of(params)]
     assert all(layer.source == ("mean" if layer.row is None else table[layer.row].path) for layer in found)
     return [layer.row for layer in found]
@@ -178,7 +178,10 @@ def test_unknown_layers_get_the_mean():
 )
 def test_match_errors(params, rules, sentence):
     params = jax.tree.map(np.zeros, params, is_leaf=lambda x: isinstance(x, tuple))
-    for match in (l3rs.match, lambda spec, params, **rules: l3rs.l3rs(THETA, spec, 1, **rules).init(params)):
+    for match in (
+        l3rs.match_network,
+        lambda spec, params, **rules: l3rs.learned_optimizer(THETA, spec, 1, **rules).init(params),
+    ):
         with pytest.raises(L3RSError) as error:
             match(Spec(TABLE, hidden=()), params, **rules)
         assert str(error.value) == sentence

@@ -8,7 +8,7 @@ import pytest
 from l3rs import network
 from l3rs.spec import Spec
 
-init = jax.jit(network.init, static_argnums=1)  # compiled as one: quicker than op by op
+init = jax.jit(network.init_meta_params, static_argnums=1)  # compiled as one: quicker than op by op
 apply = jax.jit(network.apply, static_argnums=1)
 
 PARAMS = {"a": np.zeros((4, 3)), "b": np.zeros(3), "c": np.zeros(5)}
@@ -17,7 +17,7 @@ PARAMS = {"a": np.zeros((4, 3)), "b": np.zeros(3), "c": np.zeros(5)}
 def some_theta(spec, seed=0):
     """Random meta-parameters whose decisions differ: no bias is 0, the output layer is not small."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), spec))
+    shapes = jax.eval_shape(lambda: network.init_meta_params(jax.random.key(0), spec))
     return jax.tree.map(lambda leaf: (0.4 * rng.normal(size=leaf.shape)).astype(np.float32), shapes)
 
 
@@ -48,7 +48,7 @@ def test_feature_sizes(fields, expected):
 @pytest.mark.parametrize("hidden", [(), (7,), (7, 5, 6)])
 def test_init_shapes(hidden):
     spec = Spec.create(PARAMS, hidden=hidden, embedding_dim=2)
-    theta = jax.eval_shape(lambda: network.init(jax.random.key(0), spec))
+    theta = jax.eval_shape(lambda: network.init_meta_params(jax.random.key(0), spec))
     widths = [13 + 8 + 2, *hidden, 3]
     expected = {"embedding": (3, 2)}
     for i in range(len(hidden) + 1):
@@ -74,7 +74,7 @@ def test_embedding_rows_differ():
 
 def test_init_is_float32_under_x64():
     with jax.enable_x64(True):
-        theta = jax.eval_shape(lambda: network.init(jax.random.key(0), Spec.create(PARAMS)))
+        theta = jax.eval_shape(lambda: network.init_meta_params(jax.random.key(0), Spec.create(PARAMS)))
     assert {leaf.dtype for leaf in jax.tree.leaves(theta)} == {jnp.dtype("float32")}
 
 

@@ -36,7 +36,9 @@ def normal(shapes, seed, scale=1.0):
 
 def random_theta(spec, seed=0, scale=0.4):
     """Meta-parameters far from their start: every layer decides something else."""
-    shapes = jax.tree.map(lambda leaf: leaf.shape, jax.eval_shape(lambda: l3rs.init(jax.random.key(0), spec)))
+    shapes = jax.tree.map(
+        lambda leaf: leaf.shape, jax.eval_shape(lambda: l3rs.init_meta_params(jax.random.key(0), spec))
+    )
     return normal(shapes, seed, scale)
 
 
@@ -51,7 +53,7 @@ def fixed_theta(spec, output_bias=None):
 
 def make(params, directions=("adam", "sgd"), total_steps=10, **fields):
     spec = l3rs.Spec.create(params, directions, **{"hidden": (4,), **fields})
-    return l3rs.l3rs(random_theta(spec), spec, total_steps)
+    return l3rs.learned_optimizer(random_theta(spec), spec, total_steps)
 
 
 def norms(tree):
@@ -85,7 +87,7 @@ def test_adam_alone_with_fixed_step_is_normalised_adam():
     """50 steps on a quadratic, beside optax's Adam with each layer's step scaled to 0.01 √n."""
     params, target = normal(SHAPES, 0), normal(SHAPES, 1)
     spec = l3rs.Spec.create(params, ("adam",), step_scale=0.01)
-    ours, adam = l3rs.l3rs(fixed_theta(spec), spec, 50), optax.scale_by_adam()
+    ours, adam = l3rs.learned_optimizer(fixed_theta(spec), spec, 50), optax.scale_by_adam()
 
     def loss(p):
         return sum(jnp.sum((x - y) ** 2) for x, y in zip(jax.tree.leaves(p), jax.tree.leaves(target), strict=True))
@@ -112,12 +114,12 @@ def test_untrained_is_nearly_normalised_adam():
     changes its length by less than exp(2·0.05)."""
     params = normal(SHAPES, 0)
     spec = l3rs.Spec.create(params)
-    init = jax.jit(l3rs.init, static_argnums=1)
+    init = jax.jit(l3rs.init_meta_params, static_argnums=1)
     adam = make_direction(l3rs.Direction("adam")).transform
 
     @jax.jit
     def both(theta, grads):
-        tx = l3rs.l3rs(theta, spec, 100)
+        tx = l3rs.learned_optimizer(theta, spec, 100)
         updates, _ = tx.update(grads, tx.init(params), params, value=1.0)
         return updates, adam.update(grads, adam.init(params))[0]
 
@@ -176,7 +178,7 @@ def test_decision_is_the_network_of_the_documented_features():
     params, horizon, losses = normal(SHAPES, 0), 7, [3.0, np.nan, 2.0]
     spec = l3rs.Spec.create(params, hidden=(6,), embedding_dim=2, absolute_time=True)
     theta = random_theta(spec)
-    tx = l3rs.l3rs(theta, spec, horizon)
+    tx = l3rs.learned_optimizer(theta, spec, horizon)
     update, state = jax.jit(tx.update), tx.init(params)
 
     w = jax.tree.map(lambda x: np.asarray(x, np.float64), theta)
@@ -226,7 +228,7 @@ def test_relative_step():
     params = normal(SHAPES, 0)
     params["b"] = jnp.zeros(5)
     spec = l3rs.Spec.create(params, step="relative", step_scale=0.02, step_gain=1.5)
-    tx = l3rs.l3rs(fixed_theta(spec, [0, 0, 0.4]), spec, 10)
+    tx = l3rs.learned_optimizer(fixed_theta(spec, [0, 0, 0.4]), spec, 10)
     updates, state = jax.jit(tx.update)(normal(SHAPES, 1), tx.init(params), params, value=1.0)
     expected = 0.02 * np.exp(0.6) * np.array([*norms(params)[:2], 1e-3 * np.sqrt(5)])
     np.testing.assert_allclose(state.step_norm, expected, rtol=ROUNDING)
@@ -240,7 +242,7 @@ def test_directions_that_cancel_are_not_blown_up(tilt, expected):
     params = {"w": jnp.array([1.0, 0.0])}
     grads = {"w": jnp.array([-1.0, tilt])}
     spec = l3rs.Spec.create(params, ("sgd", "weight_decay"), mix_bias=0.0, step_scale=1.0)
-    tx = l3rs.l3rs(fixed_theta(spec), spec, 10)
+    tx = l3rs.learned_optimizer(fixed_theta(spec), spec, 10)
     updates, state = jax.jit(tx.update)(grads, tx.init(params), params, value=1.0)
     share = norms(updates) / np.asarray(state.step_norm)
     # the mixture itself is a difference of units, good to 6e-8, taken 1e3 times: 6e-5
@@ -262,10 +264,10 @@ def test_renaming_layers_permutes_the_updates():
 
     @functools.partial(jax.jit, static_argnums=1)
     def update(theta, spec, grads, state, params):
-        return l3rs.l3rs(theta, spec, 10).update(grads, state, params, value=1.0)
+        return l3rs.learned_optimizer(theta, spec, 10).update(grads, state, params, value=1.0)
 
-    state = start = l3rs.l3rs(theta, spec, 10).init(params)
-    renamed_state = renamed_start = l3rs.l3rs(theta, renamed_spec, 10).init(rename(params))
+    state = start = l3rs.learned_optimizer(theta, spec, 10).init(params)
+    renamed_state = renamed_start = l3rs.learned_optimizer(theta, renamed_spec, 10).init(rename(params))
     for i in range(2):
         grads = normal(shapes, 1 + i)
         updates, state = update(theta, spec, grads, state, params)
@@ -285,7 +287,7 @@ def test_update_depends_on_the_table_by_path_only():
     theta = random_theta(spec)
     wider = dataclasses.replace(spec, layers=(l3rs.Layer("other", (9,)), *spec.layers[::-1]))
     rows = jnp.concatenate([jnp.ones((1, 8)), theta["embedding"][::-1]])
-    a, b = l3rs.l3rs(theta, spec, 10), l3rs.l3rs({**theta, "embedding": rows}, wider, 10)
+    a, b = l3rs.learned_optimizer(theta, spec, 10), l3rs.learned_optimizer({**theta, "embedding": rows}, wider, 10)
     grads = normal(SMALL, 1)
     found = [jax.jit(tx.update)(grads, tx.init(params), params, value=1.0) for tx in (a, b)]
     assert_close(found[0][0], found[1][0])
@@ -304,14 +306,16 @@ def test_unknown_layers_have_the_mean_embedding():
     wider = l3rs.Spec.create(params, hidden=(4,))
     rows = jnp.concatenate([theta["embedding"], theta["embedding"].mean(0, keepdims=True)])
     grads = normal({**SMALL, "new": (7,)}, 1)
-    found = one_update(l3rs.l3rs(theta, spec, 10, on_unknown="mean"), params, grads)
-    assert_close(found, one_update(l3rs.l3rs({**theta, "embedding": rows}, wider, 10), params, grads))
+    found = one_update(l3rs.learned_optimizer(theta, spec, 10, on_unknown="mean"), params, grads)
+    assert_close(found, one_update(l3rs.learned_optimizer({**theta, "embedding": rows}, wider, 10), params, grads))
     np.testing.assert_allclose(norms(found[0]), found[1].step_norm, rtol=ROUNDING)
 
     grown = {"a": params["a"], "b": jnp.ones(6)}  # a known path of another shape
-    found = one_update(l3rs.l3rs(theta, spec, 10, on_unknown="mean"), grown, grown)
+    found = one_update(l3rs.learned_optimizer(theta, spec, 10, on_unknown="mean"), grown, grown)
     changed = {**theta, "embedding": theta["embedding"].at[1].set(rows[-1])}
-    assert_close(found, one_update(l3rs.l3rs(changed, l3rs.Spec.create(grown, hidden=(4,)), 10), grown, grown))
+    assert_close(
+        found, one_update(l3rs.learned_optimizer(changed, l3rs.Spec.create(grown, hidden=(4,)), 10), grown, grown)
+    )
 
 
 def test_layers_called_otherwise():
@@ -319,9 +323,9 @@ def test_layers_called_otherwise():
     params, grads = normal(SMALL, 0), normal(SMALL, 1)
     spec = l3rs.Spec.create(params, hidden=(4,))
     theta = random_theta(spec)
-    updates, _ = one_update(l3rs.l3rs(theta, spec, 10), params, grads)
+    updates, _ = one_update(l3rs.learned_optimizer(theta, spec, 10), params, grads)
     for rules in ({"rename": {"z": "a", "y": "b"}}, {"match": "order"}, {"match": "auto"}):
-        tx = l3rs.l3rs(theta, spec, 10, **rules)
+        tx = l3rs.learned_optimizer(theta, spec, 10, **rules)
         other, _ = one_update(tx, {"z": params["a"], "y": params["b"]}, {"z": grads["a"], "y": grads["b"]})
         assert_close(other, {"z": updates["a"], "y": updates["b"]})
 
@@ -335,20 +339,22 @@ def test_descriptor_embedding():
     rows = l3rs.layers.descriptors(spec.layers) @ theta["embedding"]
     assert np.unique(np.round(rows, 6), axis=0).shape == (3, 3)
     table = l3rs.Spec.create(params, hidden=(4,), embedding_dim=3)
-    expected = one_update(l3rs.l3rs({**theta, "embedding": rows}, table, 10), params, grads)
-    assert_close(one_update(l3rs.l3rs(theta, spec, 10, on_unknown="descriptor"), params, grads), expected)
+    expected = one_update(l3rs.learned_optimizer({**theta, "embedding": rows}, table, 10), params, grads)
+    assert_close(one_update(l3rs.learned_optimizer(theta, spec, 10, on_unknown="descriptor"), params, grads), expected)
 
 
 def test_descriptor_embedding_takes_any_network():
     """Its meta-parameters do not depend on the layers of the network that they were meta-trained on."""
     specs = [l3rs.Spec.create(normal(shapes, 0), embedding="descriptor") for shapes in (SHAPES, SMALL)]
-    thetas = [jax.jit(l3rs.init, static_argnums=1)(jax.random.key(0), spec) for spec in specs]
+    thetas = [jax.jit(l3rs.init_meta_params, static_argnums=1)(jax.random.key(0), spec) for spec in specs]
     assert_close(*thetas, rtol=0, atol=0)
     params, grads = normal(SMALL, 0), normal(SMALL, 1)
-    assert_close(*(one_update(l3rs.l3rs(thetas[0], spec, 10), params, grads) for spec in specs), rtol=0, atol=0)
-    assert [layer.source for layer in l3rs.match(specs[0], params)] == ["descriptor"] * 2
+    assert_close(
+        *(one_update(l3rs.learned_optimizer(thetas[0], spec, 10), params, grads) for spec in specs), rtol=0, atol=0
+    )
+    assert [layer.source for layer in l3rs.match_layers(specs[0], params)] == ["descriptor"] * 2
     renamed, plain = (
-        one_update(l3rs.l3rs(thetas[0], specs[0], 10, rename=rename), params, grads)[1]
+        one_update(l3rs.learned_optimizer(thetas[0], specs[0], 10, rename=rename), params, grads)[1]
         for rename in ({"b": "b/scale"}, None)
     )
     assert renamed.step_norm[1] != plain.step_norm[1]  # "b" is a bias by its name
@@ -484,7 +490,7 @@ def test_vmap_over_meta_parameters():
     spec = l3rs.Spec.create(params, hidden=(4,))
 
     def step(theta):
-        tx = l3rs.l3rs(theta, spec, 10)
+        tx = l3rs.learned_optimizer(theta, spec, 10)
         return tx.update(grads, tx.init(params), params, value=1.0)
 
     members = [random_theta(spec, seed) for seed in range(3)]
@@ -505,17 +511,17 @@ def test_while_loop_with_a_traced_horizon():
 
     def step(p, state, total_steps):
         value, grads = jax.value_and_grad(loss)(p)
-        updates, state = l3rs.l3rs(theta, spec, total_steps).update(grads, state, p, value=value)
+        updates, state = l3rs.learned_optimizer(theta, spec, total_steps).update(grads, state, p, value=value)
         return optax.apply_updates(p, updates), state
 
     @jax.jit
     def loop(total_steps, steps):
-        start = params, l3rs.l3rs(theta, spec, total_steps).init(params)
+        start = params, l3rs.learned_optimizer(theta, spec, total_steps).init(params)
         return jax.lax.while_loop(lambda c: c[1].count < steps, lambda c: step(*c, total_steps), start)
 
     one = jax.jit(step)
     for total_steps, steps in ((3, 3), (8, 8), (3, 5)):
-        p, state = params, l3rs.l3rs(theta, spec, total_steps).init(params)
+        p, state = params, l3rs.learned_optimizer(theta, spec, total_steps).init(params)
         for _ in range(steps):
             p, state = one(p, state, jnp.int32(total_steps))
         found, found_state = loop(jnp.int32(total_steps), jnp.int32(steps))
@@ -532,12 +538,12 @@ def test_horizon_matters_and_may_be_a_number_or_an_array():
 
     @jax.jit
     def traced(total_steps):
-        tx = l3rs.l3rs(theta, spec, total_steps)
+        tx = l3rs.learned_optimizer(theta, spec, total_steps)
         return tx.update(grads, tx.init(params), params, value=1.0)[0]
 
     expected = traced(jnp.int32(4))
     for total_steps in (4, jnp.int32(4)):
-        tx = l3rs.l3rs(theta, spec, total_steps)
+        tx = l3rs.learned_optimizer(theta, spec, total_steps)
         assert_close(jax.jit(tx.update)(grads, tx.init(params), params, value=1.0)[0], expected)
     assert not np.allclose(traced(jnp.int32(100))["b"], expected["b"], rtol=1e-3)
 
@@ -549,9 +555,9 @@ def test_nothing_is_compiled_twice():
 
     @jax.jit
     def update(theta, total_steps, grads, state, p, value):
-        return l3rs.l3rs(theta, spec, total_steps).update(grads, state, p, value=value)
+        return l3rs.learned_optimizer(theta, spec, total_steps).update(grads, state, p, value=value)
 
-    state = l3rs.l3rs(random_theta(spec), spec, 1).init(params)
+    state = l3rs.learned_optimizer(random_theta(spec), spec, 1).init(params)
     for i, value in enumerate((1.0, 0.5, np.nan)):
         theta, total_steps = random_theta(spec, seed=i), jnp.int32(10 + i)
         updates, state = update(theta, total_steps, normal(SMALL, i), state, params, jnp.float32(value))
@@ -641,7 +647,7 @@ def test_init_state():
 def test_total_steps_below_one(total_steps):
     spec = l3rs.Spec.create(normal(SHAPES, 0))
     with pytest.raises(l3rs.L3RSError) as error:
-        l3rs.l3rs(random_theta(spec), spec, total_steps)
+        l3rs.learned_optimizer(random_theta(spec), spec, total_steps)
     assert str(error.value) == f"total_steps is {total_steps}; it must be a whole number ≥ 1"
 
 
@@ -677,7 +683,7 @@ def test_params_of_another_network(adam_sgd, change, words):
 def test_unknown_direction_is_refused_before_training():
     spec = l3rs.Spec.create(normal(SHAPES, 0), ("adam", "adan"))
     with pytest.raises(l3rs.L3RSError, match="unknown direction 'adan'; allowed are adam, sgd"):
-        l3rs.l3rs(random_theta(spec), spec, 10)
+        l3rs.learned_optimizer(random_theta(spec), spec, 10)
 
 
 @pytest.mark.slow  # op by op: each is compiled
@@ -698,7 +704,7 @@ def test_docstring_example_runs():
 def test_calls_that_do_not_fit(grads, value, words):
     params = {"w": jnp.ones((4, 3))}
     spec = l3rs.Spec.create(params)
-    tx = l3rs.l3rs(l3rs.init(jax.random.key(0), spec), spec, 10)
+    tx = l3rs.learned_optimizer(l3rs.init_meta_params(jax.random.key(0), spec), spec, 10)
     with pytest.raises(l3rs.L3RSError, match=words):
         tx.update(grads, tx.init(params), params, value=value)
 
@@ -706,4 +712,4 @@ def test_calls_that_do_not_fit(grads, value, words):
 def test_theta_of_another_spec():
     spec, other = (l3rs.Spec.create({"w": jnp.ones(3)}, hidden=hidden) for hidden in ((4,), (5,)))
     with pytest.raises(l3rs.L3RSError, match="its spec needs float32"):
-        l3rs.l3rs(l3rs.init(jax.random.key(0), spec), other, 10)
+        l3rs.learned_optimizer(l3rs.init_meta_params(jax.random.key(0), spec), other, 10)

@@ -25,14 +25,14 @@ SHA256 = json.loads((GOLDEN / "l3rs.json").read_text())["sha256"]
 
 def assert_golden(place):
     """It is the golden checkpoint, whoever reads it."""
-    assert l3rs.describe(place)["sha256"] == SHA256
+    assert l3rs.info(place)["sha256"] == SHA256
     theta, spec, info = l3rs.restore(place)
     assert info["task"] == "golden"
     expected, expected_spec, _ = l3rs.restore(GOLDEN)
     assert spec == expected_spec
     jax.tree.map(np.testing.assert_array_equal, theta, expected)
     params = {"dense": {"kernel": np.zeros((4, 5), np.float32)}}
-    assert l3rs.match(place, params)[0].row == 3
+    assert l3rs.match_layers(place, params)[0].row == 3
     l3rs.load(place, 10).init(params)
 
 
@@ -53,15 +53,15 @@ def files(folder=GOLDEN):
 def test_shipped_names(tmp_path, monkeypatch):
     """From anywhere, whatever is there; each is a checkpoint with a card."""
     monkeypatch.chdir(tmp_path)
-    assert l3rs.list() == sorted(path.parent.name for path in ROOT.glob("checkpoints/*/l3rs.json"))
-    assert "digits-mlp" in l3rs.list()
-    for name in l3rs.list():
-        assert l3rs.describe(name) == l3rs.describe(ROOT / "checkpoints" / name)
+    assert l3rs.available() == sorted(path.parent.name for path in ROOT.glob("checkpoints/*/l3rs.json"))
+    assert "digits-mlp" in l3rs.available()
+    for name in l3rs.available():
+        assert l3rs.info(name) == l3rs.info(ROOT / "checkpoints" / name)
     l3rs.load("digits-mlp", total_steps=10)
 
 
 def test_without_a_horizon_it_is_the_longest_of_meta_training(tmp_path):
-    longest = l3rs.describe("digits-mlp")["info"]["horizon"]["max"]
+    longest = l3rs.info("digits-mlp")["info"]["horizon"]["max"]
     theta, spec, _ = l3rs.restore("digits-mlp")
     params = {layer.path: np.full(layer.shape, 0.1, np.float32) for layer in spec.layers}
     steps = []
@@ -95,17 +95,18 @@ def test_a_folder_goes_before_a_shipped_name(tmp_path, monkeypatch):
 
 def test_no_such_name():
     assert sentence_of("digits") == (
-        "digits is not an L3RS checkpoint: there is no such folder, and the shipped ones are " + ", ".join(l3rs.list())
+        "digits is not an L3RS checkpoint: there is no such folder, and the shipped ones are "
+        + ", ".join(l3rs.available())
     )
 
 
 def test_names_in_pytorch():
     torch = pytest.importorskip("torch", reason="the extra `torch` is not installed")
-    from l3rs.torch import L3RS, match
+    from l3rs.torch import L3RS, match_layers
 
     model = torch.nn.Sequential(torch.nn.Linear(196, 64), torch.nn.Linear(64, 64), torch.nn.Linear(64, 10))
     assert L3RS(model.parameters(), "digits-mlp").total_steps == 500
-    assert match("digits-mlp", model.parameters())[-1].source == "layers/2/bias"
+    assert match_layers("digits-mlp", model.parameters())[-1].source == "layers/2/bias"
 
 
 @pytest.mark.slow
@@ -129,12 +130,12 @@ def test_a_wheel_has_the_shipped_optimizers(tmp_path):
     for package in ("l3rs", "tasks", "metatrain"):
         for module in (ROOT / package).rglob("*.py"):
             assert module.relative_to(ROOT).as_posix() in names
-    code = "import l3rs; print(l3rs.__file__, *[l3rs.restore(name)[1].step for name in l3rs.list()])"
+    code = "import l3rs; print(l3rs.__file__, *[l3rs.restore(name)[1].step for name in l3rs.available()])"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == [str(tmp_path / "site/l3rs/__init__.py"), *["rms"] * len(l3rs.list())]
+    assert done.stdout.split() == [str(tmp_path / "site/l3rs/__init__.py"), *["rms"] * len(l3rs.available())]
 
 
 # Object stores

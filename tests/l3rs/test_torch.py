@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch", reason="the extra `torch` is not installed"
 
 import l3rs  # noqa: E402
 import l3rs.torch  # noqa: E402
-from l3rs.torch import L3RS, match  # noqa: E402
+from l3rs.torch import L3RS, match_layers  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,7 +75,7 @@ def torch_layout(path, array):
 
 def random_theta(spec, seed=0, scale=0.4):
     """Meta-parameters far from their start: every layer decides something else."""
-    shapes = jax.eval_shape(lambda: l3rs.init(jax.random.key(0), spec))
+    shapes = jax.eval_shape(lambda: l3rs.init_meta_params(jax.random.key(0), spec))
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: (scale * rng.normal(size=leaf.shape)).astype(np.float32), shapes)
 
@@ -138,7 +138,7 @@ def assert_parity(
     arrays = {path: normal(SHAPES, 0, 0.3)[path] for path in paths}
     params = {name: param for name, param in parameters().items() if name in {NAMES[path] for path in paths}}
     ours = L3RS(params.items(), (theta, spec), total_steps=40)
-    tx = l3rs.l3rs(theta, spec, total_steps=40)
+    tx = l3rs.learned_optimizer(theta, spec, total_steps=40)
     reference, update = nested(arrays), jax.jit(tx.update)
     state = tx.init(reference)
     order = [NAMES[layer.path] for layer in l3rs.spec.layers_of(reference)]
@@ -346,7 +346,7 @@ def test_other_precisions(dtype):
 def test_bfloat16_parity():
     """Ten steps: the same bfloat16 numbers, but for a rounding here and there."""
     theta, spec = checkpoint()
-    params, tx = parameters(dtype=torch.bfloat16), l3rs.l3rs(theta, spec, 40)
+    params, tx = parameters(dtype=torch.bfloat16), l3rs.learned_optimizer(theta, spec, 40)
     ours = L3RS(params.items(), (theta, spec), 40)
     reference = jax.tree.map(lambda x: x.astype(jnp.bfloat16), nested(normal(SHAPES, 0, 0.3)))
     state, update = tx.init(reference), jax.jit(tx.update)
@@ -909,7 +909,7 @@ def paths_of(table, params, rename=None, **rules):
     spec = l3rs.Spec(tuple(l3rs.Layer(path, shape) for path, shape in table.items()))
     tensors = [torch.empty(shape) for shape in params.values()]
     named = [(name, tensor) for name, tensor in zip(params, tensors, strict=True)]
-    found = match(spec, tensors if isinstance(next(iter(params)), int) else named, rename=rename, **rules)
+    found = match_layers(spec, tensors if isinstance(next(iter(params)), int) else named, rename=rename, **rules)
     assert [layer.shape for layer in found] == list(params.values())
     assert [layer.row for layer in found] == [
         list(table).index(layer.source) if layer.source in table else None for layer in found
@@ -1024,7 +1024,7 @@ def test_unknown_parameters_have_the_mean_embedding():
         spec, layers=tuple(l3rs.Layer(x.path, (8, 9) if x.path == "dense/kernel" else x.shape) for x in spec.layers)
     )
     params = parameters()
-    found = match(spec, params.items(), on_unknown="mean")
+    found = match_layers(spec, params.items(), on_unknown="mean")
     assert {layer.name: layer.source for layer in found} == {
         **{name: path for path, name in NAMES.items()},
         "dense.weight": "mean",
@@ -1059,7 +1059,7 @@ def test_descriptors_of_both_layouts():
 def test_descriptors_need_names():
     _, spec = made_of = checkpoint(embedding="descriptor")
     unnamed = list(parameters().values())
-    for call in (lambda: L3RS(unnamed, made_of, 10), lambda: match(spec, unnamed)):
+    for call in (lambda: L3RS(unnamed, made_of, 10), lambda: match_layers(spec, unnamed)):
         with pytest.raises(l3rs.L3RSError) as error:
             call()
         assert str(error.value) == (
@@ -1105,7 +1105,7 @@ def test_parity_with_descriptors():
     theta, spec = checkpoint({"other/kernel": (2, 2)}, embedding="descriptor")
     ours = assert_parity_of((theta, spec))
     assert ours.param_groups[0]["layers"] == list(NAMES.values())
-    assert {layer.source for layer in match(spec, parameters().items())} == {"descriptor"}
+    assert {layer.source for layer in match_layers(spec, parameters().items())} == {"descriptor"}
     resumed = parameters()
     again = L3RS(resumed.items(), (theta, spec), 40)
     again.load_state_dict(copy.deepcopy(ours.state_dict()))
@@ -1118,7 +1118,7 @@ def test_parity_with_descriptors():
 def assert_parity_of(made_of, steps=10, **rules):
     """Ten steps of both optimizers with the network of `SHAPES`; the torch one."""
     params, reference = parameters(), nested(normal(SHAPES, 0, 0.3))
-    ours, tx = L3RS(params.items(), made_of, 40, **rules), l3rs.l3rs(*made_of, 40, **rules)
+    ours, tx = L3RS(params.items(), made_of, 40, **rules), l3rs.learned_optimizer(*made_of, 40, **rules)
     state, update = tx.init(reference), jax.jit(tx.update)
     for step in range(steps):
         grads = normal(SHAPES, 100 + step)
@@ -1136,7 +1136,7 @@ def assert_parity_of(made_of, steps=10, **rules):
 
 def test_match_takes_no_groups():
     with pytest.raises(l3rs.L3RSError, match="not param groups"):
-        match(checkpoint()[1], [{"params": [torch.zeros(1)]}])
+        match_layers(checkpoint()[1], [{"params": [torch.zeros(1)]}])
 
 
 # Among PyTorch's own

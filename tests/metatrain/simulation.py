@@ -1,6 +1,6 @@
 """Discrete-event simulation of one run on 1 to 10,000 workers, with stragglers and failures.
 
-It drives the scheduler that the service uses (`metatrain.shards.Shards`); only workers and clock are
+It drives the scheduler that the service uses (`metatrain.ray.shards.Shards`); only workers and clock are
 made up. Run it to get the table of the README: python -m tests.metatrain.simulation
 """
 
@@ -10,7 +10,7 @@ import dataclasses
 import heapq
 import random
 
-from metatrain.shards import Shards
+from metatrain.ray.shards import Shards
 
 
 @dataclasses.dataclass(frozen=True)

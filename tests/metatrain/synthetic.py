@@ -9,8 +9,18 @@ import numpy as np
 
 from l3rs.baselines import iomt
 from l3rs.baselines.mada import DOMAIN
-from metatrain.results import L3RS, CoefficientPath, Cost, Curve, DecisionPath, Record, Results, Speedup, SwitchHistory
-from metatrain.statistics import area_under_curve, speedup
+from metatrain.evaluation.results import (
+    L3RS,
+    CoefficientPath,
+    Cost,
+    Curve,
+    DecisionPath,
+    Record,
+    Results,
+    Speedup,
+    SwitchHistory,
+)
+from metatrain.evaluation.statistics import area_under_curve, speedup
 
 SETTINGS = (
     "A: resnet8(imagenet → imagenet25)",

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from metatrain.config import dump_config
-from metatrain.trainer import run
+from metatrain.outer.loop import run
 from tests.metatrain.common import assert_same_theta, metrics, small_config
 from tests.metatrain.nodes import Nodes, ray_nodes, worker_processes
 from tests.metatrain.test_trainer import being_saved, count_lines

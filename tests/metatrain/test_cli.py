@@ -149,7 +149,7 @@ def test_a_full_disk_is_said_and_what_was_saved_is_kept(config: Path, tiny_disk:
     saved = max(int(p.name) for p in (folder / "state").iterdir() if p.name.isdigit())
     subprocess.run(["mount", "-o", "remount,size=20m", tiny_disk], check=True)
     assert metatrain("export", folder, tiny_disk / "optimizer").returncode == 0
-    assert l3rs.describe(tiny_disk / "optimizer")["info"]["generations"] == saved >= 1
+    assert l3rs.info(tiny_disk / "optimizer")["info"]["generations"] == saved >= 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -230,7 +230,7 @@ def test_inspect_shows_what_the_layers_of_a_network_are(finished: Path, config: 
     save_file({**wide.state_dict(), "position_ids": torch.arange(3)}, tmp_path / "wide.safetensors")
     layers = {f"dense_{i}": {"kernel": np.zeros((4, 4)), "bias": np.zeros(4)} for i in range(12)}
     spec = l3rs.Spec.create(layers)
-    l3rs.save(tmp_path / "table", l3rs.init(jax.random.key(0), spec), spec)
+    l3rs.save(tmp_path / "table", l3rs.init_meta_params(jax.random.key(0), spec), spec)
     done = metatrain("inspect", tmp_path / "table", "--network", tmp_path / "wide.safetensors", "--match", "auto")
     assert done.returncode == 0, done.stderr
     shown = [" ".join(line.split()) for line in done.stdout.splitlines()]

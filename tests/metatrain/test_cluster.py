@@ -19,11 +19,11 @@ import pytest
 import ray
 
 import l3rs
-from metatrain.cluster import Answer, RayEvaluator, Worker, _Job, versions
 from metatrain.config import Config, UserError
-from metatrain.population import LocalEvaluator
-from metatrain.strategy import make_strategy
-from metatrain.trainer import run
+from metatrain.inner.population import LocalEvaluator
+from metatrain.outer.loop import run
+from metatrain.outer.strategy import make_strategy
+from metatrain.ray.evaluator import Answer, RayEvaluator, Worker, _Job, versions
 from tasks import make_task
 from tests.metatrain.common import REGRESSION, assert_same_theta, metrics, small_config
 from tests.metatrain.nodes import worker_processes
@@ -45,7 +45,7 @@ def evaluator(config: Config, say: Callable[[str], None] = print) -> tuple[RayEv
     """The Ray evaluator of a configuration, the local one, and a state of the strategy."""
     task = make_task(*config.task.form())
     spec = l3rs.Spec.create(task.params_shape(), hidden=(4,), embedding_dim=2)
-    theta = l3rs.init(jax.random.key(0), spec)
+    theta = l3rs.init_meta_params(jax.random.key(0), spec)
     strategy = make_strategy(config.outer, theta)
     local = LocalEvaluator([task], spec, strategy, config.outer.population, 2, "fused", jax.devices()[:1])
     remote = RayEvaluator([task], spec, config.outer, 2, "fused", config.execution, say)
@@ -126,7 +126,7 @@ class FailingWorker(Worker):
 def test_order_duplicates_and_garbage_change_no_bit(
     kind: type[Worker], quiet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("metatrain.cluster.Worker", kind)
+    monkeypatch.setattr("metatrain.ray.evaluator.Worker", kind)
     folder = tmp_path / "run"
     run(ray_config(2), folder)
     assert_same_theta(folder / "optimizer", quiet / "optimizer")
@@ -181,8 +181,8 @@ def test_a_stopped_worker_is_overtaken_and_a_killed_one_replaced() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_worker_that_hangs_for_ever_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metatrain.cluster._HANG_SECONDS", 2.0)
-    monkeypatch.setattr("metatrain.cluster._HANG_FACTOR", 1.0)
+    monkeypatch.setattr("metatrain.ray.evaluator._HANG_SECONDS", 2.0)
+    monkeypatch.setattr("metatrain.ray.evaluator._HANG_FACTOR", 1.0)
     said: list[str] = []
     remote, local, state = evaluator(ray_config(1), said.append)
     try:
@@ -220,7 +220,7 @@ def test_the_time_to_answer_follows_the_horizon_and_doubles(monkeypatch: pytest.
     """A worker that is slow, or compiles for long, is not lost for ever; the clock and the workers are made up."""
     driver: Any = object.__new__(RayEvaluator)
     clock, lost = [0.0], []
-    monkeypatch.setattr("metatrain.cluster.time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("metatrain.ray.evaluator.time", types.SimpleNamespace(monotonic=lambda: clock[0]))
     driver._slowest, driver._timeouts, driver._errors, driver._round, driver._steps = 0.0, 0, 2, 1, 10
     driver._lose = lambda *arguments: lost.append(arguments[-1])
 
@@ -271,7 +271,7 @@ def test_what_is_sent_in_a_generation_does_not_grow_with_the_model() -> None:
     def sent(dimension: int) -> int:
         task = make_task(REGRESSION, {"dimension": dimension})
         spec = l3rs.Spec.create(task.params_shape(), hidden=(4,), embedding_dim=2)
-        theta = l3rs.init(jax.random.key(0), spec)
+        theta = l3rs.init_meta_params(jax.random.key(0), spec)
         state = make_strategy(ray_config().outer, theta).init(jax.random.key(0), theta)
         return sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves((state, generation()[1:])))
 
@@ -285,7 +285,7 @@ def test_errors_of_a_task_and_what_no_node_has_are_one_sentence(
     with pytest.raises(UserError, match=r"resources_per_worker is CPU 1, GPU 1; no node has that.*CPU 4, GPU 0"):
         run(ray_config(resources_per_worker={"CPU": 1.0, "GPU": 1.0}), tmp_path / "run")
     assert not (tmp_path / "run").exists(), "a run that never began is in the way of the next try"
-    monkeypatch.setattr("metatrain.cluster.Worker", FailingWorker)
+    monkeypatch.setattr("metatrain.ray.evaluator.Worker", FailingWorker)
     remote, _, state = evaluator(ray_config(1))
     with pytest.raises(UserError, match="candidates fail on the workers: ZeroDivisionError: the task divides by zero"):
         remote.evaluate(state, generation(0))
@@ -302,7 +302,7 @@ def test_a_worker_with_other_versions_or_without_the_tasks_code_says_so() -> Non
     spec = l3rs.Spec.create(make_task(REGRESSION, {}).params_shape())
     job = _Job([], [], spec, config.outer, "fused", {**versions(), "jax": "0.0.1"})
     assert "(driver: 0.0.1); all machines need the same versions" in str(setup(cloudpickle.dumps(job)))
-    missing = cloudpickle.dumps(job).replace(b"metatrain.cluster", b"metatrain.clusteX")
+    missing = cloudpickle.dumps(job).replace(b"metatrain.ray.evaluator", b"metatrain.clusteX")
     assert "the task's code cannot be imported on" in str(setup(missing))
 
 

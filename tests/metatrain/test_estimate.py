@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from metatrain.estimate import Estimate, estimate
-from metatrain.trainer import Setup
+from metatrain.outer.cost import Estimate, estimate
+from metatrain.outer.loop import Setup
 from tests.metatrain.common import small_config
 
 

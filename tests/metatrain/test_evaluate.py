@@ -13,10 +13,10 @@ import optax.contrib
 import pytest
 
 import l3rs
-from metatrain.baselines import ALL, BASELINES, SCHEDULES, Tuned, deployed_params, make_baseline
 from metatrain.config import UserError
-from metatrain.evaluate import evaluate, held_out_samples
-from metatrain.results import Record, Results
+from metatrain.evaluation.baselines import ALL, BASELINES, SCHEDULES, Tuned, deployed_params, make_baseline
+from metatrain.evaluation.evaluate import evaluate, held_out_samples
+from metatrain.evaluation.results import Record, Results
 from tests.metatrain.common import REGRESSION, small_config
 from tests.metatrain.quadratic import regression
 
@@ -24,7 +24,7 @@ from tests.metatrain.quadratic import regression
 @pytest.fixture(scope="module")
 def optimizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = l3rs.Spec.create(regression().params_shape(), hidden=(4,), embedding_dim=2)
-    return l3rs.save(tmp_path_factory.mktemp("o") / "opt", l3rs.init(jax.random.key(0), spec), spec)
+    return l3rs.save(tmp_path_factory.mktemp("o") / "opt", l3rs.init_meta_params(jax.random.key(0), spec), spec)
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def test_held_out_samples_never_meet_meta_training() -> None:
 
 
 def test_speedup_is_the_baselines_steps_over_ours() -> None:
-    from metatrain.evaluate import _speedups
+    from metatrain.evaluation.evaluate import _speedups
 
     curves = {"l3rs": {10: 0.6, 100: 0.9}, "sgd": {10: 0.3, 100: 0.6}}
     records = [

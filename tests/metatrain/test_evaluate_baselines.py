@@ -13,7 +13,8 @@ import optax
 import pytest
 
 from l3rs.baselines import iomt, mada_coefficients
-from metatrain.baselines import (
+from metatrain.config import UserError, load_config
+from metatrain.evaluation.baselines import (
     ALL,
     BASELINES,
     INTERLEAVED,
@@ -23,10 +24,9 @@ from metatrain.baselines import (
     find_baseline,
     make_baseline,
 )
-from metatrain.config import UserError, load_config
-from metatrain.evaluate import evaluate, held_out_samples
-from metatrain.interleaved import interleaved_rollout, trainers
-from metatrain.results import Results
+from metatrain.evaluation.evaluate import evaluate, held_out_samples
+from metatrain.evaluation.interleaved import interleaved_rollout, trainers
+from metatrain.evaluation.results import Results
 from tasks import Task, uniform_batches
 from tasks.classification import classification_loss
 from tasks.models import make_model

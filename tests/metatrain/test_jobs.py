@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from metatrain.config import UserError, dump_config
-from metatrain.connection import is_loopback, require_token, split_address
-from metatrain.jobs import CLIENT, _submit_job, check_client, client
-from metatrain.trainer import run
+from metatrain.outer.loop import run
+from metatrain.ray.connection import is_loopback, require_token, split_address
+from metatrain.ray.jobs import CLIENT, _submit_job, check_client, client
 from tests.metatrain.common import assert_same_theta, small_config
 from tests.metatrain.nodes import Nodes, free_port, ray_nodes
 
@@ -193,7 +193,7 @@ def test_a_cluster_with_another_ray_is_one_sentence() -> None:
 
 
 def test_a_cluster_that_has_just_started_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metatrain.jobs.time.sleep", lambda _: None)
+    monkeypatch.setattr("metatrain.ray.jobs.time.sleep", lambda _: None)
     answers: list[str | Exception] = [
         *[RuntimeError("status code 500: No available agent to submit job, please try again later.")] * 2,
         "small-1",
@@ -211,7 +211,7 @@ def test_a_cluster_that_has_just_started_is_asked_again(monkeypatch: pytest.Monk
     assert _submit_job(Jobs(), submission_id="small-1") == "small-1"
     with pytest.raises(UserError, match="cannot be submitted: RuntimeError: status code 400: small-1 exists"):
         _submit_job(Jobs(), submission_id="small-1")
-    monkeypatch.setattr("metatrain.jobs._AGENT_SECONDS", -1.0)
+    monkeypatch.setattr("metatrain.ray.jobs._AGENT_SECONDS", -1.0)
     answers.append(RuntimeError("No available agent to submit job"))
     with pytest.raises(UserError, match="cannot be submitted: RuntimeError: No available agent"):
         _submit_job(Jobs(), submission_id="small-1")

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from metatrain import live
 from metatrain.config import UserError, dump_config
-from metatrain.live import History, Live, running_median
+from metatrain.report import live
+from metatrain.report.live import History, Live, running_median
 from tests.metatrain.common import small_config
 from tests.metatrain.test_report import check_in_a_browser, check_page, needs_browser
 

@@ -11,10 +11,10 @@ import pytest
 
 import l3rs
 from metatrain.config import UserError, load_config
-from metatrain.plan import _scratch, choose_plan, members_per_call, time_steps
-from metatrain.rollout import Plan, fused_rollout, stepwise_rollout
-from metatrain.strategy import make_strategy
-from metatrain.trainer import resume, run
+from metatrain.inner.plan import _scratch, choose_plan, members_per_call, time_steps
+from metatrain.inner.rollout import Plan, fused_rollout, stepwise_rollout
+from metatrain.outer.loop import resume, run
+from metatrain.outer.strategy import make_strategy
 from tasks import Task, make_task, sample
 from tests.metatrain.common import metrics, small_config
 from tests.metatrain.quadratic import regression
@@ -52,11 +52,11 @@ def test_both_plans_agree_over_twenty_steps(name: str, convolutional: Task) -> N
     task = regression() if name == "regression" else convolutional
     # Small steps: batch norm makes twenty large ones chaotic, and rounding differs between the plans.
     spec = l3rs.Spec.create(task.params_shape(), step_scale=3e-4)
-    theta, chosen = l3rs.init(jax.random.key(0), spec), sample(task, jax.random.key(1))
+    theta, chosen = l3rs.init_meta_params(jax.random.key(0), spec), sample(task, jax.random.key(1))
     splits = ("inner_valid", "outer_valid")
     results = []
     for plan in (fused_rollout, stepwise_rollout):
-        rollout = plan(task, lambda t, horizon: l3rs.l3rs(t, spec, horizon), splits)
+        rollout = plan(task, lambda t, horizon: l3rs.learned_optimizer(t, spec, horizon), splits)
         rollout = jax.jit(rollout) if plan is fused_rollout else rollout
         results.append(rollout(theta, jax.tree.map(jnp.asarray, task.data), chosen, jnp.int32(20)))
     for split in splits:
@@ -102,7 +102,9 @@ def test_digits_have_no_convolutions() -> None:
 def test_a_call_holds_as_many_candidates_as_fit_the_memory() -> None:
     task = regression()
     spec = l3rs.Spec.create(task.params_shape(), hidden=(4,), embedding_dim=2)
-    strategy = make_strategy(small_config(outer={"population": 64}).outer, l3rs.init(jax.random.key(0), spec))
+    strategy = make_strategy(
+        small_config(outer={"population": 64}).outer, l3rs.init_meta_params(jax.random.key(0), spec)
+    )
     device = jax.devices()[:1]
 
     def members(memory: int | None, plan: Plan = "fused", calls: int = 1) -> int:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import l3rs
-from metatrain.population import GenerationSpec, LocalEvaluator, fitness_by_halves
-from metatrain.rollout import Plan
-from metatrain.strategy import make_strategy
+from metatrain.inner.population import GenerationSpec, LocalEvaluator, fitness_by_halves
+from metatrain.inner.rollout import Plan
+from metatrain.outer.strategy import make_strategy
 from tasks import sample
 from tests.metatrain.common import small_config
 from tests.metatrain.quadratic import regression
@@ -24,7 +24,7 @@ def evaluator(
 ) -> tuple[LocalEvaluator, object]:
     task = regression()
     spec = l3rs.Spec.create(task.params_shape(), hidden=(4,), embedding_dim=2)
-    theta = l3rs.init(jax.random.key(0), spec)
+    theta = l3rs.init_meta_params(jax.random.key(0), spec)
     strategy = make_strategy(small_config(outer={"population": population}).outer, theta)
     state = strategy.init(jax.random.key(0), theta)
     return LocalEvaluator([task], spec, strategy, population, members, plan, devices), state
@@ -100,7 +100,7 @@ def test_xla_out_of_memory_is_recognised() -> None:
     """A real allocation that fails, in a process whose memory is limited."""
     code = """
 import resource, jax, jax.numpy as jnp, numpy as np
-from metatrain.population import fitness_by_halves
+from metatrain.inner.population import fitness_by_halves
 jax.config.update("jax_num_cpu_devices", 1)
 call = jax.jit(lambda members: jnp.cumsum(jnp.ones((members.shape[0], 2**27)) * members[:, None], axis=1)[:, 0])
 call(np.arange(1.0)).block_until_ready()

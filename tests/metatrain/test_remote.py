@@ -15,9 +15,9 @@ import fsspec
 import pytest
 
 import l3rs
-from metatrain import trainer
 from metatrain.config import UserError, dump_config
-from metatrain.remote import Store, _object
+from metatrain.outer import loop as trainer
+from metatrain.outer.store import Store, _object
 from tests.metatrain.common import assert_same_theta, metrics, small_config
 from tests.metatrain.test_trainer import stopped_at
 
@@ -184,4 +184,4 @@ def test_kill_minus_nine_while_it_copies(tmp_path: Path) -> None:
     Store(url).pull(tmp_path / "copy")
     assert metrics(tmp_path / "copy") == metrics(tmp_path / "quiet")
     assert_same_theta(tmp_path / "copy" / "optimizer", tmp_path / "quiet" / "optimizer")
-    assert l3rs.describe(tmp_path / "copy" / "optimizer")["info"]["generations"] == 30
+    assert l3rs.info(tmp_path / "copy" / "optimizer")["info"]["generations"] == 30

@@ -18,12 +18,13 @@ import pytest
 from rich.console import Console
 
 from metatrain import report
-from metatrain.report import decisions, words
+from metatrain.evaluation.analysis import Findings
+from metatrain.evaluation.results import L3RS, Cost, Curve, Record, Results, Speedup
+from metatrain.evaluation.statistics import Interval
+from metatrain.report import decisions
+from metatrain.report import formatting as words
 from metatrain.report.figures import log_ticks
-from metatrain.report.findings import Findings
 from metatrain.report.page import _paid
-from metatrain.results import L3RS, Cost, Curve, Record, Results, Speedup
-from metatrain.statistics import Interval
 from tests.metatrain.synthetic import full
 
 _VOID = {"meta", "br", "link", "img", "hr", "input"}

@@ -7,14 +7,14 @@ import optax
 import pytest
 
 import l3rs
-from metatrain.rollout import evaluate_split, fused_rollout
+from metatrain.inner.rollout import evaluate_split, fused_rollout
 from tasks import Task, make_task, sample
 from tests.metatrain.quadratic import regression
 
 
 def optimizer(task: Task) -> tuple[l3rs.Spec, dict]:
     spec = l3rs.Spec.create(task.params_shape())
-    return spec, l3rs.init(jax.random.key(5), spec)
+    return spec, l3rs.init_meta_params(jax.random.key(5), spec)
 
 
 @pytest.mark.parametrize("name", ["digits", "tests.metatrain.quadratic:regression"])
@@ -22,12 +22,14 @@ def test_fused_equals_a_plain_python_loop(name: str) -> None:
     task = make_task(name)
     spec, theta = optimizer(task)
     chosen, horizon = sample(task, jax.random.key(1)), 7
-    rollout = jax.jit(fused_rollout(task, lambda t, steps: l3rs.l3rs(t, spec, steps), ("outer_valid", "test")))
+    rollout = jax.jit(
+        fused_rollout(task, lambda t, steps: l3rs.learned_optimizer(t, spec, steps), ("outer_valid", "test"))
+    )
     found = rollout(theta, task.data, chosen, jnp.int32(horizon))
 
     data = jax.tree.map(jnp.asarray, task.data)
     params, stats = task.init(data, chosen.init)
-    tx = l3rs.l3rs(theta, spec, horizon)
+    tx = l3rs.learned_optimizer(theta, spec, horizon)
     state = tx.init(params)
     gradient = jax.jit(jax.value_and_grad(task.loss, has_aux=True), static_argnums=3)
     update = jax.jit(tx.update)
@@ -46,7 +48,7 @@ def test_fused_equals_a_plain_python_loop(name: str) -> None:
 def test_one_compilation_serves_all_horizons_candidates_and_samples() -> None:
     task = regression()
     spec, theta = optimizer(task)
-    rollout = jax.jit(fused_rollout(task, lambda t, steps: l3rs.l3rs(t, spec, steps), ("test",)))
+    rollout = jax.jit(fused_rollout(task, lambda t, steps: l3rs.learned_optimizer(t, spec, steps), ("test",)))
     losses = []
     for horizon in (1, 5, 40):
         theta = jax.tree.map(lambda x: x * 1.01, theta)
@@ -72,7 +74,7 @@ def test_the_meta_loss_reads_outer_valid_alone() -> None:
     spec, theta = optimizer(regression())
 
     def meta_loss(task: Task) -> float:
-        rollout = fused_rollout(task, lambda t, steps: l3rs.l3rs(t, spec, steps), ("outer_valid",))
+        rollout = fused_rollout(task, lambda t, steps: l3rs.learned_optimizer(t, spec, steps), ("outer_valid",))
         data = jax.tree.map(jnp.asarray, task.data)
         return float(rollout(theta, data, sample(task, jax.random.key(1)), jnp.int32(3))["outer_valid"].loss)
 

@@ -7,7 +7,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metatrain.shards import Shards
+from metatrain.ray.shards import Shards
 
 
 def test_a_worker_is_one_shard_ahead_while_there_are_plenty() -> None:

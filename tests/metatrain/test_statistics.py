@@ -3,8 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from metatrain import statistics
-from metatrain.statistics import (
+from metatrain.evaluation import statistics
+from metatrain.evaluation.statistics import (
     area_under_curve,
     mean_interval,
     performance_profile,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from metatrain.config import OuterConfig
-from metatrain.strategy import Strategy, make_strategy
+from metatrain.outer.strategy import Strategy, make_strategy
 
 THETA = {"a": jnp.arange(3.0), "b": jnp.ones((2, 2))}
 

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 import l3rs
-from metatrain import trainer
 from metatrain.config import UserError, dump_config, portable
+from metatrain.outer import loop as trainer
 from tests.metatrain.common import REGRESSION, assert_same_theta, metrics, small_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,7 +58,7 @@ def test_a_run_leaves_what_it_promises(quiet: Path) -> None:
         assert all(line[key] is not None for line in lines)
     assert all(2 <= line["horizon"] <= 9 for line in lines)
     assert len({line["horizon"] for line in lines}) > 1
-    info = l3rs.describe(quiet / "optimizer")["info"]
+    info = l3rs.info(quiet / "optimizer")["info"]
     assert info["generations"] == 6
     assert info["horizon"] == {"min": 2, "max": 9}
     assert info["candidate_steps"] == sum(4 * line["horizon"] for line in lines)
@@ -204,7 +204,7 @@ def test_a_checkpoint_names_no_folder_of_this_machine(tmp_path: Path) -> None:
 def test_export_of_an_interrupted_run(quiet: Path, tmp_path: Path) -> None:
     stopped_at(3, tmp_path / "run")
     trainer.export(tmp_path / "run", tmp_path / "exported")
-    assert l3rs.describe(tmp_path / "exported")["info"]["generations"] == 3
+    assert l3rs.info(tmp_path / "exported")["info"]["generations"] == 3
     with pytest.raises(l3rs.L3RSError, match="exists"):
         trainer.export(tmp_path / "run", tmp_path / "exported")
     trainer.export(quiet, tmp_path / "whole")

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from metatrain.config import Config, UserError, dump_config, load_config
-from metatrain.connection import first_line, is_loopback, probe, require_token, split_address
+from metatrain.ray.connection import first_line, is_loopback, probe, require_token, split_address
 
 CLIENT = "L3RS_CLIENT"  # environment: the versions of who submitted, as JSON
 _NAME, _FOLDER = "l3rs_run", "l3rs_folder"  # metadata of a job

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from metatrain.results import L3RS
-from metatrain.statistics import Interval
+from metatrain.evaluation.results import L3RS
+from metatrain.evaluation.statistics import Interval
 
 MISSING = "–"
 

@@ -32,16 +32,16 @@ import numpy as np
 import optax
 
 import l3rs
-from metatrain.cluster import RayEvaluator
 from metatrain.config import Config, ExecutionConfig, UserError, dump_config, load_config, portable
-from metatrain.live import Live
-from metatrain.plan import choose_plan, members_per_call
-from metatrain.population import Evaluator, GenerationSpec, LocalEvaluator
-from metatrain.progress import Display
-from metatrain.remote import RunFolder, run_folder
-from metatrain.results import write_whole
-from metatrain.state import Progress, StateStore
-from metatrain.strategy import Strategy, make_strategy
+from metatrain.evaluation.results import write_whole
+from metatrain.inner.plan import choose_plan, members_per_call
+from metatrain.inner.population import Evaluator, GenerationSpec, LocalEvaluator
+from metatrain.outer.progress import Display
+from metatrain.outer.state import Progress, StateStore
+from metatrain.outer.store import RunFolder, run_folder
+from metatrain.outer.strategy import Strategy, make_strategy
+from metatrain.ray.evaluator import RayEvaluator
+from metatrain.report.live import Live
 from tasks import Task, make_task, sample
 
 _log = logging.getLogger("metatrain")
@@ -172,7 +172,7 @@ class Setup:
         spec = l3rs.Spec.create(task.params_shape(), **config.optimizer.model_dump())
         for other in tasks[1:]:
             try:
-                l3rs.match(spec, other.params_shape())
+                l3rs.match_layers(spec, other.params_shape())
             except l3rs.L3RSError as error:
                 raise UserError(
                     f"task.variants have different networks ({error}): optimizer.embedding must be descriptor"
@@ -180,7 +180,7 @@ class Setup:
         plan, members = config.execution.plan, config.execution.members_per_call
         if plan == "auto":
             plan = choose_plan(tasks, spec)
-        strategy = make_strategy(config.outer, l3rs.init(jax.random.key(0), spec))
+        strategy = make_strategy(config.outer, l3rs.init_meta_params(jax.random.key(0), spec))
         if members == "auto":
             devices = jax.local_devices()
             calls = len(devices) * _calls_a_device(config.execution)
@@ -202,7 +202,7 @@ class Setup:
 
     def fresh(self) -> Progress:
         theta_key, strategy_key = jax.random.split(jax.random.key(self.config.seed))
-        state = self.strategy.init(strategy_key, l3rs.init(theta_key, self.spec))
+        state = self.strategy.init(strategy_key, l3rs.init_meta_params(theta_key, self.spec))
         return Progress(generation=0, failures=0, candidate_steps=0, seconds=0.0, strategy=state)
 
     def generation(self, number: int) -> GenerationSpec:

@@ -17,8 +17,8 @@ import jax
 import numpy as np
 
 import l3rs
-from metatrain.rollout import Plan, fused_rollout, learned, stepwise_rollout
-from metatrain.strategy import State, Strategy
+from metatrain.inner.rollout import Plan, fused_rollout, learned, stepwise_rollout
+from metatrain.outer.strategy import State, Strategy
 from tasks import Task, TaskSample
 
 

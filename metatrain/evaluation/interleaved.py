@@ -14,8 +14,8 @@ import numpy as np
 
 from l3rs import L3RSError
 from l3rs.baselines import iomt
-from metatrain.baselines import Interleaved, Tuned
-from metatrain.rollout import Plan, Rollout, Score, evaluate_split, host_scorer
+from metatrain.evaluation.baselines import Interleaved, Tuned
+from metatrain.inner.rollout import Plan, Rollout, Score, evaluate_split, host_scorer
 from tasks import Task, TaskSample
 from tasks.base import Data, Params, Stats
 

@@ -10,10 +10,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from metatrain import statistics
-from metatrain.report import words
-from metatrain.results import L3RS, Results, Speedup, worst_if_no_number
-from metatrain.statistics import Interval
+from metatrain.evaluation import statistics
+from metatrain.evaluation.results import L3RS, Results, Speedup, worst_if_no_number
+from metatrain.evaluation.statistics import Interval
+from metatrain.report import formatting as words
 
 Outcome = Literal["better", "worse", "undecided"]
 

@@ -14,9 +14,9 @@ import numpy as np
 
 import l3rs
 from metatrain.config import UserError
-from metatrain.population import candidate_losses
-from metatrain.rollout import Plan, fused_rollout, learned, stepwise_rollout
-from metatrain.strategy import Strategy
+from metatrain.inner.population import candidate_losses
+from metatrain.inner.rollout import Plan, fused_rollout, learned, stepwise_rollout
+from metatrain.outer.strategy import Strategy
 from tasks import Task, sample
 
 _log = logging.getLogger("metatrain")
@@ -50,7 +50,7 @@ def choose_plan(tasks: Sequence[Task], spec: l3rs.Spec) -> Plan:
 
 
 def _seconds_a_step(task: Task, spec: l3rs.Spec) -> dict[Plan, float]:
-    theta = l3rs.init(jax.random.key(0), spec)
+    theta = l3rs.init_meta_params(jax.random.key(0), spec)
     chosen = sample(task, jax.random.key(0))
     device = jax.local_devices()[0]
     theta, data, chosen = jax.device_put((theta, task.data, chosen), device)
@@ -102,7 +102,7 @@ def members_per_call(
 
 def _scratch(task: Task, spec: l3rs.Spec, strategy: Strategy, members: int) -> int:
     """Bytes that XLA allocates for a fused call of so many members."""
-    state = jax.eval_shape(strategy.init, jax.random.key(0), l3rs.init(jax.random.key(0), spec))
+    state = jax.eval_shape(strategy.init, jax.random.key(0), l3rs.init_meta_params(jax.random.key(0), spec))
     key = jax.random.key_data(jax.random.key(0))
     call = candidate_losses(task, spec, strategy, "fused")
     chosen = sample(task, jax.random.key(0))

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 
 from l3rs.checkpoint import saving
 from metatrain.config import UserError
-from metatrain.strategy import State
+from metatrain.outer.strategy import State
 
 _log = logging.getLogger("metatrain")
 

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 import l3rs
-from metatrain.baselines import deployed_params
+from metatrain.evaluation.baselines import deployed_params
 from tasks import Task, TaskSample
 from tasks.base import Batch, Data, Params, Stats, size
 
@@ -32,7 +32,7 @@ class Score(NamedTuple):
 
 def learned(spec: l3rs.Spec, guard: bool | l3rs.Guard = False) -> MakeOptimizer:
     """L3RS of this form, as a function of its meta-parameters."""
-    return lambda theta, horizon: l3rs.l3rs(theta, spec, horizon, guard=guard)
+    return lambda theta, horizon: l3rs.learned_optimizer(theta, spec, horizon, guard=guard)
 
 
 Rollout = Callable[..., dict[str, Score]]

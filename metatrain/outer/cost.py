@@ -12,9 +12,9 @@ import numpy as np
 from rich.table import Table
 
 from metatrain.config import Config, UserError
-from metatrain.plan import time_steps
-from metatrain.population import candidate_losses, cut
-from metatrain.trainer import Setup
+from metatrain.inner.plan import time_steps
+from metatrain.inner.population import candidate_losses, cut
+from metatrain.outer.loop import Setup
 from tasks import Task, sample
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128)

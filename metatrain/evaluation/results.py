@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from metatrain import statistics
 from metatrain.config import UserError
-from metatrain.statistics import Interval
+from metatrain.evaluation import statistics
+from metatrain.evaluation.statistics import Interval
 
 L3RS = "l3rs"
 

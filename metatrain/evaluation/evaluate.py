@@ -28,11 +28,10 @@ import l3rs
 from l3rs import L3RSError
 from l3rs.baselines import MADAState, SWATSState, iomt, mada_coefficients
 from l3rs.baselines.mada import COEFFICIENTS
-from metatrain.baselines import Baseline, Interleaved, Tuned, chosen_baselines, make_baseline
 from metatrain.config import Config, EvaluationConfig, UserError, check_section, portable
-from metatrain.interleaved import Trainers, interleaved_rollout, trainers
-from metatrain.plan import choose_plan, time_steps
-from metatrain.results import (
+from metatrain.evaluation.baselines import Baseline, Interleaved, Tuned, chosen_baselines, make_baseline
+from metatrain.evaluation.interleaved import Trainers, interleaved_rollout, trainers
+from metatrain.evaluation.results import (
     L3RS,
     CoefficientPath,
     Cost,
@@ -43,8 +42,9 @@ from metatrain.results import (
     Speedup,
     SwitchHistory,
 )
-from metatrain.rollout import MakeOptimizer, Plan, Score, fused_rollout, learned, stepwise_rollout, walk
-from metatrain.statistics import area_under_curve, speedup
+from metatrain.evaluation.statistics import area_under_curve, speedup
+from metatrain.inner.plan import choose_plan, time_steps
+from metatrain.inner.rollout import MakeOptimizer, Plan, Score, fused_rollout, learned, stepwise_rollout, walk
 from tasks import Task, TaskSample, make_task
 
 _log = logging.getLogger("metatrain")
@@ -98,7 +98,7 @@ def evaluate(
         label = f"{setting}: {task.name}" if setting else task.name
         try:
             if ours is not None:
-                l3rs.match(ours.spec, task.params_shape())
+                l3rs.match_layers(ours.spec, task.params_shape())
         except L3RSError as error:
             refused.append(f"{label} is left out: {error}")
             continue

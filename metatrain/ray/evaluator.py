@@ -24,12 +24,12 @@ import numpy as np
 
 import l3rs
 from metatrain.config import ExecutionConfig, OuterConfig, UserError
-from metatrain.connection import connect, first_line
-from metatrain.devices import use_cores
-from metatrain.population import GenerationSpec, candidate_losses, cut, fitness_by_halves
-from metatrain.rollout import Plan
-from metatrain.shards import Shards
-from metatrain.strategy import State, make_strategy
+from metatrain.inner.devices import use_cores
+from metatrain.inner.population import GenerationSpec, candidate_losses, cut, fitness_by_halves
+from metatrain.inner.rollout import Plan
+from metatrain.outer.strategy import State, make_strategy
+from metatrain.ray.connection import connect, first_line
+from metatrain.ray.shards import Shards
 from tasks import Task
 from tasks.data.cache import Resident, find_resident, resident
 
@@ -103,7 +103,7 @@ class Worker:
             return missing
         data = [jax.tree.map(lambda i: found[i], fields["data"]) for fields in job.tasks]
         tasks = [Task(**{**fields, "data": own}) for fields, own in zip(job.tasks, data, strict=True)]
-        strategy = make_strategy(job.outer, l3rs.init(jax.random.key(0), job.spec))
+        strategy = make_strategy(job.outer, l3rs.init_meta_params(jax.random.key(0), job.spec))
         self._calls = [candidate_losses(task, job.spec, strategy, job.plan) for task in tasks]
         self._device = jax.local_devices()[0]
         self._data = jax.device_put(data, self._device)
@@ -139,7 +139,7 @@ class _Member:
 
 
 class RayEvaluator:
-    """Evaluates on the workers of a Ray cluster; see `metatrain.population.Evaluator`.
+    """Evaluates on the workers of a Ray cluster; see `metatrain.inner.population.Evaluator`.
 
     Args:
       tasks, spec, outer, plan: what candidates are, and what they train.

@@ -16,7 +16,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from metatrain.config import Config, UserError, load_config
-from metatrain.report import words
+from metatrain.report import formatting as words
 from metatrain.report.html import write_page
 
 _log = logging.getLogger("metatrain")

@@ -1,0 +1,1 @@
+"""How good a meta-trained optimizer is, against tuned baselines."""

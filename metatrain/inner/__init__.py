@@ -1,0 +1,1 @@
+"""The inner loop: candidates train a task's network."""

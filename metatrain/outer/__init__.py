@@ -1,0 +1,1 @@
+"""The outer loop: a run from its configuration to a deployable optimizer."""
