@@ -5,21 +5,35 @@ updates, state = tx.update(grads, state, params, value=loss)
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from l3rs.checkpoint import info, load, match_layers, restore, save
-from l3rs.guard import Guard, guard_report
-from l3rs.layers import Match
-from l3rs.network import init_meta_params
-from l3rs.optimizer import L3RSState, learned_optimizer
-from l3rs.places import available
+from l3rs.extras import optax_face
+from l3rs.io.checkpoint import info, load, match_layers, restore, save
+from l3rs.io.locations import available
 from l3rs.spec import Direction, L3RSError, Layer, Spec
+
+if TYPE_CHECKING:
+    from l3rs.guard import Guard, guard_report
+    from l3rs.layers import Match
+    from l3rs.network import init_meta_params
+    from l3rs.optimizer import L3RSState, learned_optimizer
+
+# Loaded when they are first used, so that `import l3rs` needs neither JAX nor PyTorch.
+_MODULES = {
+    "Guard": "guard",
+    "L3RSState": "optimizer",
+    "Match": "layers",
+    "guard_report": "guard",
+    "init_meta_params": "network",
+    "learned_optimizer": "optimizer",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """`l3rs.torch` and `l3rs.baselines`, when they are asked for: `import l3rs` loads neither."""
     if name in ("torch", "baselines"):
         return importlib.import_module(f"l3rs.{name}")
+    if name in _MODULES:
+        return optax_face(_MODULES[name], name)
     raise AttributeError(f"module 'l3rs' has no attribute {name!r}")
 
 

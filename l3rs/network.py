@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l3rs import features
 from l3rs.layers import N_DESCRIPTORS
-from l3rs.spec import L3RSError, Spec, Theta, layer_path
+from l3rs.spec import Spec, Theta
+from l3rs.theta import feature_sizes
 
 _OUTPUT_SCALE = 1e-2  # an output layer near zero: an untrained network follows the biases
 _STEP_LOG_LIMIT = 10.0  # λ stays within a factor e^±10 of its base
@@ -22,12 +22,6 @@ class Decision(NamedTuple):
 
     mix: jax.Array  # float32 [L, P], weights of the directions, on the simplex
     log_step: jax.Array  # float32 [L], log of λ over its base
-
-
-def feature_sizes(spec: Spec) -> tuple[int, int]:
-    """How many features all layers share (time, loss), and how many each layer has (norms, embedding)."""
-    time = len(features.FRACTION_CENTERS) + spec.absolute_time * len(features.ABSOLUTE_SCALES)
-    return time + 2 * len(spec.loss_decays), 2 * (2 + len(spec.directions)) + spec.embedding_dim
 
 
 def init_meta_params(key: jax.Array, spec: Spec) -> Theta:
@@ -52,26 +46,6 @@ def init_meta_params(key: jax.Array, spec: Spec) -> Theta:
         kernel = jax.random.normal(keys[i], (fan_in, fan_out), jnp.float32) * np.float32(scale / np.sqrt(fan_in))
         theta[f"dense_{i}"] = {"kernel": kernel, "bias": jnp.zeros(fan_out, jnp.float32)}
     return theta
-
-
-def check(theta: Theta, spec: Spec, where: str) -> None:
-    """Raise L3RSError, naming `where`, unless `theta` has the names, shapes and dtypes that `spec` needs."""
-    expected = jax.eval_shape(lambda: init_meta_params(jax.random.key(0), spec))
-    needed, found = _named(expected), _named(theta)
-    if str(jax.tree.structure(theta)) != str(jax.tree.structure(expected)):
-        raise L3RSError(
-            f"{where} holds {sorted(found)}; its spec needs {sorted(needed)}, nested as `init_meta_params` makes them"
-        )
-    for name, array in found.items():
-        shape, dtype = tuple(getattr(array, "shape", ())), getattr(array, "dtype", type(array).__name__)
-        if shape != needed[name].shape or dtype != jnp.float32:
-            raise L3RSError(
-                f"{where}: {name} is {dtype}{list(shape)}; its spec needs float32{list(needed[name].shape)}"
-            )
-
-
-def _named(theta: Theta) -> dict[str, Any]:
-    return {layer_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(theta)}
 
 
 def apply(theta: Theta, spec: Spec, shared: jax.Array, per_layer: jax.Array) -> Decision:

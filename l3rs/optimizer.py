@@ -28,6 +28,7 @@ from l3rs.directions import Lazy, make_direction
 from l3rs.guard import Guard, GuardState, adam_share, advance, init_guard, make_guard
 from l3rs.layers import Match, MatchBy, Matching, OnUnknown, embedding_weights, match_params
 from l3rs.spec import L3RSError, Layer, Spec, Theta, layers_of
+from l3rs.theta import check_theta
 
 _CACHED = 1 << 16  # layers of fewer parameters stay in a processor's cache: to store their directions is cheap
 _MIN_MIX_NORM = 1e-3  # directions that cancel to less than this share of their length are not blown up
@@ -97,7 +98,7 @@ def learned_optimizer(
         whole = np.ndim(total_steps) == 0 and np.issubdtype(np.asarray(total_steps).dtype, np.integer)
         if not whole or not 1 <= int(total_steps) < 2**31:
             raise L3RSError(f"total_steps is {total_steps}; it must be a whole number ≥ 1")
-    network.check(theta, spec, "theta")
+    check_theta(theta, spec, "theta")
     directions = [make_direction(direction) for direction in spec.directions]
     how = Matching.of(spec, rename, match, on_unknown)
     net = make_guard(guard, spec)

@@ -24,12 +24,13 @@ import jax
 import numpy as np
 
 from l3rs import features, network
-from l3rs.checkpoint import digest, read_spec, restore, trained_horizon
 from l3rs.directions import DIRECTIONS, make_direction
 from l3rs.guard import Guard, GuardState, adam_share, advance, make_guard, report
+from l3rs.io.checkpoint import read_spec, restore, trained_horizon
 from l3rs.layers import Convention, Match, MatchBy, Matching, OnUnknown, embedding_weights, kind, match_network
 from l3rs.optimizer import _MIN_MIX_NORM, _MIN_RELATIVE_RMS
 from l3rs.spec import Direction, L3RSError, Layer, Spec, Theta
+from l3rs.theta import check_theta, digest
 
 try:
     import torch
@@ -125,7 +126,7 @@ class L3RS(torch.optim.Optimizer):
         if isinstance(checkpoint, tuple):
             theta, self.spec = checkpoint
             info: dict[str, Any] = {}
-            network.check(theta, self.spec, "theta")
+            check_theta(theta, self.spec, "theta")
         else:
             theta, self.spec, info = restore(checkpoint)
         if not lr >= 0:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from l3rs.checkpoint import saving
+from l3rs.io.orbax_store import saving
 from metatrain.config import UserError
 from metatrain.outer.strategy import State
 
