@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ MAX_HIDDEN = 64  # hidden layers of the MLP
 MAX_WIDTH = 1 << 16  # of a hidden layer or an embedding
 MAX_LIST = 64  # directions, decays, dimensions of a layer
 MAX_SIZE = 1 << 48  # of a dimension of a layer
-MAX_TEXT = 10_000  # characters of a layer's path
+MAX_TEXT = 10_000  # characters of a layer's path or another text
 
 
 class Manifest(NamedTuple):
@@ -115,6 +116,10 @@ def _check_limits(data: Mapping[str, Any], where: str) -> None:
             _check_length(part, f"{where}: spec.layers: a layer", MAX_LIST)
             for size in _items(part):
                 _check_number(size, f"{where}: spec.layers: the size of a layer", MAX_SIZE)
+    for direction in _items(data.get("directions")):
+        _check_length(direction, f"{where}: spec.directions: a direction", MAX_LIST)
+        for value in direction.values() if isinstance(direction, dict) else ():
+            _check_number(value, f"{where}: spec.directions: an option", MAX_SIZE)
 
 
 def _check_length(value: Any, what: str, limit: int) -> None:
@@ -124,8 +129,10 @@ def _check_length(value: Any, what: str, limit: int) -> None:
 
 
 def _check_number(value: Any, what: str, limit: int) -> None:
-    if isinstance(value, int) and value > limit:
-        found = str(value) if value < 10**20 else f"a number of {value.bit_length()} bits"
+    if isinstance(value, float) and not math.isfinite(value):
+        raise L3RSError(f"{what} is {value}; it must be finite")
+    if isinstance(value, int) and abs(value) > limit:
+        found = str(value) if abs(value) < 10**20 else f"a number of {value.bit_length()} bits"
         raise L3RSError(f"{what} is {found}; at most {limit} is allowed")
 
 
