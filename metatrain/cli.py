@@ -1,64 +1,62 @@
-"""The command `metatrain`. Exit code 0: done, or stopped on request and saved; 2: bad input; 1: anything else."""
+"""Meta-train learned optimizers, and compare them with tuned baselines.
+
+Exit code 0: done, or stopped on request and saved; 2: the input is wrong; 1: any other error.
+"""
 
 from __future__ import annotations
 
-import errno
-import inspect as python_inspect
-import logging
+import os
 import sys
+
+# `python -m metatrain.cli` puts the current folder first on the path, where a `tasks.py` would hide ours.
+if __name__ == "__main__" and sys.path[0] == os.getcwd() != os.path.dirname(os.path.dirname(__file__)):
+    del sys.path[0]
+
+import errno
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import jax
 import typer
 from rich.console import Console
 from rich.text import Text
 
-import l3rs
-from l3rs import L3RSError
-from metatrain import networks, report
-from metatrain.config import UserError, load_config
-from metatrain.evaluation.evaluate import NO_OPTIMIZER
-from metatrain.evaluation.evaluate import evaluate as compare
-from metatrain.evaluation.results import Results
-from metatrain.inner.devices import use_cores
-from metatrain.outer import cost as estimate
-from metatrain.outer import loop as trainer
-from metatrain.ray import jobs
-from metatrain.report import live
-from tasks import TASKS, TaskError, make_task, prepare_task
+# What a command needs beyond this it imports when it is called: JAX and Ray take seconds.
+if TYPE_CHECKING:
+    from metatrain.config import Config
+    from metatrain.outer.loop import Run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-# Tables are wider than the 80 columns that a pipe is taken for; a name or a message may hold [brackets].
+# Tables need more than the 80 columns assumed for a pipe; names and messages may contain [brackets].
 _console = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 
-# A folder that cannot be written, a file in a folder's place, a full disk: no bug of this program.
-_FOR_THE_USER_TO_MEND = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.ENOTDIR,
-    errno.EEXIST,
-}
+# A folder without write permission, a file in place of a folder, a full disk: the user can fix these.
+_USER_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
 
 
 def main() -> None:
     """Entry point: turns errors of the user's input into one sentence."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logging.getLogger("absl").setLevel(logging.ERROR)
-    sys.path.insert(0, str(Path.cwd()))  # a task of the user's own is beside the configuration
-    use_cores()
     try:
         app()
-    except (UserError, L3RSError, TaskError) as error:
+    except ValueError as error:
+        if not _is_input_error(error):
+            raise
         sys.exit(_refuse(str(error)))
     except OSError as error:
-        if error.errno not in _FOR_THE_USER_TO_MEND:
+        if error.errno not in _USER_ERRNOS:
             raise
         sys.exit(_refuse(f"{error.filename or 'a file'} cannot be written: {error.strerror}"))
+
+
+def _is_input_error(error: ValueError) -> bool:
+    from l3rs import L3RSError
+    from metatrain.config import UserError
+    from tasks import TaskError
+
+    return isinstance(error, UserError | L3RSError | TaskError)
 
 
 def _refuse(sentence: str) -> int:
@@ -66,7 +64,45 @@ def _refuse(sentence: str) -> int:
     return 2
 
 
-def _whole_numbers(text: str, option: str, example: str) -> list[int]:
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        _console.print(f"metatrain (l3rs {version('l3rs')})")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    del version  # its callback has printed it
+
+
+def _load(config: Path, overrides: Sequence[str] | None) -> Config:
+    """Read a configuration; if its task is the user's own, the current folder may hold it."""
+    from metatrain.config import load_config
+    from metatrain.system import search_current_folder
+
+    loaded = load_config(config, overrides or ())
+    own_baselines = any(":" in str(baseline) for baseline in loaded.evaluation.baselines)
+    if loaded.task.is_imported or own_baselines:
+        search_current_folder()
+    return loaded
+
+
+def _use_cores() -> None:
+    """Prepare JAX for a command that computes."""
+    from metatrain.inner.devices import use_cores
+
+    use_cores()
+
+
+def _numbers(text: str, option: str, example: str) -> list[int]:
+    from metatrain.config import UserError
+
     try:
         return sorted({int(number) for number in text.split(",")})
     except ValueError:
@@ -77,63 +113,87 @@ def _names(text: str | None) -> list[str] | None:
     return text.split(",") if text else None
 
 
+_Config = Annotated[Path, typer.Argument(help="Configuration, a YAML file, e.g. configs/digits.yaml.")]
+_Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Values that replace the configuration's, e.g. outer.sigma=0.1.")
+]
+_Checkpoint = "Optimizer to use: a checkpoint's folder, the name of a shipped one, or a URL"
+
+
 @app.command()
 def run(
-    config: Annotated[Path, typer.Argument(help="a YAML file, e.g. configs/digits.yaml")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. outer.sigma=0.1")] = None,
-    out: Annotated[str | None, typer.Option(help="the run's folder or URL; runs/NAME when not given")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with the folder's run if there is one")] = False,
+    config: _Config,
+    overrides: _Overrides = None,
+    out: Annotated[str | None, typer.Option(help="Folder or URL of the run.", show_default="runs/NAME")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in that folder if there is one.")] = False,
 ) -> None:
     """Meta-train an optimizer."""
-    jobs.check_client()
-    _conclude(trainer.run(load_config(config, overrides or ()), out, resume_run=resume))
+    from metatrain.outer import loop
+    from metatrain.ray.jobs import check_client
+
+    _use_cores()
+    check_client()
+    _conclude(loop.run(_load(config, overrides), out, resume_run=resume))
 
 
 @app.command()
 def resume(
-    folder: Annotated[str, typer.Argument(help="a run's folder or URL")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="of execution, e.g. execution.workers=8")] = None,
+    folder: Annotated[str, typer.Argument(help="Folder or URL of the run.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="New values of the section execution, e.g. execution.workers=8.")
+    ] = None,
 ) -> None:
-    """Go on with an interrupted run."""
-    _conclude(trainer.resume(folder, overrides or ()))
+    """Resume an interrupted run."""
+    from metatrain.outer import loop
+
+    _use_cores()
+    _conclude(loop.resume(folder, overrides or ()))
 
 
-def _conclude(run: trainer.Run) -> None:
+def _conclude(run: Run) -> None:
     if run.finished:
         _console.print(f"meta-trained for {run.generation} generations; the optimizer is in {run.optimizer}")
 
 
 @app.command()
 def evaluate(
-    optimizer: Annotated[
-        str, typer.Argument(help="a checkpoint: a folder, shipped name or URL; - for baselines alone")
-    ],
-    config: Annotated[Path, typer.Argument(help="the configuration whose task is used")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. task.target=uci")] = None,
-    horizons: Annotated[str | None, typer.Option(help="numbers of steps, separated by commas")] = None,
-    settings: Annotated[str | None, typer.Option(help="of evaluation.settings, e.g. A,B; all if not given")] = None,
-    seeds: Annotated[int | None, typer.Option(help="training runs of each optimizer and horizon")] = None,
-    tuning_seeds: Annotated[
-        int | None, typer.Option(help="how many of them tune the baselines; all if not given")
+    optimizer: Annotated[str, typer.Argument(help=f"{_Checkpoint}; - for baselines alone.")],
+    config: _Config,
+    overrides: _Overrides = None,
+    horizons: Annotated[
+        str | None, typer.Option(help="Numbers of training steps to compare at, comma-separated.")
     ] = None,
-    baselines: Annotated[str | None, typer.Option(help="names separated by commas, or all")] = None,
-    schedules: Annotated[str | None, typer.Option(help="of the learning rate")] = None,
-    out: Annotated[Path | None, typer.Option(help="where the results go")] = None,
+    settings: Annotated[
+        str | None, typer.Option(help="Names from evaluation.settings, comma-separated.", show_default="all")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Training runs per optimizer and horizon.")] = None,
+    tuning_seeds: Annotated[
+        int | None, typer.Option(help="Training runs that tune the baselines.", show_default="all seeds")
+    ] = None,
+    baselines: Annotated[str | None, typer.Option(help="Baselines to compare with, comma-separated, or all.")] = None,
+    schedules: Annotated[str | None, typer.Option(help="Learning-rate schedules to compare, comma-separated.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Results folder.", show_default="runs/evaluation-NAME")] = None,
 ) -> None:
-    """Compare an optimizer with tuned baselines, in each of the configuration's settings.
+    """Compare an optimizer with tuned baselines in each setting of the configuration.
 
-    What is not given here is what the configuration's `evaluation` says.
+    Options that are not given are taken from the configuration's section `evaluation`.
     """
-    name = f"baselines-{config.stem}" if optimizer == NO_OPTIMIZER else f"evaluation-{Path(optimizer).name}"
+    from metatrain import report
+    from metatrain.config import UserError
+    from metatrain.evaluation import evaluate as evaluation
+
+    _use_cores()
+    no_optimizer = optimizer == evaluation.NO_OPTIMIZER
+    name = f"baselines-{config.stem}" if no_optimizer else f"evaluation-{Path(optimizer).name}"
     folder = out or Path("runs") / name
     if (folder / "results.json").exists():
         raise UserError(f"{folder / 'results.json'} exists; choose another folder with --out")
-    results = compare(
+    results = evaluation.evaluate(
         optimizer,
-        load_config(config, overrides or ()),
+        _load(config, overrides),
         settings=_names(settings),
         say=_console.print,
-        horizons=_whole_numbers(horizons, "--horizons", "10,30,100") if horizons else None,
+        horizons=_numbers(horizons, "--horizons", "10,30,100") if horizons else None,
         seeds=seeds,
         tuning_seeds=tuning_seeds,
         baselines=_names(baselines),
@@ -144,20 +204,26 @@ def evaluate(
         _console.print(report.table(results, setting))
     for note in results.notes:
         _console.print(f"note: {note}")
-    if optimizer != NO_OPTIMIZER:  # the page is about L3RS
+    if not no_optimizer:  # the page is about L3RS
         _console.print(f"{report.verdict(results)}\nreport: {report.write(results, folder)}")
     _console.print(f"results: {saved}")
 
 
 @app.command("report")
 def report_(
-    folder: Annotated[Path, typer.Argument(help="an evaluation's folder with its results.json, or a run's folder")],
+    folder: Annotated[Path, typer.Argument(help="Folder of an evaluation (with results.json) or of a run.")],
 ) -> None:
-    """Write the page of an evaluation, or of a run, again."""
+    """Write the page of an evaluation or of a run again."""
+    from metatrain import report
+    from metatrain.config import UserError
+    from metatrain.evaluation.evaluate import NO_OPTIMIZER
+    from metatrain.evaluation.results import Results
+    from metatrain.report import live
+
     if (folder / "results.json").is_file():
         results = Results.load(folder / "results.json")
         if results.optimizer == NO_OPTIMIZER:
-            raise UserError(f"{folder} compares baselines alone; the page is about an optimizer of ours")
+            raise UserError(f"{folder} compares baselines alone; a report needs an optimizer of ours")
         _console.print(f"report: {report.write(results, folder)}")
     elif (folder / "config.yaml").is_file():
         _console.print(f"report: {live.write(folder, going=False)}")
@@ -167,101 +233,122 @@ def report_(
 
 @app.command()
 def export(
-    folder: Annotated[str, typer.Argument(help="a run's folder or URL")],
-    destination: Annotated[Path, typer.Argument(help="the folder to make")],
+    folder: Annotated[str, typer.Argument(help="Folder or URL of the run.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to create.")],
     results: Annotated[
-        Path | None, typer.Option(help="an evaluation's results.json, to go into the checkpoint")
+        Path | None, typer.Option(help="An evaluation's results.json whose summary goes into the checkpoint.")
     ] = None,
 ) -> None:
-    """Write the optimizer of a run's newest checkpoint, finished or not."""
+    """Write the optimizer of a run's newest checkpoint, whether the run is finished or not."""
+    from metatrain.evaluation.results import Results
+    from metatrain.outer import loop
+
+    _use_cores()
     measured = None if results is None else Results.load(results).summary()
-    _console.print(f"the optimizer is in {trainer.export(folder, destination, measured)}")
+    _console.print(f"the optimizer is in {loop.export(folder, destination, measured)}")
 
 
 @app.command()
-def prepare(
-    config: Annotated[Path, typer.Argument(help="the configuration whose data is needed")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. task.target.tfds=cifar100")] = None,
-) -> None:
-    """Download and prepare a task's data (TFDS; needs l3rs[prepare])."""
-    setup = load_config(config, overrides or ())
+def prepare(config: _Config, overrides: _Overrides = None) -> None:
+    """Download and prepare a task's data sets. Those of TFDS need the extra l3rs\\[prepare]."""
+    from tasks import prepare_task
+
+    setup = _load(config, overrides)
     forms = setup.task.forms() + [setup.task.form(options) for options in setup.evaluation.settings.values()]
-    places = [place for name, options in forms for place in prepare_task(name, options)]
-    for place in dict.fromkeys(places or ["nothing to prepare"]):
-        _console.print(place)
+    prepared = [location for name, options in forms for location in prepare_task(name, options)]
+    for location in dict.fromkeys(prepared or ["nothing to prepare"]):
+        _console.print(location)
 
 
 @app.command()
-def pretrain(
-    config: Annotated[Path, typer.Argument(help="the configuration whose task's init is pretrained")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. task.init.seeds=8")] = None,
-) -> None:
-    """Pretrain a task's init distribution and keep it in the resident cache; `run` does it by itself, too."""
+def pretrain(config: _Config, overrides: _Overrides = None) -> None:
+    """Pretrain the networks that a task starts from and cache them. `run` does so, too, if they are missing."""
+    from tasks import make_task
+
+    _use_cores()
     logging.getLogger("tasks").setLevel(logging.INFO)
-    for name, options in load_config(config, overrides or ()).task.forms():
+    for name, options in _load(config, overrides).task.forms():
         task = make_task(name, options)
         meta_train, held_out = (len(task.pools[pool]) for pool in ("meta_train", "held_out"))
         _console.print(f"{task.name}: {meta_train} inits for meta-training, {held_out} held out")
 
 
 @app.command()
-def plan(
-    config: Annotated[Path, typer.Argument(help="a YAML file")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value")] = None,
-    workers: Annotated[str, typer.Option(help="numbers of workers, separated by commas")] = "1,2,4,8,16,32,64,128",
+def estimate(
+    config: _Config,
+    overrides: _Overrides = None,
+    workers: Annotated[
+        str, typer.Option(help="Numbers of workers to estimate for, comma-separated.")
+    ] = "1,2,4,8,16,32,64,128",
 ) -> None:
-    """Say what a run will cost: a short measurement on this machine, and arithmetic."""
-    setup = load_config(config, overrides or ())
-    counts = _whole_numbers(workers, "--workers", "1,8,64")
-    found = estimate.estimate(setup)
+    """Estimate the cost of a run from a short measurement on this machine."""
+    from metatrain.outer.estimate import estimate as measure
+    from metatrain.outer.estimate import table
+
+    _use_cores()
+    counts = _numbers(workers, "--workers", "1,8,64")
+    setup = _load(config, overrides)
+    found = measure(setup)
     _console.print(
         f"{setup.name}: {setup.outer.steps:,} generations of {found.population} candidates, "
         f"{found.candidate_steps:,} candidate-steps; a shard is {found.members_per_shard} candidates\n"
-        f"measured here, one core or accelerator: {1e3 * found.seconds_a_step:.3g} ms a candidate-step, "
-        f"{1e3 * found.seconds_a_call:.3g} ms a shard beside"
+        f"measured on one core or accelerator of this machine: {1e3 * found.seconds_per_step:.3g} ms per "
+        f"candidate-step, {1e3 * found.seconds_per_call:.3g} ms per shard in addition"
     )
-    _console.print(estimate.table(found, counts))
+    _console.print(table(found, counts))
 
 
-_Address = Annotated[str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="of the cluster's dashboard")]
-_Open = Annotated[
-    bool, typer.Option("--allow-unauthenticated", help="use a cluster that others can reach, without Ray's token")
+_Address = Annotated[
+    str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Address of the cluster's dashboard, http://HOST:PORT.")
 ]
-_Name = Annotated[str, typer.Argument(help="of the run, or of the job")]
+_Open = Annotated[
+    bool,
+    typer.Option("--allow-unauthenticated", help="Accept a cluster without Ray's token that others can reach, too."),
+]
+_Name = Annotated[str, typer.Argument(help="Name of the run, or id of its job.")]
 _DASHBOARD = "http://127.0.0.1:8265"
 
 
 @app.command()
 def submit(
-    config: Annotated[Path, typer.Argument(help="a YAML file")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. execution.workers=64")] = None,
-    out: Annotated[str | None, typer.Option(help="the run's folder as the cluster sees it, or URL")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with the run of that name")] = False,
+    config: _Config,
+    overrides: _Overrides = None,
+    out: Annotated[
+        str | None, typer.Option(help="URL of the run, or its folder as an absolute path on the cluster.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run of that name.")] = False,
     address: _Address = _DASHBOARD,
     allow_unauthenticated: _Open = False,
 ) -> None:
     """Start a run as a job of a Ray cluster."""
-    setup = load_config(config, overrides or ())
+    from metatrain.config import UserError
+    from metatrain.ray import jobs
+
+    setup = _load(config, overrides)
     if allow_unauthenticated:
         execution = setup.execution.model_copy(update={"allow_unauthenticated": True})
         setup = setup.model_copy(update={"execution": execution})
     folder = out or str(Path("runs").absolute() / setup.name)
     if "://" not in folder and not Path(folder).is_absolute():
-        raise UserError(f"--out is {folder}; a job runs elsewhere, so it must be an absolute path or a URL")
-    job = jobs.submit(jobs.client(address, allow_unauthenticated), setup, folder, resume=resume, say=_console.print)
+        raise UserError(f"--out is {folder}; a job runs on another machine, so it must be an absolute path or a URL")
+    job = jobs.submit(jobs.client(address, allow_unauthenticated), setup, folder, resume=resume, log=_console.print)
     _console.print(f"{job.name} is {job.status.lower()}; see: metatrain status {job.name}")
 
 
 @app.command("list")
 def list_(address: _Address = _DASHBOARD, allow_unauthenticated: _Open = False) -> None:
     """List the runs of a Ray cluster."""
+    from metatrain.ray import jobs
+
     for job in jobs.list_runs(jobs.client(address, allow_unauthenticated)):
         _console.print(f"{job.id}  {job.status.lower()}  {job.folder}")
 
 
 @app.command()
 def status(name: _Name, address: _Address = _DASHBOARD, allow_unauthenticated: _Open = False) -> None:
-    """Say how far a run is."""
+    """Show the progress of a run."""
+    from metatrain.ray import jobs
+
     connected = jobs.client(address, allow_unauthenticated)
     _console.print(jobs.status(connected, jobs.find(connected, name)))
 
@@ -269,11 +356,13 @@ def status(name: _Name, address: _Address = _DASHBOARD, allow_unauthenticated: _
 @app.command()
 def logs(
     name: _Name,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on printing")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing until the run ends.")] = False,
     address: _Address = _DASHBOARD,
     allow_unauthenticated: _Open = False,
 ) -> None:
-    """Print what a run's driver printed."""
+    """Print the output of a run's driver."""
+    from metatrain.ray import jobs
+
     connected = jobs.client(address, allow_unauthenticated)
     for text in jobs.logs(connected, jobs.find(connected, name), follow):
         _console.print(text, end="")
@@ -281,48 +370,43 @@ def logs(
 
 @app.command()
 def stop(name: _Name, address: _Address = _DASHBOARD, allow_unauthenticated: _Open = False) -> None:
-    """Stop a run, with a last checkpoint."""
+    """Stop a run after a last checkpoint."""
+    from metatrain.ray import jobs
+
     connected = jobs.client(address, allow_unauthenticated)
     job = jobs.stop(connected, jobs.find(connected, name))
-    _console.print(f"{job.name} is {job.status.lower()}; go on with: metatrain submit … --resume")
+    _console.print(f"{job.name} is {job.status.lower()}; resume with: metatrain submit … --resume")
 
 
 @app.command()
 def inspect(
-    optimizer: Annotated[str, typer.Argument(help="a checkpoint: a folder, shipped name or URL")],
+    optimizer: Annotated[str, typer.Argument(help=f"{_Checkpoint}.")],
     network: Annotated[
         Path | None,
-        typer.Option(help="a configuration, or a safetensors file of a PyTorch model, whose layers it sorts by name"),
+        typer.Option(help="Network whose layers to map: a configuration, or a safetensors file of a PyTorch model."),
     ] = None,
-    match: Annotated[str, typer.Option(help="how layers of --network find theirs: auto, path or order")] = "auto",
-    on_unknown: Annotated[str, typer.Option(help="what a layer gets that is not found: error, mean")] = "error",
-    rename: Annotated[list[str] | None, typer.Option(help="NETWORK=CHECKPOINT, paths of a layer; repeatable")] = None,
+    match: Annotated[str, typer.Option(help="How to match the layers of --network: auto, path or order.")] = "auto",
+    on_unknown: Annotated[str, typer.Option(help="What to do with a layer without a match: error or mean.")] = "error",
+    rename: Annotated[
+        list[str] | None, typer.Option(help="Pair of layer paths, NETWORK=CHECKPOINT; can be repeated.")
+    ] = None,
 ) -> None:
-    """Say what a checkpoint is: how it was made, what it fits; or what it takes the layers of a network for."""
+    """Show a checkpoint's origin and layers, or how it maps the layers of a network."""
+    from metatrain.describe import describe
+
+    _use_cores()
     if network is not None:
         _print_matches(optimizer, network, {"rename": _renames(rename), "by": match, "on_unknown": on_unknown})
         return
-    theta, spec, info = l3rs.restore(optimizer)
-    size = sum(leaf.size for leaf in jax.tree.leaves(theta))
-    _console.print(
-        f"{optimizer}: L3RS with {size:,} meta-parameters, directions {', '.join(d.name for d in spec.directions)}"
-    )
-    for key, value in info.items():
-        if key not in ("config", "results"):
-            _console.print(f"  {key}: {value}")
-    for setting, optimizers in info.get("results", {}).items():
-        _console.print(f"  measured, {setting}: test loss after N steps")
-        for name, horizons in optimizers.items():
-            _console.print(f"    {name}: " + ", ".join(f"{steps}: {loss}" for steps, (loss, *_) in horizons.items()))
-    if spec.embedding == "descriptor":
-        _console.print("  fits any network: it reads kind, depth and fans of a layer")
-        return
-    _console.print("  layers:")
-    for layer in spec.layers:
-        _console.print(f"    {layer.path}  {list(layer.shape)}")
+    for line in describe(optimizer):
+        _console.print(line)
 
 
 def _print_matches(optimizer: str, network: Path, how: Mapping[str, Any]) -> None:
+    from metatrain import networks
+
+    if network.suffix != ".safetensors":
+        _load(network, ())  # finds a task in the current folder
     for name, layers in networks.matches(optimizer, network, how):
         _console.print(f"{name} ← {optimizer}")
         width = max(len(layer.name or "") for layer in layers)
@@ -331,6 +415,8 @@ def _print_matches(optimizer: str, network: Path, how: Mapping[str, Any]) -> Non
 
 
 def _renames(pairs: Sequence[str] | None) -> dict[str, str]:
+    from metatrain.config import UserError
+
     for pair in pairs or ():
         if "=" not in pair:
             raise UserError(f"--rename is {pair!r}; write NETWORK=CHECKPOINT, e.g. fc/kernel=head/kernel")
@@ -340,10 +426,14 @@ def _renames(pairs: Sequence[str] | None) -> dict[str, str]:
 @app.command("list-tasks")
 def list_tasks() -> None:
     """List the tasks and their options."""
+    from inspect import signature
+
+    from tasks import TASKS
+
     for name, builder in TASKS.items():
-        first_line = (builder.__doc__ or "").strip().splitlines()[0]
-        _console.print(Text.assemble((name, "bold"), f"  {first_line}"))
-        for option in python_inspect.signature(builder).parameters.values():
+        summary = (builder.__doc__ or "").strip().splitlines()[0]
+        _console.print(Text.assemble((name, "bold"), f"  {summary}"))
+        for option in signature(builder).parameters.values():
             _console.print(f"    {str(option).replace(': ', '  ', 1)}")
 
 

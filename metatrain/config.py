@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,8 +17,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from l3rs import Direction, Guard
+from l3rs import Direction, Guard, L3RSError, Layer, Spec
 from l3rs.directions import make_direction
+
+Plan = Literal["fused", "stepwise"]  # how candidates run, see metatrain/inner/rollout.py
 
 
 class UserError(ValueError):
@@ -29,46 +32,58 @@ class _Section(pydantic.BaseModel):
 
 
 class TaskConfig(pydantic.BaseModel):
-    """`name` is a name of `metatrain list-tasks` or `package.module:function`; the rest are its options.
+    """The task: `name` is listed by `metatrain list-tasks` or is `package.module:function`; the rest are its options.
 
-    With `variants`, mappings of options that replace these (`name`, too), every generation draws one of them.
+    `variants` are mappings of options that replace these, `name` too. Every generation draws one of them.
     """
 
     model_config = pydantic.ConfigDict(extra="allow", frozen=True)
     name: str
     variants: tuple[dict[str, Any], ...] = ()
 
+    @property
+    def is_imported(self) -> bool:
+        """Whether a variant names code of the user's own, `package.module:function`."""
+        return any(":" in str(name) for name, _ in self.forms())
+
     def forms(self) -> list[tuple[str, dict[str, Any]]]:
-        """(name, options) of each variant; of the task itself when there are none."""
+        """(name, options) of each variant, or of the task itself if it has none."""
         return [self.form(variant) for variant in self.variants or ({},)]
 
     def form(self, replaced: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
-        """Name and options of the task, some of them replaced: what `tasks.make_task` takes."""
+        """The arguments of `tasks.make_task`: name and options of the task, some of them replaced."""
         options = {"name": self.name, **(self.model_extra or {}), **(replaced or {})}
         return options.pop("name"), options
 
 
-class OptimizerConfig(_Section):
-    """The form of L3RS: the fields of `l3rs.Spec`."""
+def _spec_fields() -> dict[str, Any]:
+    """{field: (type, default)} of `l3rs.Spec`, apart from the layers, which follow from the task."""
+    types, fields = typing.get_type_hints(Spec), dataclasses.fields(Spec)
+    found = {field.name: (types[field.name], field.default) for field in fields if field.name != "layers"}
+    directions = tuple(direction.to_json() for direction in Spec.directions)
+    return {**found, "directions": (tuple[str | dict[str, Any], ...], directions)}
 
-    directions: tuple[str | dict[str, Any], ...] = ("adam", "sgd")
-    hidden: tuple[PositiveInt, ...] = (32, 32)
-    embedding: Literal["table", "descriptor"] = "table"
-    embedding_dim: PositiveInt = 8
-    step: Literal["rms", "relative"] = "rms"
-    step_scale: PositiveFloat = 3e-3
-    step_gain: PositiveFloat = 2.0
-    mix_bias: float = 2.0
-    absolute_time: bool = False
 
-    @pydantic.field_validator("directions")
-    @classmethod
-    def _known(cls, directions: tuple[str | dict[str, Any], ...]) -> tuple[str | dict[str, Any], ...]:
-        if not directions:
-            raise ValueError("at least one direction is needed")
+_SpecFields: Any = pydantic.create_model("_SpecFields", __base__=_Section, **_spec_fields())
+
+
+class OptimizerConfig(_SpecFields):
+    """The form of L3RS: the fields of `l3rs.Spec`, with its defaults and its checks."""
+
+    @pydantic.model_validator(mode="after")
+    def _checked(self) -> OptimizerConfig:
+        fields = self.model_dump()
+        directions = tuple(Direction.parse(direction) for direction in fields.pop("directions"))
         for direction in directions:
-            make_direction(Direction.parse(direction))
-        return directions
+            try:
+                make_direction(direction)
+            except L3RSError as error:
+                raise ValueError(f"directions: {error}") from None
+        try:
+            Spec((Layer("layer", (1,)),), directions, **fields)
+        except L3RSError as error:
+            raise ValueError(str(error).replace("spec.", "")) from None
+        return self
 
 
 class HorizonConfig(_Section):
@@ -106,18 +121,18 @@ class ExecutionConfig(_Section):
     """Where candidates are evaluated."""
 
     backend: Literal["local", "ray"] = "local"
-    address: str | None = None  # of Ray: host:port or auto; null starts a Ray of this machine's own
-    workers: PositiveInt | Literal["auto"] = "auto"  # Ray actors; auto fills the cluster, also when it grows
-    resources_per_worker: dict[str, PositiveFloat] = {"CPU": 1.0}  # Ray's names: CPU, GPU, or a node's own
-    autoscaling: bool = False  # wait for nodes that can hold a worker, instead of refusing when there is none
+    address: str | None = None  # of Ray: host:port or auto; null starts Ray on this machine
+    workers: PositiveInt | Literal["auto"] = "auto"  # Ray actors; auto fills the cluster, and follows it as it grows
+    resources_per_worker: dict[str, PositiveFloat] = {"CPU": 1.0}  # Ray's names: CPU, GPU, or a custom resource
+    autoscaling: bool = False  # wait for a node that can hold a worker instead of refusing the run when there is none
     allow_unauthenticated: bool = False  # use a cluster that others can reach, without Ray's token
-    plan: Literal["auto", "fused", "stepwise"] = "auto"  # see metatrain/inner/rollout.py; auto measures both
+    plan: Plan | Literal["auto"] = "auto"  # auto measures both
     members_per_call: PositiveInt | Literal["auto"] = "auto"  # candidates in one compiled call
 
     @pydantic.model_validator(mode="after")
     def _somewhere(self) -> ExecutionConfig:
         if self.address is not None and self.backend == "local":
-            raise ValueError(f"address is {self.address}, of a Ray cluster; it goes with execution.backend=ray")
+            raise ValueError(f"address is {self.address}, a Ray cluster's; it needs execution.backend=ray")
         return self
 
 
@@ -127,20 +142,20 @@ class CheckpointConfig(_Section):
 
 
 class EvaluationConfig(_Section):
-    """How an optimizer is judged; the options of `metatrain evaluate` replace it."""
+    """How an optimizer is evaluated; the options of `metatrain evaluate` take precedence."""
 
-    settings: dict[str, dict[str, Any]] = {}  # {setting: options that replace the task's}; the task itself when empty
+    settings: dict[str, dict[str, Any]] = {}  # {setting: options that replace the task's}; empty: the task itself
     horizons: tuple[PositiveInt, ...] = Field(default=(10, 30, 100), min_length=1)
     seeds: PositiveInt = 6  # training runs of each optimizer and horizon; a seed is an init and its batches
-    tuning_seeds: PositiveInt | None = None  # how many of them tune the baselines; all when null
+    tuning_seeds: PositiveInt | None = None  # how many of them tune the baselines; null: all
     # Names of evaluation/baselines.py, package.module:function, or all; or mappings of a name, its options and a label.
     baselines: tuple[str | dict[str, Any], ...] = ("adam", "sgdm")
-    schedules: tuple[str, ...] = ("constant", "cosine")  # of the learning rate: also warmup_cosine
-    curve_points: PositiveInt = 16  # how often a run is judged on test along its way
-    guard: bool | dict[str, Any] = False  # of L3RS: fields of `l3rs.Guard`, or true for its defaults
+    schedules: tuple[str, ...] = ("constant", "cosine")  # of the learning rate; there is also warmup_cosine
+    curve_points: PositiveInt = 16  # test evaluations along a training run
+    guard: bool | dict[str, Any] = False  # L3RS's: fields of `l3rs.Guard`, or true for its defaults
 
     def make_guard(self) -> bool | Guard:
-        """What `l3rs.learned_optimizer` takes as its guard."""
+        """The argument `guard` of `l3rs.learned_optimizer`."""
         if isinstance(self.guard, bool):
             return self.guard
         allowed = [field.name for field in dataclasses.fields(Guard)]
@@ -204,7 +219,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def check_config(data: dict[Any, Any], where: str = "config") -> Config:
-    """A `Config` from plain dictionaries; errors name the key, what was found and what is allowed."""
+    """Make a `Config` from plain dictionaries.
+
+    Raises:
+      UserError: it names the key, the value found and the values allowed.
+    """
     return check_section(Config, data, where)
 
 
@@ -212,7 +231,7 @@ Section = TypeVar("Section", bound=pydantic.BaseModel)
 
 
 def check_section(section: type[Section], data: dict[Any, Any], where: str) -> Section:
-    """The same for one section."""
+    """Make one section of a configuration; as `check_config`."""
     try:
         return section.model_validate(data)
     except pydantic.ValidationError as error:
@@ -220,19 +239,19 @@ def check_section(section: type[Section], data: dict[Any, Any], where: str) -> S
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML, such that `load_config` gives it back."""
+    """The resolved configuration as YAML that `load_config` reads back."""
     data = config.model_dump(mode="python")  # JSON would lose infinities
-    # What looks like an interpolation is text: it was resolved when the configuration was read.
+    # Interpolations were resolved when the configuration was read; what still looks like one is text.
     return OmegaConf.to_yaml(OmegaConf.create(_each_text(data, lambda text: text.replace("${", "\\${"))))
 
 
 def portable(value: Any) -> Any:
-    """Absolute paths cut to their end: a checkpoint goes to others, the folders of this machine do not."""
+    """Shorten absolute paths to their last two parts: a checkpoint is published, this machine's folders are not."""
     return _each_text(value, lambda text: "…/" + "/".join(Path(text).parts[-2:]) if text.startswith("/") else text)
 
 
 def _each_text(value: Any, change: Callable[[str], str]) -> Any:
-    """`change` of each text in mappings, lists and tuples, the last as lists."""
+    """Apply `change` to each text in mappings, lists and tuples; tuples become lists."""
     if isinstance(value, dict):
         return {key: _each_text(item, change) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -16,7 +16,7 @@ from l3rs.io.manifest import MANIFEST, MAX_MANIFEST_BYTES, read_manifest
 from l3rs.spec import L3RSError
 from l3rs.theta import MAX_VALUES
 
-_DRIVERS = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "az": "adlfs", "abfs": "adlfs"}
+DRIVERS = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "az": "adlfs", "abfs": "adlfs"}
 _MAX_FILES = 256
 _MAX_BYTES = 16 * MAX_VALUES  # of all files of a checkpoint together
 _VALUES = ("theta.safetensors", "theta")  # in a checkpoint of format 2, and of format 1
@@ -99,7 +99,7 @@ def _from_store(url: str, folder: Path) -> None:
     except L3RSError:
         raise
     except ImportError as error:
-        driver = "fsspec" if error.name == "fsspec" else _DRIVERS.get(scheme, f"fsspec's driver for {scheme}://")
+        driver = "fsspec" if error.name == "fsspec" else DRIVERS.get(scheme, f"fsspec's driver for {scheme}://")
         raise L3RSError(f"{url} needs a package that is not installed: {driver}") from None
     except ValueError as error:
         raise L3RSError(f"{url} is not a checkpoint URL: {first_line(error)}") from None

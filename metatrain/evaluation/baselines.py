@@ -60,7 +60,7 @@ def _bounded(own: Callable[..., optax.GradientTransformation]) -> Callable[..., 
 
 
 def _schedule_free(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """Schedule-free Adam (arXiv 2405.15682). It is judged at its average, see `deployed_params`."""
+    """Schedule-free Adam (arXiv 2405.15682). It is judged at its average, see `metatrain.inner.params`."""
     return optax.contrib.schedule_free(optax.adam(learning_rate, b1=0.0), learning_rate, b1=0.9)
 
 
@@ -244,16 +244,6 @@ def _named(name: str) -> Baseline:
         raise UserError(f"baseline {name}: {module_name} has no function {attribute!r}") from None
     wants_horizon = "total_steps" in inspect.signature(make).parameters
     return Baseline(make, getattr(make, "learning_rate", 2.0**-9), knows_horizon=wants_horizon)
-
-
-def deployed_params(state: optax.OptState, params: Any) -> Any:
-    """What an optimizer hands over at the end: the parameters, or the average that it keeps."""
-    averaging = optax.contrib.ScheduleFreeState
-    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, averaging))
-    for leaf in leaves:
-        if isinstance(leaf, averaging):
-            return optax.contrib.schedule_free_eval_params(leaf, params)
-    return params
 
 
 def chosen_baselines(

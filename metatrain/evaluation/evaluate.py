@@ -28,7 +28,7 @@ import l3rs
 from l3rs import L3RSError
 from l3rs.baselines import MADAState, SWATSState, iomt, mada_coefficients
 from l3rs.baselines.mada import COEFFICIENTS
-from metatrain.config import Config, EvaluationConfig, UserError, check_section, portable
+from metatrain.config import Config, EvaluationConfig, Plan, UserError, check_section, portable
 from metatrain.evaluation.baselines import Baseline, Interleaved, Tuned, chosen_baselines, make_baseline
 from metatrain.evaluation.interleaved import Trainers, interleaved_rollout, trainers
 from metatrain.evaluation.results import (
@@ -44,7 +44,7 @@ from metatrain.evaluation.results import (
 )
 from metatrain.evaluation.statistics import area_under_curve, speedup
 from metatrain.inner.plan import choose_plan, time_steps
-from metatrain.inner.rollout import MakeOptimizer, Plan, Score, fused_rollout, learned, stepwise_rollout, walk
+from metatrain.inner.rollout import MakeOptimizer, Score, fused_rollout, inner_steps, learned, stepwise_rollout
 from tasks import Task, TaskSample, make_task
 
 _log = logging.getLogger("metatrain")
@@ -237,7 +237,7 @@ def _decisions(ours: _Learned, comparison: _Comparison, device: jax.Device) -> D
     first = jax.tree.map(lambda x: x[0], samples)
     steps = [
         (np.asarray(carry.state.mix), np.asarray(carry.state.step_norm))
-        for carry in walk(task, ours.make, theta, data, first, horizon)
+        for carry in inner_steps(task, ours.make, theta, data, first, horizon)
     ]
     mix, step_norm = (np.stack(values) for values in zip(*steps, strict=True))
     layers = l3rs.spec.layers_of(task.params_shape())
@@ -313,7 +313,7 @@ def _look_inside(
     first = jax.tree.map(lambda x: x[0], samples)
     found: dict[int, dict[str, float]] = {}
     for step, carry in enumerate(
-        walk(comparison.task, functools.partial(make_baseline, baseline), hyper, data, first, horizon), 1
+        inner_steps(comparison.task, functools.partial(make_baseline, baseline), hyper, data, first, horizon), 1
     ):
         if learns and step in kept:
             found[step] = {name: float(x) for name, x in mada_coefficients(carry.state).items()}

@@ -14,8 +14,9 @@ import numpy as np
 
 from l3rs import L3RSError
 from l3rs.baselines import iomt
+from metatrain.config import Plan
 from metatrain.evaluation.baselines import Interleaved, Tuned
-from metatrain.inner.rollout import Plan, Rollout, Score, evaluate_split, host_scorer
+from metatrain.inner.rollout import Rollout, Score, evaluate_split, host_scorer
 from tasks import Task, TaskSample
 from tasks.base import Data, Params, Stats
 

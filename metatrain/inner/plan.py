@@ -1,4 +1,4 @@
-"""How candidates run on this machine: which plan is faster, and how many of them fit a device."""
+"""How candidates run on this machine: the faster plan, and how many candidates fit into a device's memory."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ import jax.numpy as jnp
 import numpy as np
 
 import l3rs
-from metatrain.config import UserError
+from metatrain.config import Plan, UserError
 from metatrain.inner.population import candidate_losses
-from metatrain.inner.rollout import Plan, fused_rollout, learned, stepwise_rollout
+from metatrain.inner.rollout import fused_rollout, learned, stepwise_rollout
 from metatrain.outer.strategy import Strategy
 from tasks import Task, sample
 
 _log = logging.getLogger("metatrain")
 
-_SHARE = 0.8  # of a device's memory; the rest is fragmentation and what others hold
+_MEMORY_SHARE = 0.8  # of a device; the rest is for fragmentation and other processes
 
-_MEMBERS = 2  # enough for `vmap` to show what it makes of convolutions
+_MEMBERS = 2  # in the measurement: enough to see how `vmap` changes convolutions
 _STEPS = 4
 _ROUNDS = 2
 
 
 def device_memory(device: jax.Device) -> int | None:
-    """Bytes that this process may use on a device; None on a CPU, where the host's memory is shared."""
+    """Bytes that this process may use on a device; None for a CPU, which shares the host's memory."""
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def choose_plan(tasks: Sequence[Task], spec: l3rs.Spec) -> Plan:
-    """The plan with the fewest seconds a candidate-step on average over the tasks, measured on one device.
+    """The plan with the fewest seconds per candidate-step, averaged over the tasks; measured on one device.
 
-    Models without convolutions are fused without a measurement: a loop of matrix products costs what
-    its operations cost, and saves a dispatch a step.
+    Models without convolutions are fused without a measurement: matrix products are as fast inside a
+    loop as outside, and the loop saves one dispatch per step.
     """
     if not any(map(_has_convolutions, tasks)):
         return "fused"
     seconds: dict[Plan, float] = {"stepwise": 0.0, "fused": 0.0}
     for task in tasks:
-        for plan, measured in _seconds_a_step(task, spec).items():
+        for plan, measured in _seconds_per_step(task, spec).items():
             seconds[plan] += measured / len(tasks)
-    _log.info("ms a candidate-step: %s", {plan: round(1e3 * s, 2) for plan, s in seconds.items()})
+    _log.info("ms per candidate-step: %s", {plan: round(1e3 * s, 2) for plan, s in seconds.items()})
     return "stepwise" if seconds["stepwise"] < seconds["fused"] else "fused"
 
 
-def _seconds_a_step(task: Task, spec: l3rs.Spec) -> dict[Plan, float]:
+def _seconds_per_step(task: Task, spec: l3rs.Spec) -> dict[Plan, float]:
     theta = l3rs.init_meta_params(jax.random.key(0), spec)
     chosen = sample(task, jax.random.key(0))
     device = jax.local_devices()[0]
@@ -72,12 +72,11 @@ def members_per_call(
     plan: Plan,
     calls: int,
     devices: Sequence[jax.Device],
-    memory: Callable[[jax.Device], int | None] = device_memory,
 ) -> int:
-    """How many candidates one compiled call holds.
+    """How many candidates one compiled call computes.
 
-    Stepwise: one. Fused: what the population comes to when it is cut into `calls`, if so many fit the
-    smallest device's memory. Their memory is what XLA says it allocates, without running anything.
+    One if stepwise. If fused, as many as it takes to compute the population in `calls` calls, or as
+    many as fit into the memory of the smallest device. XLA states what it would allocate, so nothing runs.
 
     Raises:
       UserError: not even one candidate fits.
@@ -85,23 +84,23 @@ def members_per_call(
     if plan == "stepwise":
         return 1
     wanted = math.ceil(population / calls)
-    free = [bytes_ for bytes_ in map(memory, devices) if bytes_ is not None]
+    free = [bytes_ for bytes_ in map(device_memory, devices) if bytes_ is not None]
     if not free:
         return wanted
     lowered = functools.partial(_scratch, task, spec, strategy)
     one, two = lowered(1), lowered(2)
     each, shared = max(two - one, 1), max(2 * one - two, 0) + sum(x.nbytes for x in jax.tree.leaves(task.data))
-    fits = int(_SHARE * min(free) - shared) // each
+    fits = int(_MEMORY_SHARE * min(free) - shared) // each
     if fits < 1:
         raise UserError(
-            f"one candidate of {task.name} needs {(shared + each) / 2**20:,.0f} MiB, a device has "
+            f"one candidate of {task.name} needs {(shared + each) / 2**20:,.0f} MiB, but a device has "
             f"{min(free) / 2**20:,.0f} MiB; use a smaller task.batch_size or model"
         )
     return min(wanted, fits)
 
 
 def _scratch(task: Task, spec: l3rs.Spec, strategy: Strategy, members: int) -> int:
-    """Bytes that XLA allocates for a fused call of so many members."""
+    """Bytes of temporary memory that XLA allocates for a fused call of `members` candidates."""
     state = jax.eval_shape(strategy.init, jax.random.key(0), l3rs.init_meta_params(jax.random.key(0), spec))
     key = jax.random.key_data(jax.random.key(0))
     call = candidate_losses(task, spec, strategy, "fused")
@@ -111,8 +110,14 @@ def _scratch(task: Task, spec: l3rs.Spec, strategy: Strategy, members: int) -> i
 
 
 def time_steps(run: Callable[[int], object], steps: int, rounds: int) -> tuple[float, float]:
-    """(seconds of a step, seconds of a call beside its steps): the best of `rounds` calls of 1 step
-    against the best of as many with `steps` more; with even more where noise hides what those cost."""
+    """Measure (seconds per step, seconds per call apart from its steps).
+
+    It compares the fastest of `rounds` calls of 1 step with the fastest of `rounds` calls of `steps`
+    more, and uses more steps as long as noise hides the difference.
+
+    Args:
+      run: computes the given number of steps.
+    """
 
     def seconds(count: int) -> float:
         began = time.perf_counter()
@@ -123,8 +128,8 @@ def time_steps(run: Callable[[int], object], steps: int, rounds: int) -> tuple[f
     while True:
         many, one = (min(seconds(count) for _ in range(rounds)) for count in (steps + 1, 1))
         if many > one:
-            a_step = (many - one) / steps
-            return a_step, one - a_step
+            per_step = (many - one) / steps
+            return per_step, one - per_step
         steps *= 4
 
 

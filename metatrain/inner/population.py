@@ -1,6 +1,6 @@
-"""The Evaluator in this process: a generation's candidates, spread over all local devices.
+"""Evaluation of a generation in this process, on all local devices.
 
-The population is cut into chunks of `members_per_call`; each chunk is one compiled call that
+The population is cut into chunks of `members_per_call`. Each chunk is one compiled call that
 regenerates its members from (strategy state, key). A member's fitness is a pure function of
 (state, spec, member), so neither the number of devices nor the order of completion changes a bit.
 """
@@ -17,48 +17,51 @@ import jax
 import numpy as np
 
 import l3rs
-from metatrain.inner.rollout import Plan, fused_rollout, learned, stepwise_rollout
+from metatrain.config import Plan
+from metatrain.inner.rollout import fused_rollout, learned, stepwise_rollout
 from metatrain.outer.strategy import State, Strategy
 from tasks import Task, TaskSample
 
 
 class GenerationSpec(NamedTuple):
-    """What the members of one generation share."""
+    """The values that all members of a generation share."""
 
     generation: int
     key: jax.Array  # uint32 [2], of `Strategy.ask`
     sample: TaskSample
     horizon: int
-    task: int = 0  # which of the run's tasks
+    task: int = 0  # index into the run's tasks
 
 
 class Evaluator(Protocol):
     """Evaluates a generation."""
 
     def evaluate(self, state: State, spec: GenerationSpec, waiting: Callable[[str], None] | None = None) -> np.ndarray:
-        """The meta-loss of each member, float32 [population]; non-finite where it diverged.
+        """The meta-loss of each member, float32 [population]; non-finite where training diverged.
 
-        `waiting` is called once, when nobody is there to do it.
+        Args:
+          state: of the strategy.
+          spec: of the generation.
+          waiting: called once with the reason if there is no worker left to compute.
         """
 
     def report(self) -> dict[str, Any]:
-        """What a generation's metrics say of the workers: `workers`, how many there are, and more."""
+        """The workers' part of a generation's metrics: `workers`, their number, and more."""
 
     def close(self) -> None:
-        """Free what it holds."""
+        """Release threads, processes and connections."""
 
 
 class LocalEvaluator:
-    """Evaluates on devices of this process.
+    """Evaluates on the local devices of this process.
 
     Args:
-      tasks: what candidates train; each generation one of them.
-      spec: the form of the candidates.
-      strategy: makes the members.
-      population: members of a generation.
+      tasks: what candidates train; each generation uses one of them.
+      spec: the form of the optimizer.
+      strategy: generates the members.
+      population: members per generation.
       members_per_call: candidates in one compiled call; results may depend on it in the last bits.
-      plan: "fused", chunks of members in one compiled loop; "stepwise", a member at a time.
-      devices: where; all local devices when not given.
+      plan: "fused", chunks of members in one compiled loop; "stepwise", one member at a time.
     """
 
     def __init__(
@@ -69,9 +72,8 @@ class LocalEvaluator:
         population: int,
         members_per_call: int,
         plan: Plan,
-        devices: Sequence[jax.Device] | None = None,
     ) -> None:
-        self._devices = list(devices or jax.local_devices())
+        self._devices = jax.local_devices()
         self._data = [[jax.device_put(task.data, device) for device in self._devices] for task in tasks]
         self._population = population
         self._chunk = members_per_call
@@ -79,7 +81,7 @@ class LocalEvaluator:
         self._calls = [candidate_losses(task, spec, strategy, plan) for task in tasks]
 
     def evaluate(self, state: State, spec: GenerationSpec, waiting: Callable[[str], None] | None = None) -> np.ndarray:
-        del waiting  # this process is always there
+        del waiting  # this process can always compute
         chunks: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
         for members in cut(self._population, self._chunk):
             chunks.put(members)
@@ -101,12 +103,11 @@ class LocalEvaluator:
                 )
 
         try:
-            for done in [
-                self._pool.submit(work, *place) for place in zip(self._devices, self._data[spec.task], strict=True)
-            ]:
+            pairs = zip(self._devices, self._data[spec.task], strict=True)
+            for done in [self._pool.submit(work, *pair) for pair in pairs]:
                 done.result()
         finally:
-            while not chunks.empty():  # interrupted, or a device failed: the others need not go on
+            while not chunks.empty():  # after an interrupt or an error the other devices need not continue
                 with contextlib.suppress(queue.Empty):
                     chunks.get_nowait()
         return fitness
@@ -119,7 +120,7 @@ class LocalEvaluator:
 
 
 def cut(population: int, chunk: int) -> list[np.ndarray]:
-    """Member numbers, int32 [chunk] each: one compiled shape. The last is filled up with the last member."""
+    """Cut member numbers into arrays int32 [chunk]. The last one repeats the last member, to have the same shape."""
     return [
         np.minimum(np.arange(first, first + chunk, dtype=np.int32), population - 1)
         for first in range(0, population, chunk)
@@ -129,15 +130,15 @@ def cut(population: int, chunk: int) -> list[np.ndarray]:
 def fitness_by_halves(
     call: Callable[[np.ndarray], np.ndarray], members: np.ndarray, chunk: int
 ) -> tuple[np.ndarray, int]:
-    """Call for `members` in chunks; chunks that do not fit the memory are halved, and stay so.
+    """Evaluate `members` in chunks; halve the chunks while they do not fit into memory.
 
     Args:
       call: member numbers int32 [chunk] -> fitness [chunk].
       members: int32 [m].
-      chunk: how many at once.
+      chunk: members per call, at first.
 
     Returns:
-      (fitness float32 [m], the chunk that fitted).
+      (fitness float32 [m], the chunk that fitted)
     """
     while True:
         try:

@@ -1,10 +1,10 @@
-"""One inner loop: a candidate trains the task's network, and is judged by where it ends."""
+"""The inner loop: an optimizer trains a task's network, and the result is evaluated."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 import l3rs
-from metatrain.evaluation.baselines import deployed_params
+from metatrain.inner.params import deployed_params
 from tasks import Task, TaskSample
 from tasks.base import Batch, Data, Params, Stats, size
 
@@ -31,12 +31,11 @@ class Score(NamedTuple):
 
 
 def learned(spec: l3rs.Spec, guard: bool | l3rs.Guard = False) -> MakeOptimizer:
-    """L3RS of this form, as a function of its meta-parameters."""
+    """L3RS of the form `spec`, as a function of its meta-parameters."""
     return lambda theta, horizon: l3rs.learned_optimizer(theta, spec, horizon, guard=guard)
 
 
 Rollout = Callable[..., dict[str, Score]]
-Plan = Literal["fused", "stepwise"]
 
 
 def fused_rollout(task: Task, make_optimizer: MakeOptimizer, splits: Sequence[str]) -> Rollout:
@@ -45,12 +44,13 @@ def fused_rollout(task: Task, make_optimizer: MakeOptimizer, splits: Sequence[st
     Args:
       task: what is trained.
       make_optimizer: what trains it.
-      splits: where the end result is judged, unless a call says otherwise.
+      splits: on which the result is evaluated, unless a call gives others.
 
     Returns:
       (hyper-parameters, data, task sample, horizon int32 [], splits, points) -> {split: Score}. With
-      `points`, increasing numbers of steps int32 [K], it is judged after each of them, and scores are
-      [K]; else at the horizon. It can be jitted, and vmapped over hyper-parameters or samples.
+      `points`, increasing numbers of steps int32 [K], the parameters are evaluated after each of them
+      and scores are [K]; without, at the horizon. It can be jitted, and vmapped over hyper-parameters
+      or samples.
     """
 
     def rollout(
@@ -76,16 +76,14 @@ def fused_rollout(task: Task, make_optimizer: MakeOptimizer, splits: Sequence[st
 
 
 def stepwise_rollout(task: Task, make_optimizer: MakeOptimizer, splits: Sequence[str]) -> Rollout:
-    """The same, driven from the host over compiled steps.
+    """The inner loop as a Python loop over a compiled step.
 
     For convolutional networks on a CPU: XLA runs a convolution 10 times slower inside a loop than
-    outside, and a host-driven step costs a tenth of a millisecond. It runs where its arguments are.
-    Arguments, result and, to rounding, values are those of `fused_rollout`; it cannot be jitted or
+    outside, and a step dispatched from Python costs 0.1 ms. It runs on the device of its arguments.
+    Arguments, result and, up to rounding, values are those of `fused_rollout`; it cannot be jitted or
     vmapped.
     """
-
     start, step = _compiled(task, make_optimizer)
-
     score = host_scorer(task)
 
     def rollout(
@@ -97,25 +95,27 @@ def stepwise_rollout(task: Task, make_optimizer: MakeOptimizer, splits: Sequence
         points: Sequence[int] | np.ndarray | None = None,
     ) -> dict[str, Score]:
         carry = start(hyper, data, sample, horizon)
-        done, judged = 0, []
+        done, scores = 0, []
         for until in [int(horizon)] if points is None else [int(point) for point in points]:
             for _ in range(done, until):
                 carry = step(hyper, data, sample, horizon, carry)
             done = max(done, until)
             params = deployed_params(carry.state, carry.params)
-            judged.append({split: score(data[split], params, carry.stats) for split in splits})
+            scores.append({split: score(data[split], params, carry.stats) for split in splits})
         if points is None:
-            return {split: Score(*found) for split, found in judged[0].items()}
-        return {split: Score(*np.stack([row[split] for row in judged]).T) for split in splits}
+            return {split: Score(*found) for split, found in scores[0].items()}
+        return {split: Score(*np.stack([row[split] for row in scores]).T) for split in splits}
 
     return rollout
 
 
-def walk(
+def inner_steps(
     task: Task, make_optimizer: MakeOptimizer, hyper: Any, data: Data, sample: TaskSample, horizon: int
 ) -> Iterator[Carry]:
-    """One inner loop, a step at a time: yields what there is after each of `horizon` steps. A `Carry`
-    must be read before the next is asked for: its memory is used again."""
+    """One inner loop, step by step: yields the `Carry` after each of `horizon` steps.
+
+    Read a `Carry` before asking for the next one, which reuses its memory.
+    """
     start, step = _compiled(task, make_optimizer)
     total = jnp.int32(horizon)
     carry = start(hyper, data, sample, total)
@@ -125,7 +125,7 @@ def walk(
 
 
 class Carry(NamedTuple):
-    """An inner loop between two steps."""
+    """The state of an inner loop between two steps."""
 
     step: jax.Array  # int32 [], steps done
     params: Params
@@ -134,7 +134,7 @@ class Carry(NamedTuple):
 
 
 def _compiled(task: Task, make_optimizer: MakeOptimizer) -> tuple[Callable[..., Carry], Callable[..., Carry]]:
-    """The loop's beginning, (hyper, data, sample, horizon) -> carry, and its step, (…, carry) -> carry."""
+    """The compiled start of a loop, (hyper, data, sample, horizon) -> carry, and its step, (…, carry) -> carry."""
 
     @jax.jit
     def start(hyper: Any, data: Data, sample: TaskSample, horizon: jax.Array) -> Carry:
@@ -168,8 +168,10 @@ def _score(task: Task, params: Params, stats: Stats, batch: Batch) -> jax.Array:
 
 
 def host_scorer(task: Task) -> Callable[[Batch, Params, Stats], np.ndarray]:
-    """(examples, params, stats) -> their mean loss and accuracy, float32 [2], chunk by chunk from the host: as
-    `evaluate_split`, for convolutional networks on a CPU."""
+    """A function (examples, params, stats) -> mean loss and accuracy, float32 [2].
+
+    As `evaluate_split`, but with a Python loop over chunks, for convolutional networks on a CPU.
+    """
 
     @functools.partial(jax.jit, static_argnums=2)
     def total(examples: Batch, first: jax.Array, count: int, params: Params, stats: Stats) -> jax.Array:
@@ -188,7 +190,7 @@ def host_scorer(task: Task) -> Callable[[Batch, Params, Stats], np.ndarray]:
 
 
 def evaluate_split(task: Task, data: Data, split: str, params: Params, stats: Stats) -> Score:
-    """Mean loss and accuracy over all examples of a split, in chunks that bound memory."""
+    """Mean loss and accuracy over all examples of a split, computed in chunks to bound memory."""
     examples = data[split]
     n = size(examples)
     chunk = min(n, _EVALUATION_CHUNK)

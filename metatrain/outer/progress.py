@@ -1,4 +1,4 @@
-"""What a run shows while it goes: a live bar in a terminal, plain lines elsewhere."""
+"""A run's progress on the screen: a live bar in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Display:
-    """Generation, meta-loss, horizon, rate and time left.
+    """Shows generation, meta-loss, horizon, speed and time left.
 
     Args:
       total: generations of the run.
     """
 
     def __init__(self, total: int) -> None:
-        self._console = Console(highlight=False, markup=False, soft_wrap=True)  # a message may hold [brackets]
+        self._console = Console(highlight=False, markup=False, soft_wrap=True)  # messages may contain [brackets]
         self._total = total
         self._bar: Bar | None = None
 
     def begin(self, start: int) -> None:
-        """The run goes on after `start` generations."""
+        """Start, after `start` finished generations."""
         self._start, self._began, self._last_line = start, time.monotonic(), 0.0
         if self._console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -36,10 +36,11 @@ class Display:
             self._console.print(f"generation {start}/{self._total}: compiling …")
 
     def update(self, metrics: dict[str, Any]) -> None:
+        """Show a line of metrics."""
         done = metrics["generation"] + 1
         mean = metrics["meta_loss_mean"]
         if mean is None:
-            self.say(f"generation {metrics['generation']}: no candidate has a finite loss; the state stays")
+            self.log(f"generation {metrics['generation']}: no candidate has a finite loss; the state is kept")
         line = (
             f"meta-loss {'not finite' if mean is None else format(mean, '.4f')}  horizon {metrics['horizon']:>4}  "
             f"{metrics['candidate_steps_per_s']:,.0f} candidate-steps/s  {metrics['workers']} workers"
@@ -51,7 +52,8 @@ class Display:
             left = (self._last_line - self._began) / max(done - self._start, 1) * (self._total - done)
             self._console.print(f"generation {done}/{self._total}  {line}  {left:,.0f} s left")
 
-    def say(self, sentence: str) -> None:
+    def log(self, sentence: str) -> None:
+        """Print a sentence above the bar."""
         self._console.print(sentence)
 
     def close(self) -> None:

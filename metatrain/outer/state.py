@@ -1,4 +1,4 @@
-"""The state of a run on disk: what is needed to go on as if it had never stopped."""
+"""The state of a run on disk, from which it resumes as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _log = logging.getLogger("metatrain")
 
 
 class Progress(NamedTuple):
-    """Everything that changes in a run."""
+    """The part of a run that changes from generation to generation."""
 
     generation: int  # generations done; the random streams are functions of it and the seed
     failures: int  # generations in a row without a finite fitness
     candidate_steps: int  # inner steps done by all candidates
-    seconds: float  # time spent in generations, over all sessions
+    seconds: float  # spent in generations, by all processes of the run
     strategy: State
 
 
 class StateStore:
     """Checkpoints of a run, written atomically by Orbax.
 
-    A save that was interrupted leaves nothing behind that counts. A checkpoint that cannot be read,
-    or whose values do not have the digest stored with them, is reported, and the one before is used.
+    A save that was interrupted leaves no checkpoint. A checkpoint that cannot be read, or whose values
+    do not match their stored digest, is reported, and the one before it is used.
 
     Args:
       folder: `state/` of the run.
@@ -46,6 +46,11 @@ class StateStore:
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def save(self, progress: Progress) -> None:
+        """Write a checkpoint, unless there is one of this generation.
+
+        Raises:
+          OSError: the disk is full or the folder cannot be written.
+        """
         if progress.generation in self._manager.all_steps():
             return
         leaves = {f"{i:04d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(progress.strategy))}
@@ -57,15 +62,15 @@ class StateStore:
         with saving(self._folder, sum(leaf.nbytes for leaf in leaves.values())):
             self._manager.save(progress.generation, args=items)
 
-    def restore(self, like: State, *, to_go_on: bool = True) -> Progress | None:
-        """The newest good checkpoint; None when there is none at all.
+    def restore(self, like: State, *, to_resume: bool = True) -> Progress | None:
+        """Read the newest good checkpoint; None if there is no checkpoint at all.
 
         Args:
-          like: a strategy state, for its structure.
-          to_go_on: set aside what is newer, and damaged: the run is going to write these steps again.
+          like: a strategy state of the same structure.
+          to_resume: set aside newer, damaged checkpoints: the run is going to write these steps again.
 
         Raises:
-          UserError: there are checkpoints, and none of them can be read.
+          UserError: there are checkpoints, but none can be read.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
@@ -73,9 +78,9 @@ class StateStore:
                 progress = self._read(step, like)
             except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
                 reason = " ".join(str(error).split())[:200]
-                _log.warning("checkpoint %s is damaged and not used: %s", self._folder / str(step), reason)
+                _log.warning("checkpoint %s is damaged and is not used: %s", self._folder / str(step), reason)
                 continue
-            for newer in steps[: steps.index(step)] if to_go_on else ():
+            for newer in steps[: steps.index(step)] if to_resume else ():
                 (self._folder / str(newer)).rename(_free(self._folder.parent / f"damaged-state-{newer}"))
             self._manager.reload()
             return progress
@@ -92,7 +97,7 @@ class StateStore:
         leaves = {name: np.asarray(leaf) for name, leaf in restored["strategy"].items()}
         counters = dict(restored["counters"])
         if counters.pop("sha256") != _digest(leaves):
-            raise ValueError("its values do not have the digest stored with them")
+            raise ValueError("its values do not match their digest")
         expected = [(x.shape, x.dtype) for x in jax.tree.leaves(like)]
         found = [(leaves[name].shape, leaves[name].dtype) for name in sorted(leaves)]
         if found != expected:
@@ -102,7 +107,7 @@ class StateStore:
 
 
 def _free(path: Path) -> Path:
-    """A name that nothing has: what was set aside before stays."""
+    """A name that is not in use: folders set aside earlier stay."""
     names = itertools.chain([path], (path.with_name(f"{path.name}-{i}") for i in itertools.count(2)))
     return next(name for name in names if not name.exists())
 

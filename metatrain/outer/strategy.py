@@ -1,4 +1,4 @@
-"""Evolution strategies, from evosax, as two pure functions."""
+"""Evolution strategies of evosax, as pure functions."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ class Strategy(NamedTuple):
     init: Callable[[jax.Array, Theta], State]  # (key, mean) -> state
     ask: Callable[[jax.Array, State], Theta]  # (key, state) -> population, leading axis [population]
     tell: Callable[[jax.Array, State, jax.Array], State]  # (key of ask, state, fitness [population]) -> state
-    mean: Callable[[State], Theta]  # what is deployed: the distribution's mean, not a lucky member
+    mean: Callable[[State], Theta]  # the distribution's mean, which is deployed
 
 
 def make_strategy(config: OuterConfig, theta: Theta) -> Strategy:
-    """Build a strategy; all of its functions are pure and can be jitted.
+    """Build a strategy. Its functions are pure and jitted.
 
-    Non-finite fitness ranks worst. The state holds arrays only, of the same types after every
-    `tell`, so that nothing is compiled twice and everything is saved.
+    A non-finite fitness ranks worst. The state consists of arrays whose types never change, so nothing
+    is compiled twice and all of it can be saved.
 
     Args:
-      config: the `outer` section.
-      theta: meta-parameters, for their structure.
+      config: the section `outer`.
+      theta: meta-parameters of the right structure.
     """
-    # Here, not above: evosax computes with JAX when imported, and after that the number of devices is fixed.
+    # Imported here because evosax computes with JAX when imported, which fixes the number of devices.
     import evosax.algorithms as es
 
     schedule = optax.cosine_decay_schedule(config.learning_rate, config.steps)
@@ -63,5 +63,5 @@ def make_strategy(config: OuterConfig, theta: Theta) -> Strategy:
 
 
 def _strong(state: State) -> State:
-    """Arrays without weak types: a weakly typed scalar would compile everything a second time."""
+    """Remove weak types: a weakly typed scalar would cause a second compilation."""
     return jax.tree.map(lambda x: jax.lax.convert_element_type(x, jnp.asarray(x).dtype), state)

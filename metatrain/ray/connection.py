@@ -1,4 +1,4 @@
-"""Connecting to a Ray cluster: no open ports that nobody asked for, no cluster without its token."""
+"""Connecting to a Ray cluster: no unrequested open ports, and no reachable cluster without its token."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ _PROBE_SECONDS = 10.0
 
 
 def connect(execution: ExecutionConfig) -> bool:
-    """Connect this process to Ray: to `execution.address`, or to one of its own on this machine,
-    which listens on loopback only. Returns whether the connection is ours to close.
+    """Connect this process to Ray at `execution.address`, or start Ray on this machine, on loopback only.
+
+    Returns:
+      Whether this call opened the connection, so that the caller has to close it.
 
     Raises:
-      UserError: nobody answers there, the token is wrong or missing, or versions differ.
+      UserError: the cluster does not answer, its token is wrong or missing, or versions differ.
     """
     address = execution.address or os.environ.get("RAY_ADDRESS")
     if address is None:
@@ -42,9 +44,9 @@ def connect(execution: ExecutionConfig) -> bool:
             problem = None
         except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
             problem = one_line(error)[:400]
-        said = captured()
-    if problem and "InvalidAuthToken" in said + problem:
-        raise UserError(f"the cluster at {address} refuses the Ray token, or the lack of one")
+        printed = captured()
+    if problem and "InvalidAuthToken" in printed + problem:
+        raise UserError(f"the cluster at {address} rejected the Ray token, or requires one")
     if problem:
         raise UserError(f"cannot use the Ray cluster at {address}: {problem}")
     try:
@@ -56,9 +58,9 @@ def connect(execution: ExecutionConfig) -> bool:
 
 
 def _own_ray(execution: ExecutionConfig) -> bool:
-    # Read by Ray when it is imported: without a cluster, Ray listens on loopback.
+    # Ray reads this when it is imported: it then listens on loopback only.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # workers are what this machine is for just now
+    os.environ.setdefault("RAY_worker_niceness", "0")  # the run has this machine to itself
     import ray
 
     if ray.is_initialized():
@@ -66,7 +68,7 @@ def _own_ray(execution: ExecutionConfig) -> bool:
     needs = execution.resources_per_worker
     workers = execution.workers if isinstance(execution.workers, int) else 0
     cpus = max(os.cpu_count() or 1, math.ceil(workers * needs.get("CPU", 0)))
-    # Ray starts its processes with an exec right after the fork, so JAX's threads do no harm.
+    # Ray calls exec right after fork, so JAX's threads are no problem.
     warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     return True
@@ -74,7 +76,7 @@ def _own_ray(execution: ExecutionConfig) -> bool:
 
 @contextlib.contextmanager
 def _captured_stderr() -> Iterator[Callable[[], str]]:
-    """What is written to file descriptor 2, where Ray's C++ reports every second why it cannot connect."""
+    """Capture file descriptor 2, where Ray's C++ code reports every second why it cannot connect."""
     with tempfile.TemporaryFile() as scratch:
         kept = os.dup(2)
         os.dup2(scratch.fileno(), 2)
@@ -91,7 +93,11 @@ def _captured_stderr() -> Iterator[Callable[[], str]]:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """ "host:port", with or without "http://" before it."""
+    """Split "host:port", with or without "http://" in front.
+
+    Raises:
+      UserError: another format.
+    """
     host, _, port = address.removeprefix("http://").removeprefix("https://").rstrip("/").rpartition(":")
     if not host or not port.isdigit():
         raise UserError(f"{address!r} is not an address; write host:port, e.g. 10.0.0.5:6379")
@@ -108,10 +114,10 @@ def is_loopback(host: str) -> bool:
 
 
 def require_token(host: str, allow_unauthenticated: bool) -> None:
-    """Refuse a cluster that others can reach, unless there is a Ray token; then use it.
+    """Use Ray's token; refuse a cluster that others can reach if there is none.
 
     Raises:
-      UserError: no token, and no permission to go without.
+      UserError: there is no token, and `allow_unauthenticated` is false.
     """
     if is_loopback(host) or os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
         return
@@ -122,13 +128,13 @@ def require_token(host: str, allow_unauthenticated: bool) -> None:
         return
     raise UserError(
         f"{host} can be reached from other machines, and Ray's token authentication is off: run "
-        "`ray get-auth-token --generate`, start the cluster with RAY_AUTH_MODE=token and set it here, too, "
+        "`ray get-auth-token --generate`, start the cluster with RAY_AUTH_MODE=token and set the same variable here, "
         "or accept the risk with execution.allow_unauthenticated=true"
     )
 
 
 def has_token() -> bool:
-    """Whether Ray would find a token in this process."""
+    """Whether Ray finds a token in this process."""
     path = os.environ.get("RAY_AUTH_TOKEN_PATH")
     if os.environ.get("RAY_AUTH_TOKEN") or path:
         return True
@@ -136,15 +142,9 @@ def has_token() -> bool:
 
 
 def probe(host: str, port: int) -> None:
-    """Raise UserError unless somebody listens there: Ray itself waits for a minute before it says so."""
+    """Raise UserError unless something listens at the address: Ray itself would wait for a minute."""
     try:
         with socket.create_connection((host, port), timeout=_PROBE_SECONDS):
             pass
     except OSError as error:
-        raise UserError(f"nobody answers at {host}:{port} ({error.strerror or error}); is the cluster up?") from None
-
-
-def first_line(error: BaseException) -> str:
-    """An error in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
+        raise UserError(f"no answer from {host}:{port} ({error.strerror or error}); is the cluster running?") from None

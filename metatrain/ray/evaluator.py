@@ -23,12 +23,12 @@ import jax
 import numpy as np
 
 import l3rs
-from metatrain.config import ExecutionConfig, OuterConfig, UserError
+from l3rs.io.files import first_line
+from metatrain.config import ExecutionConfig, OuterConfig, Plan, UserError
 from metatrain.inner.devices import use_cores
 from metatrain.inner.population import GenerationSpec, candidate_losses, cut, fitness_by_halves
-from metatrain.inner.rollout import Plan
 from metatrain.outer.strategy import State, make_strategy
-from metatrain.ray.connection import connect, first_line
+from metatrain.ray.connection import connect
 from metatrain.ray.shards import Shards
 from tasks import Task
 from tasks.data.cache import Resident, find_resident, resident

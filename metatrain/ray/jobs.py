@@ -1,8 +1,7 @@
 """Runs as jobs of a Ray cluster: submit, list, status, logs, stop.
 
-The driver is a process of the cluster, started by Ray Jobs with `metatrain run --resume`: it may die
-and be started again. A job carries the run's configuration and, when the task is the user's own, the
-module that holds it.
+Ray Jobs starts the driver, a process on the cluster, with `metatrain run`. A job contains the run's
+configuration and, if the task is the user's own, the module that defines it.
 """
 
 from __future__ import annotations
@@ -25,10 +24,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from l3rs.io.files import first_line
 from metatrain.config import Config, UserError, dump_config, load_config
-from metatrain.ray.connection import first_line, is_loopback, probe, require_token, split_address
+from metatrain.ray.connection import is_loopback, probe, require_token, split_address
 
-CLIENT = "L3RS_CLIENT"  # environment: the versions of who submitted, as JSON
+CLIENT = "L3RS_CLIENT"  # environment variable: the versions on the submitting machine, as JSON
 _NAME, _FOLDER = "l3rs_run", "l3rs_folder"  # metadata of a job
 _START_SECONDS = 180.0
 _STOP_SECONDS = 120
@@ -39,14 +39,14 @@ _OURS = ("l3rs", "tasks", "metatrain")
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run that was submitted."""
+    """A submitted run."""
 
     id: str
     name: str  # of the run
     folder: str  # of the run, as the driver sees it
     status: str  # Ray's: PENDING, RUNNING, STOPPED, SUCCEEDED, FAILED
     message: str
-    started: float  # seconds since 1970; 0 when it has not
+    started: float  # seconds since 1970; 0 if it has not started
 
 
 def client(address: str, allow_unauthenticated: bool = False) -> Any:
@@ -54,33 +54,33 @@ def client(address: str, allow_unauthenticated: bool = False) -> Any:
 
     Args:
       address: of the dashboard, http://host:port.
-      allow_unauthenticated: use a cluster that others can reach, without Ray's token.
+      allow_unauthenticated: accept a cluster without Ray's token that others can reach, too.
 
     Raises:
-      UserError: nobody answers, the token is missing or wrong, or Ray's versions differ.
+      UserError: the server does not answer, the token is missing or wrong, or Ray's versions differ.
     """
     host, port = split_address(address)
     require_token(host, allow_unauthenticated)
     probe(host, port)
     url = address if "://" in address else f"http://{address}"
     if not is_loopback(host) and not allow_unauthenticated:
-        _require_tokens_there(url)
+        _require_token_mode(url)
     import ray
     from ray.job_submission import JobSubmissionClient
 
     try:
         connected = JobSubmissionClient(url)
         theirs = connected._do_request("GET", "/api/version").json()["ray_version"]
-    except (
-        Exception
-    ) as error:  # Ray raises RuntimeError, ConnectionError, ValueError, AuthenticationError, requests' own
-        raise UserError(f"the job server at {address} does not let us in: {first_line(error)}") from None
+    except Exception as error:  # Ray raises RuntimeError, ConnectionError, ValueError, AuthenticationError and others
+        raise UserError(f"the job server at {address} rejected the request: {first_line(error)}") from None
     if theirs != ray.__version__:
-        raise UserError(f"the cluster at {address} has Ray {theirs}, here is {ray.__version__}; both must be the same")
+        raise UserError(
+            f"the cluster at {address} has Ray {theirs}, this machine has {ray.__version__}; they must be the same"
+        )
     return connected
 
 
-def _require_tokens_there(url: str) -> None:
+def _require_token_mode(url: str) -> None:
     try:
         with urllib.request.urlopen(f"{url}/api/authentication_mode", timeout=10) as answer:
             mode = json.load(answer).get("authentication_mode", "disabled")
@@ -88,31 +88,31 @@ def _require_tokens_there(url: str) -> None:
         mode = "disabled"
     if mode != "token":
         raise UserError(
-            f"the cluster at {url} lets in everybody: start it with RAY_AUTH_MODE=token, "
+            f"the cluster at {url} accepts everyone: start it with RAY_AUTH_MODE=token, "
             "or accept the risk with --allow-unauthenticated"
         )
 
 
-def submit(jobs: Any, config: Config, folder: str, *, resume: bool = False, say: Callable[[str], None] = print) -> Job:
-    """Start a run on the cluster and wait until it computes.
+def submit(jobs: Any, config: Config, folder: str, *, resume: bool = False, log: Callable[[str], None] = print) -> Job:
+    """Start a run on the cluster and wait until its first generation is done.
 
     Args:
       jobs: from `client`.
-      config: the run; its execution.backend becomes ray, its address that of the cluster.
-      folder: the run's folder, as the driver will see it: on a file system that outlives the driver.
-      resume: go on with the run of that name.
-      say: told what happens.
+      config: the run; execution.backend and execution.address are replaced by the cluster's.
+      folder: the run's folder on the driver's machine, on a file system that outlives the driver.
+      resume: resume the run of that name.
+      log: called with news for the user.
 
     Raises:
-      UserError: the name is taken, or the driver refuses; then nothing is left running.
+      UserError: the name is in use, or the driver refuses; then nothing keeps running.
     """
     earlier = [job for job in list_runs(jobs) if job.name == config.name]
     if running := [job for job in earlier if job.status in ("PENDING", "RUNNING")]:
         raise UserError(f"the run {config.name} is {running[0].status.lower()} as job {running[0].id}; stop it first")
     if earlier and not resume:
-        raise UserError(f"the run {config.name} was submitted before; --resume goes on with it, or choose another name")
+        raise UserError(f"the run {config.name} was submitted before; resume it with --resume, or choose another name")
     execution = config.execution.model_copy(update={"backend": "ray", "address": "auto"})
-    with _package(config.model_copy(update={"execution": execution})) as place:
+    with _package(config.model_copy(update={"execution": execution})) as package:
         environment = {
             CLIENT: json.dumps(_versions()),
             "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_SECONDS),  # a last checkpoint takes longer than Ray's 3 s
@@ -121,18 +121,18 @@ def submit(jobs: Any, config: Config, folder: str, *, resume: bool = False, say:
         options = " --resume" if resume else ""
         job_id = _submit_job(
             jobs,
-            # Ray makes job ids unique: two who submit one name at the same time cannot both succeed.
+            # Ray makes job ids unique: of two simultaneous submissions of one name, one fails.
             submission_id=f"{config.name}-{len(earlier) + 1}",
             entrypoint=f"python -m metatrain.cli run config.yaml --out {shlex.quote(folder)}{options}",
-            runtime_env={"working_dir": str(place), "env_vars": environment},
+            runtime_env={"working_dir": str(package), "env_vars": environment},
             metadata={_NAME: config.name, _FOLDER: folder},
         )
-    say(f"job {job_id}, run directory {folder}")
-    return _until_it_computes(jobs, job_id, say)
+    log(f"job {job_id}, run directory {folder}")
+    return _wait_for_start(jobs, job_id, log)
 
 
 def _submit_job(jobs: Any, **job: Any) -> str:
-    """The job's id. A cluster that has just started answers before it can take jobs: it is asked again."""
+    """Submit a job; returns its id. A cluster that has just started cannot take jobs yet: it is asked again."""
     deadline = time.monotonic() + _AGENT_SECONDS
     while True:
         try:
@@ -144,7 +144,7 @@ def _submit_job(jobs: Any, **job: Any) -> str:
 
 
 def list_runs(jobs: Any) -> list[Job]:
-    """All runs that the cluster knows of, the oldest first."""
+    """All runs of the cluster, the oldest first."""
     found = [
         Job(
             id=details.submission_id,
@@ -161,21 +161,25 @@ def list_runs(jobs: Any) -> list[Job]:
 
 
 def find(jobs: Any, name: str) -> Job:
-    """The newest job of a run, by the run's name or the job's id.
+    """The newest job of a run.
+
+    Args:
+      jobs: from `client`.
+      name: of the run, or the job's id.
 
     Raises:
-      UserError: there is none.
+      UserError: there is no such job.
     """
     known = list_runs(jobs)
     found = [job for job in known if name in (job.name, job.id)]
     if not found:
         names = ", ".join(dict.fromkeys(job.name for job in known)) or "none"
-        raise UserError(f"the cluster knows no run {name}; it knows {names}")
+        raise UserError(f"the cluster has no run {name}; its runs are {names}")
     return found[-1]
 
 
 def status(jobs: Any, job: Job) -> str:
-    """Where a run is: from its metrics when its folder can be read here, else from what its driver printed."""
+    """A run's progress, from its metrics if its folder can be read here, else from its driver's output."""
     file = Path(job.folder) / "metrics.jsonl"
     if file.is_file():
         lines = [line for line in file.read_text().splitlines() if line.endswith("}")]
@@ -200,7 +204,7 @@ def _progress(last: dict[str, Any], seconds: list[float], job: Job) -> str:
 
 
 def logs(jobs: Any, job: Job, follow: bool) -> Iterator[str]:
-    """What the driver printed, and while `follow`, what it prints."""
+    """The driver's output so far; if `follow`, also what it prints until it ends."""
     if not follow:
         yield jobs.get_job_logs(job.id)
         return
@@ -219,10 +223,10 @@ def logs(jobs: Any, job: Job, follow: bool) -> Iterator[str]:
 
 
 def stop(jobs: Any, job: Job, seconds: float = _STOP_SECONDS) -> Job:
-    """Stop a run and wait until its driver has saved and ended.
+    """Stop a run and wait until its driver has saved it and ended.
 
     Raises:
-      UserError: it is not running, or does not end in `seconds`.
+      UserError: it is not running, or does not end within `seconds`.
     """
     if job.status not in ("PENDING", "RUNNING"):
         raise UserError(f"the run {job.name} is not running: job {job.id} is {job.status.lower()}")
@@ -233,52 +237,54 @@ def stop(jobs: Any, job: Job, seconds: float = _STOP_SECONDS) -> Job:
         if now.status not in ("PENDING", "RUNNING"):
             return now
         time.sleep(0.5)
-    raise UserError(f"job {job.id} was told to stop {seconds:.0f} s ago and still runs; see metatrain logs {job.name}")
+    raise UserError(
+        f"job {job.id} still runs {seconds:.0f} s after it was told to stop; see: metatrain logs {job.name}"
+    )
 
 
 def check_client() -> None:
-    """In a driver: refuse to start when who submitted has other versions.
+    """In a driver: refuse to start if the submitting machine has other versions.
 
     Raises:
-      UserError: which differ.
+      UserError: some versions differ.
     """
-    said = os.environ.get(CLIENT)
-    if not said:
+    stated = os.environ.get(CLIENT)
+    if not stated:
         return
-    theirs, ours = json.loads(said), _versions()
+    theirs, ours = json.loads(stated), _versions()
     found = {name: ours.get(name, "none") for name in theirs}
     if different := [
         f"{name} {found[name]} (yours: {value})" for name, value in theirs.items() if found[name] != value
     ]:
-        raise UserError(f"the cluster has {', '.join(different)}; both must be the same")
+        raise UserError(f"the cluster has {', '.join(different)}; they must be the same")
 
 
 def _versions() -> dict[str, str]:
-    """What must be equal where a run is submitted and where it runs; `cluster.versions` is asked of its machines."""
+    """Versions that must be the same on the submitting machine and the cluster."""
     python = ".".join(platform.python_version_tuple()[:2])
     return {"Python": python, "l3rs": version("l3rs"), "ray": version("ray")}
 
 
-def _until_it_computes(jobs: Any, job_id: str, say: Callable[[str], None]) -> Job:
+def _wait_for_start(jobs: Any, job_id: str, log: Callable[[str], None]) -> Job:
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
         job = find(jobs, job_id)
         if job.status == "FAILED":
-            raise UserError(_why(jobs, job))
+            raise UserError(_failure(jobs, job))
         if job.status != "PENDING" and (job.status != "RUNNING" or "meta-loss" in jobs.get_job_logs(job_id)):
             return job
         time.sleep(0.5)
-    say(f"it has not begun after {_START_SECONDS:.0f} s; see: metatrain logs {job_id}")
+    log(f"the run has not finished a generation after {_START_SECONDS:.0f} s; see: metatrain logs {job_id}")
     return find(jobs, job_id)
 
 
-def _why(jobs: Any, job: Job) -> str:
-    """The driver's own sentence when it has one."""
+def _failure(jobs: Any, job: Job) -> str:
+    """Why a job failed, in the driver's own words if it printed a sentence."""
     with contextlib.suppress(Exception):
         lines = jobs.get_job_logs(job.id).splitlines()
         for line in reversed(lines):
             if line.startswith("metatrain: "):
-                return f"the driver refuses: {line.removeprefix('metatrain: ')}"
+                return f"the driver refused the run: {line.removeprefix('metatrain: ')}"
         if any("No module named metatrain" in line or "No module named 'metatrain'" in line for line in lines):
             return "the cluster's Python has no l3rs; install l3rs[metatrain] in its image"
     return f"job {job.id} failed: {' '.join(job.message.split())[:500]}"
@@ -286,35 +292,35 @@ def _why(jobs: Any, job: Job) -> str:
 
 @contextlib.contextmanager
 def _package(config: Config) -> Iterator[Path]:
-    """A folder with what the driver needs that the cluster does not have."""
+    """A folder with the files that the driver needs and the cluster lacks."""
     for name in ("dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
-        logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)  # they report every upload, whatever "ray" is set to
+        logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)  # the level of "ray" does not apply to them
     with tempfile.TemporaryDirectory(prefix="l3rs-job-") as scratch:
-        place = Path(scratch)
-        (place / "config.yaml").write_text(dump_config(config))
+        folder = Path(scratch)
+        (folder / "config.yaml").write_text(dump_config(config))
         names = [name for name, _ in config.task.forms() if ":" in name]
         for top in sorted({name.partition(":")[0].partition(".")[0] for name in names} - set(_OURS)):
-            _copy_module(top, place)
-        yield place
+            _copy_module(top, folder)
+        yield folder
 
 
-def _copy_module(top: str, place: Path) -> None:
+def _copy_module(top: str, folder: Path) -> None:
     try:
         spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):
         spec = None
     if spec is None:
-        raise UserError(f"task.name: the module {top} cannot be found here, so it cannot be sent to the cluster")
+        raise UserError(f"task.name: the module {top} is not on this machine, so it cannot be sent to the cluster")
     locations = list(spec.submodule_search_locations or [])
     source = Path(locations[0]) if locations else Path(spec.origin or "")
     if "site-packages" in source.parts:
-        return  # installed: the cluster has to have it, as it has l3rs
+        return  # an installed package: the cluster must have it installed, too
     files = [source] if source.is_file() else [f for f in source.rglob("*.py") if "__pycache__" not in f.parts]
     if (total := sum(file.stat().st_size for file in files)) > _MODULE_BYTES:
         raise UserError(
-            f"the task's module {top} holds {total / 2**20:.0f} MiB of Python files; at most 50 can be sent"
+            f"the task's module {top} has {total / 2**20:.0f} MiB of Python files; at most 50 MiB can be sent"
         )
     for file in files:
-        target = place / (file.name if source.is_file() else Path(top) / file.relative_to(source))
+        target = folder / (file.name if source.is_file() else Path(top) / file.relative_to(source))
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import logging
 import math
 import time
@@ -16,6 +15,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from metatrain.config import Config, UserError, load_config
+from metatrain.outer.metrics import read_metrics
 from metatrain.report import formatting as words
 from metatrain.report.html import write_page
 
@@ -103,19 +103,12 @@ class History:
 
     @classmethod
     def read(cls, file: Path) -> History:
-        """Whole lines only: the last may be half written."""
+        """Read the lines that are whole: the last one may be half-written."""
         names = (
-            "generation", "horizon", "meta_loss_mean", "meta_loss_best", "psi_norm", "candidate_steps_per_s",
+            "generation", "horizon", "meta_loss_mean", "meta_loss_best", "theta_norm", "candidate_steps_per_s",
             "seconds", "workers",
         )  # fmt: skip
-        lines = []
-        for text in file.read_text().splitlines() if file.is_file() else ():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
-            if isinstance(line, dict):
-                lines.append(line)
+        lines = read_metrics(file)
         return cls({name: np.array([_number(line.get(name)) for line in lines]) for name in names})
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -232,12 +225,12 @@ def _charts(history: History) -> list[tuple[str, str, list[tuple[str, Markup]], 
     for name, title, caption in (
         ("candidate_steps_per_s", "Candidate-steps a second", "Of each generation, and the running median."),
         ("seconds", "Seconds a generation", "Longer horizons take longer."),
-        ("psi_norm", "Norm of ψ", "Of the meta-parameters at the centre of the search."),
+        ("theta_norm", "Norm of theta", "Of the meta-parameters at the centre of the search."),
         ("workers", "Workers", "Alive at the end of each generation."),
     ):
         values = history[name]
         if np.isfinite(values).any() and (name != "workers" or np.nanmax(values) > 1):
-            smooth = name in ("psi_norm", "workers")
+            smooth = name in ("theta_norm", "workers")
             series = [Series(generation, values, 2)] if smooth else [
                 Series(generation, values, 2, dots=True), Series(generation, running_median(values), 2)
             ]  # fmt: skip

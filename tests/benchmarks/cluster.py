@@ -12,15 +12,15 @@ import sys
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
 
 import l3rs
-from metatrain.config import ExecutionConfig, OuterConfig
+from metatrain.config import ExecutionConfig, OuterConfig, Plan
 from metatrain.inner.devices import use_cores
 from metatrain.inner.population import Evaluator, GenerationSpec, LocalEvaluator
-from metatrain.inner.rollout import Plan
 from metatrain.outer.strategy import make_strategy
 from metatrain.ray.evaluator import RayEvaluator
 from tasks import Task, sample
@@ -47,7 +47,8 @@ def _generation(task: Task, horizon: int) -> GenerationSpec:
 
 def _local(task: Task, population: int, plan: Plan) -> tuple[Evaluator, Any]:
     spec, _, strategy, state = _parts(task, population)
-    return LocalEvaluator([task], spec, strategy, population, 1, plan, jax.local_devices()[:1]), state
+    with mock.patch("jax.local_devices", return_value=jax.local_devices()[:1]):
+        return LocalEvaluator([task], spec, strategy, population, 1, plan), state
 
 
 def _remote(task: Task, population: int, plan: Plan, workers: int) -> tuple[RayEvaluator, Any]:

@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -47,7 +48,8 @@ def evaluator(config: Config, say: Callable[[str], None] = print) -> tuple[RayEv
     spec = l3rs.Spec.create(task.params_shape(), hidden=(4,), embedding_dim=2)
     theta = l3rs.init_meta_params(jax.random.key(0), spec)
     strategy = make_strategy(config.outer, theta)
-    local = LocalEvaluator([task], spec, strategy, config.outer.population, 2, "fused", jax.devices()[:1])
+    with mock.patch("jax.local_devices", return_value=jax.devices()[:1]):
+        local = LocalEvaluator([task], spec, strategy, config.outer.population, 2, "fused")
     remote = RayEvaluator([task], spec, config.outer, 2, "fused", config.execution, say)
     return remote, local, strategy.init(jax.random.key(0), theta)
 

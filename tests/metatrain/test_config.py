@@ -54,7 +54,7 @@ def test_the_dump_keeps_what_yaml_and_interpolation_would_change(tmp_path: Path)
         ({"outer": {"horizon": {"min": 5, "max": 4}}}, ["outer.horizon", "min 5 is larger than max 4"]),
         ({"outer": {"population": 5}}, ["population is 5", "even"]),
         ({"outer": {"population": 0}}, ["outer.population", "greater than or equal to 2"]),
-        ({"execution": {"address": "10.0.0.5:6379"}}, ["execution", "it goes with execution.backend=ray"]),
+        ({"execution": {"address": "10.0.0.5:6379"}}, ["execution", "10.0.0.5:6379", "execution.backend=ray"]),
         ({"outer": {"sigma": 0}}, ["outer.sigma", "greater than 0"]),
         ({"outer": {"sigma": -1.0}}, ["outer.sigma", "greater than 0", "-1.0"]),
         ({"outer": {"strategy": "cma"}}, ["outer.strategy", "open_es", "snes", "pgpe", "'cma'"]),

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from metatrain.outer.cost import Estimate, estimate
-from metatrain.outer.loop import Setup
+from metatrain.outer.estimate import Estimate, estimate
+from metatrain.outer.setup import Setup
 from tests.metatrain.common import small_config
 
 
@@ -12,8 +12,8 @@ def test_hours_and_bytes_by_hand() -> None:
         horizons=(10, 100),
         population=12,
         members_per_shard=2,
-        seconds_a_step=0.5,
-        seconds_a_call=3.0,
+        seconds_per_step=0.5,
+        seconds_per_call=3.0,
         state_bytes=1000,
         shard_bytes=10,
     )
@@ -23,7 +23,7 @@ def test_hours_and_bytes_by_hand() -> None:
     assert found.hours(1) == pytest.approx(one)
     assert found.hours(4) == pytest.approx(one / 3)  # two rounds of six shards on four workers
     assert found.hours(100) == pytest.approx(one / 6)
-    assert found.bytes_a_generation(3) == 3000 + 60
+    assert found.bytes_per_generation(3) == 3000 + 60
 
 
 def test_the_estimate_counts_the_runs_own_generations() -> None:
@@ -32,5 +32,5 @@ def test_the_estimate_counts_the_runs_own_generations() -> None:
     setup = Setup.build(config)
     assert found.horizons == tuple(setup.generation(n).horizon for n in range(7))
     assert found.members_per_shard == 2
-    assert 0 < found.seconds_a_step < 1
+    assert 0 < found.seconds_per_step < 1
     assert found.state_bytes > 0

@@ -14,9 +14,10 @@ import pytest
 
 import l3rs
 from metatrain.config import UserError
-from metatrain.evaluation.baselines import ALL, BASELINES, SCHEDULES, Tuned, deployed_params, make_baseline
+from metatrain.evaluation.baselines import ALL, BASELINES, SCHEDULES, Tuned, make_baseline
 from metatrain.evaluation.evaluate import evaluate, held_out_samples
 from metatrain.evaluation.results import Record, Results
+from metatrain.inner.params import deployed_params
 from tests.metatrain.common import REGRESSION, small_config
 from tests.metatrain.quadratic import regression
 

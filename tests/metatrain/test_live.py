@@ -26,7 +26,7 @@ def run_folder(folder: Path, generations: int, total: int = 1000, **more: Any) -
             loss = 2 / horizon**0.5 + math.exp(-i / 100) + 0.05 * rng.normal()
             line = {
                 "generation": i, "horizon": horizon, "init": 0, "meta_loss_mean": loss, "meta_loss_best": loss - 0.1,
-                "finite": 32, "psi_norm": 10 + i / 100, "candidate_steps_per_s": 2000.0, "seconds": 0.6, "workers": 2,
+                "finite": 32, "theta_norm": 10 + i / 100, "candidate_steps_per_s": 2000.0, "seconds": 0.6, "workers": 2,
             }  # fmt: skip
             file.write(json.dumps({**line, **more}) + "\n")
     return folder
@@ -41,7 +41,7 @@ def test_page_of_a_run_that_goes_on(tmp_path: Path) -> None:
         "Meta-loss by horizon",
         "Candidate-steps a second",
         "Seconds a generation",
-        "Norm of ψ",
+        "Norm of theta",
         "Workers",
     ):
         assert title in page.text

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import l3rs
-from metatrain.config import UserError, load_config
+from metatrain.config import Plan, UserError, load_config
 from metatrain.inner.plan import _scratch, choose_plan, members_per_call, time_steps
-from metatrain.inner.rollout import Plan, fused_rollout, stepwise_rollout
+from metatrain.inner.rollout import fused_rollout, stepwise_rollout
 from metatrain.outer.loop import resume, run
 from metatrain.outer.strategy import make_strategy
 from tasks import Task, make_task, sample
@@ -99,7 +99,7 @@ def test_digits_have_no_convolutions() -> None:
     assert choose_plan([task], l3rs.Spec.create(task.params_shape())) == "fused"
 
 
-def test_a_call_holds_as_many_candidates_as_fit_the_memory() -> None:
+def test_a_call_holds_as_many_candidates_as_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     task = regression()
     spec = l3rs.Spec.create(task.params_shape(), hidden=(4,), embedding_dim=2)
     strategy = make_strategy(
@@ -108,7 +108,8 @@ def test_a_call_holds_as_many_candidates_as_fit_the_memory() -> None:
     device = jax.devices()[:1]
 
     def members(memory: int | None, plan: Plan = "fused", calls: int = 1) -> int:
-        return members_per_call(task, spec, strategy, 64, plan, calls, device, lambda _: memory)
+        monkeypatch.setattr("metatrain.inner.plan.device_memory", lambda _: memory)
+        return members_per_call(task, spec, strategy, 64, plan, calls, device)
 
     assert members(None) == members(2**30) == 64  # no limit, and one that is far away
     assert members(2**30, calls=4) == 16

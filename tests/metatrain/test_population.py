@@ -3,14 +3,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 
 import l3rs
+from metatrain.config import Plan
 from metatrain.inner.population import GenerationSpec, LocalEvaluator, fitness_by_halves
-from metatrain.inner.rollout import Plan
 from metatrain.outer.strategy import make_strategy
 from tasks import sample
 from tests.metatrain.common import small_config
@@ -27,7 +28,8 @@ def evaluator(
     theta = l3rs.init_meta_params(jax.random.key(0), spec)
     strategy = make_strategy(small_config(outer={"population": population}).outer, theta)
     state = strategy.init(jax.random.key(0), theta)
-    return LocalEvaluator([task], spec, strategy, population, members, plan, devices), state
+    with mock.patch("jax.local_devices", return_value=devices):
+        return LocalEvaluator([task], spec, strategy, population, members, plan), state
 
 
 def generation(number: int = 0, horizon: int = 5) -> GenerationSpec:

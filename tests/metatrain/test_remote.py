@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
@@ -70,7 +71,7 @@ def test_a_damaged_manifest_means_the_one_before(
     store.pipe_file(newest, store.cat_file(newest)[:50])
     with caplog.at_level(logging.WARNING):
         assert trainer.resume(url).finished
-    assert "is damaged; the one before is used" in caplog.text
+    assert "is damaged; the one before it is used" in caplog.text
     Store(url).pull(tmp_path / "copy")
     assert_same_theta(tmp_path / "copy" / "optimizer", quiet / "optimizer")
 
@@ -90,13 +91,25 @@ def test_a_damaged_object_means_the_manifest_before(
         store.pipe_file(f"/bucket/runs/small/{only_new}", content[:-1])
     with caplog.at_level(logging.WARNING):
         assert trainer.resume(url).finished
-    assert "is damaged; the one before is used" in caplog.text
+    assert "is damaged; the one before it is used" in caplog.text
     Store(url).pull(tmp_path / "copy")
     assert_same_theta(tmp_path / "copy" / "optimizer", quiet / "optimizer")
     for path in store.ls("/bucket/runs/small/objects", detail=False):
         store.pipe_file(path, b"")
-    with pytest.raises(UserError, match=r"none of the \d manifests is whole"):
+    with pytest.raises(UserError, match=r"none of the \d manifests is complete"):
         trainer.resume(url)
+
+
+@pytest.mark.parametrize("name", ["/tmp/x", "../x", "a/../../x", "C:/x", "..\\x"])
+def test_a_manifest_that_names_files_outside_the_run_is_refused(url: str, tmp_path: Path, name: str) -> None:
+    store = fsspec.filesystem("memory")
+    store.pipe_file("/bucket/runs/small/" + _object(b"harm"), b"harm")
+    manifest = {"objects": {name: _object(b"harm")}}
+    store.pipe_file("/bucket/runs/small/manifest-00000001.json", json.dumps(manifest).encode())
+    with pytest.raises(UserError, match="none of the 1 manifests"):
+        Store(url).pull(tmp_path / "deep" / "run")
+    assert not list(tmp_path.rglob("*x*"))
+    assert not Path("/tmp/x").exists()
 
 
 def test_a_damaged_object_is_written_again(url: str, tmp_path: Path) -> None:
@@ -149,7 +162,7 @@ def test_a_store_that_fails_for_a_while_does_not_stop_the_run(
 
 
 def test_urls_that_lead_nowhere_are_one_sentence() -> None:
-    with pytest.raises(UserError, match=r"nowhere://a is no place for a run: Protocol not known"):
+    with pytest.raises(UserError, match=r"nowhere://a is not a URL for a run: Protocol not known"):
         trainer.run(small_config(), "nowhere://a")
     if not any((Path(path) / "gcsfs").is_dir() for path in sys.path):
         with pytest.raises(UserError, match=r"gs://a/b needs the package gcsfs"):

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import fcntl
+import errno
 import json
 import os
 import random
@@ -12,12 +12,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 
 import l3rs
 from metatrain.config import UserError, dump_config, portable
+from metatrain.inner.population import LocalEvaluator
 from metatrain.outer import loop as trainer
+from metatrain.outer.setup import Setup
 from tests.metatrain.common import REGRESSION, assert_same_theta, metrics, small_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +57,7 @@ def test_a_run_leaves_what_it_promises(quiet: Path) -> None:
     assert {"config.yaml", "metrics.jsonl", "state", "optimizer"} <= {p.name for p in quiet.iterdir()}
     lines = [json.loads(line) for line in (quiet / "metrics.jsonl").read_text().splitlines()]
     assert [line["generation"] for line in lines] == list(range(6))
-    for key in ("horizon", "meta_loss_mean", "meta_loss_best", "psi_norm", "candidate_steps_per_s", "seconds"):
+    for key in ("horizon", "meta_loss_mean", "meta_loss_best", "theta_norm", "candidate_steps_per_s", "seconds"):
         assert all(line[key] is not None for line in lines)
     assert all(2 <= line["horizon"] <= 9 for line in lines)
     assert len({line["horizon"] for line in lines}) > 1
@@ -128,14 +131,14 @@ def test_an_error_in_the_middle_costs_no_generation(
     quiet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cluster that refuses after hours: what was computed is saved, though no checkpoint was due."""
-    evaluate = trainer.LocalEvaluator.evaluate
+    evaluate = LocalEvaluator.evaluate
 
     def refuses(self: Any, state: Any, spec: Any, waiting: Any = None) -> np.ndarray:
         if spec.generation == 3:
             raise UserError("a worker cannot be set up")
         return evaluate(self, state, spec, waiting)
 
-    monkeypatch.setattr(trainer.LocalEvaluator, "evaluate", refuses)
+    monkeypatch.setattr(LocalEvaluator, "evaluate", refuses)
     with pytest.raises(UserError, match="cannot be set up"):
         trainer.run(small_config(checkpoint={"every": 100}), tmp_path / "run")
     monkeypatch.undo()
@@ -162,11 +165,34 @@ def test_a_start_that_is_killed_is_not_in_the_way(tmp_path: Path, monkeypatch: p
 
 def test_two_processes_cannot_be_at_one_run(quiet: Path, tmp_path: Path) -> None:
     stopped_at(3, tmp_path / "run")
-    with (tmp_path / "run" / "config.yaml").open("r+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process is at this run"):
+    code = """
+import sys, time
+from pathlib import Path
+from metatrain.outer.lock import run_lock
+with run_lock(Path(sys.argv[1]), "run"):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match="another process is using the run") as refused:
             trainer.resume(tmp_path / "run")
+        assert str(tmp_path / "run") in str(refused.value)
+        holder.kill()  # the system gives the lock back
     assert trainer.resume(tmp_path / "run").finished
+    assert_same_theta(tmp_path / "run" / "optimizer", quiet / "optimizer")
+
+
+def test_a_file_system_without_locks_is_used_without_one(
+    quiet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(_: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(filelock.FileLock, "_acquire", refuses)
+    trainer.run(small_config(), tmp_path / "run")
     assert_same_theta(tmp_path / "run" / "optimizer", quiet / "optimizer")
 
 
@@ -229,10 +255,10 @@ def test_generations_without_a_finite_loss_leave_the_state_and_stop_the_run(
     config = small_config(task={"name": "tests.metatrain.quadratic:diverging"}, outer={"max_failures": 3})
     with pytest.raises(UserError, match="3 generations in a row without a finite loss"):
         trainer.run(config, tmp_path / "run")
-    assert "generation 0: no candidate has a finite loss; the state stays" in capsys.readouterr().out
+    assert "generation 0: no candidate has a finite loss; the state is kept" in capsys.readouterr().out
     assert [line["meta_loss_mean"] for line in metrics(tmp_path / "run")] == [None] * 3
     trainer.export(tmp_path / "run", tmp_path / "optimizer")
-    setup = trainer.Setup.build(config)
+    setup = Setup.build(config)
     expected = setup.strategy.mean(setup.fresh().strategy)
     np.testing.assert_array_equal(l3rs.restore(tmp_path / "optimizer")[0]["embedding"], expected["embedding"])
 

@@ -1,4 +1,4 @@
-"""What a run will cost, before it is started: `metatrain plan`."""
+"""Cost of a run before it is started: `metatrain estimate`."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from rich.table import Table
 from metatrain.config import Config, UserError
 from metatrain.inner.plan import time_steps
 from metatrain.inner.population import candidate_losses, cut
-from metatrain.outer.loop import Setup
+from metatrain.outer.setup import Setup
 from tasks import Task, sample
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128)
 _STEPS, _ROUNDS = 10, 3  # of the measurement
-_ANSWER_BYTES = 200  # of an answer beside its scalars, pickled
+_ANSWER_BYTES = 200  # of a pickled answer, apart from its scalars
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """The work of a run, and how fast one worker of this machine does it.
+    """The work of a run, and the speed of one worker of this machine.
 
     Attributes:
-      horizons: of every generation, [G]; they follow from the seed.
-      population, members_per_shard: candidates of a generation, and of one shard.
-      seconds_a_step: measured, of a candidate-step on one core or accelerator.
-      seconds_a_call: measured, of a shard beside its steps: evaluation of the meta-loss, dispatch.
-      state_bytes: what every machine is sent in a generation.
-      shard_bytes: what goes to a worker and back for one shard.
+      horizons: of each generation, [G]; they follow from the seed.
+      population, members_per_shard: candidates per generation, and per shard.
+      seconds_per_step: of a candidate-step on one core or accelerator; measured.
+      seconds_per_call: of a shard apart from its steps (evaluation of the meta-loss, dispatch); measured.
+      state_bytes: sent to every machine in a generation.
+      shard_bytes: sent to a worker and back for one shard.
     """
 
     horizons: tuple[int, ...]
     population: int
     members_per_shard: int
-    seconds_a_step: float
-    seconds_a_call: float
+    seconds_per_step: float
+    seconds_per_call: float
     state_bytes: int
     shard_bytes: int
 
@@ -52,17 +52,17 @@ class Estimate:
         return math.ceil(self.population / self.members_per_shard)
 
     def hours(self, workers: int) -> float:
-        """With so many workers as fast as the one measured, and nothing lost: a generation ends with its last shard."""
+        """Duration with `workers` workers as fast as the measured one, none of which fails."""
         rounds = math.ceil(self.shards / workers)
-        shard = [self.seconds_a_call + self.members_per_shard * self.seconds_a_step * h for h in self.horizons]
-        return rounds * sum(shard) / 3600
+        seconds = [self.seconds_per_call + self.members_per_shard * self.seconds_per_step * h for h in self.horizons]
+        return rounds * sum(seconds) / 3600
 
-    def bytes_a_generation(self, machines: int) -> int:
+    def bytes_per_generation(self, machines: int) -> int:
         return machines * self.state_bytes + self.shards * self.shard_bytes
 
 
 def estimate(config: Config) -> Estimate:
-    """Measure one worker's speed on this machine; count the rest.
+    """Measure the speed of one worker on this machine and compute the rest.
 
     Raises:
       UserError, TaskError, L3RSError: the configuration cannot be run.
@@ -84,29 +84,29 @@ def estimate(config: Config) -> Estimate:
         *arguments, data, own_shard = placed
         return time_steps(lambda steps: call(*arguments, np.int32(steps), data, own_shard), _STEPS, _ROUNDS)
 
-    a_step, a_call = (float(x) for x in np.mean([measure(task) for task in setup.tasks], axis=0))
+    per_step, per_call = (float(x) for x in np.mean([measure(task) for task in setup.tasks], axis=0))
     host: Any = jax.tree.leaves(jax.tree.map(np.asarray, (state, spec.key, spec.sample)))
     return Estimate(
         horizons=horizons,
         population=population,
         members_per_shard=members,
-        seconds_a_step=max(a_step / members, 1e-9),
-        seconds_a_call=max(a_call, 0.0),
+        seconds_per_step=max(per_step / members, 1e-9),
+        seconds_per_call=max(per_call, 0.0),
         state_bytes=sum(leaf.nbytes for leaf in host),
         shard_bytes=_ANSWER_BYTES + 4 * 2 * members,
     )
 
 
 def table(found: Estimate, workers: Sequence[int] = WORKERS) -> Table:
-    """Hours and efficiency against the number of workers."""
+    """Hours and efficiency for each number of workers."""
     if not workers or min(workers) < 1:
-        raise UserError(f"workers are {list(workers)}; they must all be ≥ 1")
-    view = Table(title="expected, with workers as fast as this machine's")
-    for column in ("workers", "hours", "efficiency", "sent a generation"):
+        raise UserError(f"--workers is {list(workers)}; each number must be ≥ 1")
+    view = Table(title="expected with workers as fast as this machine's")
+    for column in ("workers", "hours", "efficiency", "sent per generation"):
         view.add_column(column, justify="right")
     for count in workers:
         hours = found.hours(count)
         efficiency = found.hours(1) / (count * hours)
-        sent = found.bytes_a_generation(count)
+        sent = found.bytes_per_generation(count)
         view.add_row(f"{count:,}", f"{hours:,.2f}", f"{efficiency:.0%}", f"{sent / 2**10:,.0f} KiB")
     return view

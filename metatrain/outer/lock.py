@@ -1,0 +1,49 @@
+"""One process per run: a lock on the run's folder."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+
+from metatrain.config import UserError
+
+_log = logging.getLogger("metatrain")
+
+LOCK_FILE = ".lock"
+
+
+class BusyError(UserError):
+    """Another process holds the run's lock."""
+
+
+@contextlib.contextmanager
+def run_lock(folder: Path, name: str) -> Iterator[None]:
+    """Hold a run's lock. The system releases it when the process ends, also when it is killed.
+
+    A folder on a file system without locks is used without one.
+
+    Args:
+      folder: the run's local folder.
+      name: what to call the run in messages.
+
+    Raises:
+      BusyError: another process holds the lock.
+    """
+    lock = filelock.FileLock(folder / LOCK_FILE)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # filelock's own notice that it replaces a missing `flock`
+            lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise BusyError(f"another process is using the run {name}; wait until it ends, or stop it") from None
+    except OSError as error:
+        _log.debug("%s cannot be locked: %s", name, error)
+    try:
+        yield
+    finally:
+        lock.release()

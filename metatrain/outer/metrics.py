@@ -1,0 +1,75 @@
+"""The metrics of a run: one line of `metrics.jsonl` per generation, and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from l3rs.io.files import write_atomically
+
+
+class Metrics:
+    """Writes `metrics.jsonl` and, if asked, TensorBoard's event files.
+
+    Args:
+      folder: the run's folder.
+      generation: the generation that comes next. Lines of this and later generations are dropped:
+        a resumed run writes them again.
+      tensorboard: whether to write for TensorBoard, too.
+    """
+
+    def __init__(self, folder: Path, generation: int, tensorboard: bool) -> None:
+        path = folder / "metrics.jsonl"
+        if path.exists():
+            kept = "".join(f"{line}\n" for line in _lines(path) if _is_before(line, generation))
+            write_atomically(path, kept)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=generation or None)
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._board:
+            for name, value in line.items():
+                if name != "generation" and value is not None:
+                    self._board.add_scalar(name, value, line["generation"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board:
+            self._board.close()
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The readable lines of a `metrics.jsonl`, in the order of the file; none if there is no file.
+
+    A log must not stop a run: a line that is damaged, half-written or of another type is skipped.
+    Files of earlier versions call `theta_norm` by its old name, `psi_norm`.
+    """
+    if not file.is_file():
+        return []
+    lines = [line for text in _lines(file) if (line := _parse(text)) is not None]
+    return [{"theta_norm" if key == "psi_norm" else key: value for key, value in line.items()} for line in lines]
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text(encoding="utf-8", errors="replace").split("\n")
+
+
+def _is_before(text: str, generation: int) -> bool:
+    line = _parse(text)
+    return line is not None and line["generation"] < generation
+
+
+def _parse(text: str) -> dict[str, Any] | None:
+    """A line with a whole number as its generation, or None."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and type(line.get("generation")) is int else None

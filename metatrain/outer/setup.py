@@ -1,0 +1,110 @@
+"""From a configuration to the objects of a run: tasks, the optimizer's form, the strategy, the evaluator."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+
+import l3rs
+from metatrain.config import Config, ExecutionConfig, UserError
+from metatrain.inner.plan import choose_plan, members_per_call
+from metatrain.inner.population import Evaluator, GenerationSpec, LocalEvaluator
+from metatrain.outer.state import Progress
+from metatrain.outer.strategy import Strategy, make_strategy
+from metatrain.system import search_current_folder
+from tasks import Task, make_task, sample
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """The objects that a configuration describes.
+
+    Attributes:
+      config: the configuration; `plan` and `members_per_call` are decided, no longer "auto".
+      tasks: the variants of the task; each generation uses one of them.
+      spec: the form of the optimizer.
+      strategy: the evolution strategy.
+    """
+
+    config: Config
+    tasks: tuple[Task, ...]
+    spec: l3rs.Spec
+    strategy: Strategy
+
+    @classmethod
+    def build(cls, config: Config) -> Setup:
+        """Build the tasks, and decide what the configuration leaves to "auto".
+
+        Raises:
+          UserError, TaskError, L3RSError: the configuration cannot be run.
+        """
+        if config.task.is_imported:
+            search_current_folder()
+        tasks = tuple(make_task(name, options) for name, options in config.task.forms())
+        spec = l3rs.Spec.create(tasks[0].params_shape(), **config.optimizer.model_dump())
+        _check_variants(tasks, spec)
+        strategy = make_strategy(config.outer, l3rs.init_meta_params(jax.random.key(0), spec))
+        execution = _decide(config, tasks, spec, strategy)
+        return cls(config.model_copy(update={"execution": execution}), tasks, spec, strategy)
+
+    def evaluator(self, log: Callable[[str], None]) -> Evaluator:
+        """The evaluator of the chosen backend; `log` is called with news of the workers."""
+        execution, outer = self.config.execution, self.config.outer
+        plan, members = execution.plan, execution.members_per_call
+        assert plan != "auto"
+        assert members != "auto"
+        if execution.backend == "ray":
+            from metatrain.ray.evaluator import RayEvaluator  # Ray's dependencies take a while to import
+
+            return RayEvaluator(self.tasks, self.spec, outer, members, plan, execution, log)
+        return LocalEvaluator(self.tasks, self.spec, self.strategy, outer.population, members, plan)
+
+    def fresh(self) -> Progress:
+        """The state before the first generation, a function of the seed."""
+        theta_key, strategy_key = jax.random.split(jax.random.key(self.config.seed))
+        state = self.strategy.init(strategy_key, l3rs.init_meta_params(theta_key, self.spec))
+        return Progress(generation=0, failures=0, candidate_steps=0, seconds=0.0, strategy=state)
+
+    def generation(self, number: int) -> GenerationSpec:
+        """A generation's random choices. They depend on the seed and the number alone, so nothing has to be saved."""
+        key = jax.random.fold_in(jax.random.key(self.config.seed), number)
+        ask_key, sample_key, horizon_key = jax.random.split(key, 3)
+        low, high = math.log(self.config.outer.horizon.min), math.log(self.config.outer.horizon.max)
+        horizon = round(math.exp(low + float(jax.random.uniform(horizon_key)) * (high - low)))
+        task = int(jax.random.randint(jax.random.fold_in(key, 0), (), 0, len(self.tasks)))
+        return GenerationSpec(number, jax.random.key_data(ask_key), sample(self.tasks[task], sample_key), horizon, task)
+
+
+def _check_variants(tasks: tuple[Task, ...], spec: l3rs.Spec) -> None:
+    """Raise UserError unless the optimizer fits the network of every variant."""
+    for other in tasks[1:]:
+        try:
+            l3rs.match_layers(spec, other.params_shape())
+        except l3rs.L3RSError as error:
+            raise UserError(
+                f"task.variants have different networks ({error}): optimizer.embedding must be descriptor"
+            ) from None
+
+
+def _decide(config: Config, tasks: tuple[Task, ...], spec: l3rs.Spec, strategy: Strategy) -> ExecutionConfig:
+    """The section `execution` without "auto" in `plan` and `members_per_call`."""
+    plan, members = config.execution.plan, config.execution.members_per_call
+    if plan == "auto":
+        plan = choose_plan(tasks, spec)
+    if members == "auto":
+        devices = jax.local_devices()
+        calls = len(devices) * _calls_per_device(config.execution)
+        members = min(
+            members_per_call(task, spec, strategy, config.outer.population, plan, calls, devices) for task in tasks
+        )
+    return config.execution.model_copy(update={"plan": plan, "members_per_call": members})
+
+
+def _calls_per_device(execution: ExecutionConfig) -> int:
+    """One call per local device; on Ray two per worker, so that no worker waits long for the last one."""
+    if execution.backend == "local":
+        return 1
+    return 2 * (execution.workers if isinstance(execution.workers, int) else 4)
