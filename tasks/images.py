@@ -12,7 +12,7 @@ import numpy as np
 
 from tasks.base import Batch, Data, Params, Stats, Task, TaskError, uniform_batches
 from tasks.classification import RANDOM_POOLS, classification_loss
-from tasks.data.augment import random_crop_flip
+from tasks.data.crop_flip import random_crop_flip
 from tasks.data.images import Classes, choose_classes, load_images
 from tasks.data.sources import ImageFolder, Source, Tfds, prepare
 from tasks.models import Model, make_model
@@ -76,7 +76,7 @@ def images(
     model: Mapping[str, Any] | None = None,
     init: Mapping[str, Any] | Literal["random"] = "random",
     batch_size: int = 32,
-    augment: bool = True,
+    crop_flip: bool = True,
     train: Literal["all", "head", "lora"] = "all",
     outer_examples: int = 0,
 ) -> Task:
@@ -89,7 +89,7 @@ def images(
       init: "random"; {weights: a safetensors file or hf://owner/name}; or {source: an image set to
         pretrain on, seeds, held_out_seeds, epochs: [..], batch_size, learning_rate}.
       batch_size: examples a step.
-      augment: random crops and mirror images in training.
+      crop_flip: whether training images are cropped at random and mirrored.
       train: all parameters, the head alone, or low-rank adapters (LoRA) and the head.
       outer_examples: how many of outer_valid the meta-loss reads; 0 for all.
     """
@@ -121,7 +121,7 @@ def images(
     def batch(data: Data, key: jax.Array) -> Batch:
         draw_key, augment_key = jax.random.split(key)
         examples = draw(data, draw_key)
-        if not augment:
+        if not crop_flip:
             return examples
         return {**examples, "image": random_crop_flip(augment_key, examples["image"], padding=size // 8)}
 

@@ -15,8 +15,8 @@ import numpy as np
 import optax
 
 from tasks.base import Aux, Batch, Data, Params, Stats, TaskError, size, uniform_batches
-from tasks.data.augment import random_crop_flip
 from tasks.data.cache import cached
+from tasks.data.crop_flip import random_crop_flip
 from tasks.models.functional import Model
 
 _log = logging.getLogger(__name__)

@@ -2,52 +2,69 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tasks.base import Task, TaskError
+import jax
+import jax.numpy as jnp
+
+from tasks.augment import Augmentation, augmented
+from tasks.base import Aux, Task, TaskError
 from tasks.digits import digits
+from tasks.features import features
 from tasks.images import images, prepare_images
 from tasks.text import prepare_text, text
 
-TASKS: dict[str, Callable[..., Task]] = {"digits": digits, "images": images, "text": text}
+TASKS: dict[str, Callable[..., Task]] = {"digits": digits, "features": features, "images": images, "text": text}
 
-
-# Of tasks whose data has to be downloaded and prepared before.
+# Tasks whose data must be downloaded and prepared first.
 PREPARATIONS: dict[str, Callable[..., list[str]]] = {"images": prepare_images, "text": prepare_text}
 
 
 def prepare_task(name: str, options: Mapping[str, Any] | None = None) -> list[str]:
-    """Download and prepare what a task reads; returns where it is, nothing for tasks that need none.
+    """Download and prepare a task's data; returns its locations, none for a task that needs no preparation.
 
     Raises:
       TaskError: bad options, or a missing extra.
     """
     preparation = PREPARATIONS.get(name)
-    return _call(preparation, name, options) if preparation else []
+    return _call(preparation, name, {**(options or {})}) if preparation else []
 
 
 def make_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     """Build a task.
 
     Args:
-      name: a name of `TASKS`, or `package.module:function` for any function that returns a `Task`.
-      options: its keyword arguments.
+      name: a name of `TASKS`, or `package.module:function`. The function must declare that it returns a `Task`
+        (`def my_task(…) -> Task`); it is not called otherwise.
+      options: its keyword arguments. `augment`, a mapping, is not passed on: it wraps the task, see `tasks.augment`.
 
     Raises:
-      TaskError: no such task, an option it does not have, or one that it refuses.
+      TaskError: no such task, an unknown option or a value that the task rejects, a user's own task that fails, or
+        one whose functions do not return what a `Task` needs.
     """
-    task = _call(_find(name), name, options)
+    function = _find(name)
+    kept = dict(options or {})
+    given = kept.pop("augment", None)
+    augmentation = None if given is None else Augmentation.parse(given, "task.augment")
+    if augmentation is not None:
+        if "batch_size" not in inspect.signature(function).parameters and augmentation.batch_size is not None:
+            raise TaskError(f"task.augment.batch_size needs a task with the option batch_size; {name!r} has none")
+        kept = augmentation.with_batch_size(name, kept)
+    task = _call(function, name, kept)
     if not isinstance(task, Task):
-        raise TaskError(f"task {name!r} returned {type(task).__name__}, not a tasks.base.Task")
-    return task
+        raise TaskError(f"task {name!r} returned {type(task).__name__}, not a tasks.Task")
+    if name not in TASKS:
+        _check_functions(name, task)
+    return task if augmentation is None else augmented(task, augmentation)
 
 
-def _call(function: Callable[..., Any], name: str, options: Mapping[str, Any] | None) -> Any:
-    """The function with these options, checked against its signature."""
-    options = dict(options or {})
+def _call(function: Callable[..., Any], name: str, options: Mapping[str, Any]) -> Any:
+    """Call the function with these options, checked against its signature."""
     allowed = inspect.signature(function).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in allowed.values()):
         for option in options:
@@ -58,27 +75,97 @@ def _call(function: Callable[..., Any], name: str, options: Mapping[str, Any] | 
     if missing := [option for option in needed if option not in options]:
         raise TaskError(f"task {name!r} needs {', '.join(f'task.{option}' for option in missing)}")
     if name not in TASKS:
-        return function(**options)
+        return _guarded(name, "failed:", lambda: function(**options))
     try:
         return function(**options)
     except TaskError:
         raise
-    except (TypeError, ValueError, AttributeError) as error:  # a number where a mapping is meant, and the like
+    except (TypeError, ValueError, AttributeError, OverflowError, MemoryError) as error:  # a value of another type
         shown = ", ".join(f"{option}={value!r}" for option, value in options.items())
-        raise TaskError(f"task {name!r} cannot be made of {shown[:500]}: {error}") from error
+        raise TaskError(f"task {name!r} cannot be built from {shown[:500]}: {_first_line(error)}") from error
 
 
 def _find(name: str) -> Callable[..., Task]:
     if not isinstance(name, str):
-        raise TaskError(f"task.name is {name!r}; it must be a text")
+        raise TaskError(f"task.name is {name!r}; it must be a string")
     if name in TASKS:
         return TASKS[name]
-    module_name, _, function = name.partition(":")
-    if not function or not module_name:
+    module_name, _, attribute = name.partition(":")
+    if not attribute or not module_name or module_name.startswith("."):
         raise TaskError(f"unknown task {name!r}; allowed are {', '.join(TASKS)} and package.module:function")
     try:
-        return getattr(importlib.import_module(module_name), function)
-    except ImportError as error:
-        raise TaskError(f"task {name!r}: {module_name} cannot be imported ({error})") from None
+        module = _guarded(name, f"{module_name} cannot be imported:", lambda: importlib.import_module(module_name))
+        function = getattr(module, attribute)
     except AttributeError:
-        raise TaskError(f"task {name!r}: {module_name} has no function {function!r}") from None
+        raise TaskError(f"task {name!r}: {module_name} has no function {attribute!r}") from None
+    if not _returns_task(function):
+        raise TaskError(
+            f"task {name!r} does not declare that it returns a task; write `def {attribute}(…) -> Task` (tasks.Task)"
+        )
+    return function
+
+
+def _returns_task(function: Any) -> bool:
+    """Whether a function's return annotation is `Task`; a string is looked up in its module, not evaluated."""
+    if isinstance(function, type):
+        return issubclass(function, Task)
+    while isinstance(function, functools.partial):
+        function = function.func
+    if not callable(function):
+        return False
+    function = inspect.unwrap(function)
+    annotation = getattr(function, "__annotations__", {}).get("return")
+    if isinstance(annotation, str):
+        first, *rest = annotation.strip("'\" ").split(".")
+        annotation = getattr(function, "__globals__", {}).get(first)
+        for part in rest:
+            annotation = getattr(annotation, part, None)
+    return isinstance(annotation, type) and issubclass(annotation, Task)
+
+
+def _check_functions(name: str, task: Task) -> None:
+    """Trace a user's task once, so that an error in its functions is reported here and not in the middle of a run."""
+
+    def start() -> tuple[Any, Any, Any]:
+        params, stats = jax.eval_shape(task.init, task.data, jnp.zeros([], jnp.int32))
+        return params, stats, jax.eval_shape(task.batch, task.data, jax.random.key(0))
+
+    params, stats, batch = _guarded(name, "failed:", start)
+    if not jax.tree.leaves(params):
+        raise TaskError(f"task {name!r}: its init returns no parameters")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TaskError(f"task {name!r}: parameter {jax.tree_util.keystr(path)} is {leaf.dtype}; it must be float")
+    loss = lambda p, s, b: task.loss(p, s, b, True)  # noqa: E731
+    result = _guarded(name, "failed:", lambda: jax.eval_shape(loss, params, stats, batch))
+    match result:
+        case (loss, Aux()) if getattr(loss, "shape", None) == () and jnp.issubdtype(loss.dtype, jnp.floating):
+            return
+    raise TaskError(f"task {name!r}: its loss must return (a scalar float, tasks.Aux), found {str(result)[:300]}")
+
+
+def _guarded(name: str, what: str, work: Callable[[], Any]) -> Any:
+    """What `work` returns; whatever a user's code raises becomes one sentence with the place in that code."""
+    try:
+        return work()
+    except TaskError:
+        raise
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SyntaxError):
+            where = f"{error.filename}:{error.lineno}"
+        else:
+            frames = traceback.extract_tb(error.__traceback__)
+            own = [frame for frame in frames if not _is_installed(frame.filename)]
+            where = f"{own[-1].filename}:{own[-1].lineno}" if own else ""
+        kind = type(error).__name__
+        shown = f"{kind}: {_first_line(error)}" if str(error) else kind
+        raise TaskError(f"task {name!r}: {what} {shown}{f' ({where})' if where else ''}") from error
+
+
+def _is_installed(filename: str) -> bool:
+    """Whether code is Python's, a library's or ours, rather than the user's."""
+    return "site-packages" in filename or filename.startswith("<frozen") or filename == __file__
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

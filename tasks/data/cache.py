@@ -1,30 +1,34 @@
-"""The resident cache: arrays that took work to make, memory-mapped, shared by all processes of a machine.
+"""The resident cache: arrays that are costly to make, memory-mapped and shared by all processes of a machine.
 
-An entry is a folder of .npy files and a `key.json`: what they depend on, the size of each and its digest. Its
-builder holds the lock file `.lock-ENTRY`, writes into `.building-ENTRY`, flushes that to the disk
-and renames it, so an entry is there whole or not at all. The system drops the lock of a builder
-that dies; what it leaves behind is removed by the next one.
+An entry is a folder of .npy files and a `key.json` with everything the arrays depend on, and each file's size and
+digest. A builder locks `.lock-ENTRY`, writes into a new folder `.building-ENTRY-…`, flushes it to the disk and renames
+it, so an entry is either complete or absent. The system releases the lock of a builder that dies, and the next
+builder removes the folder it left.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import hashlib
+import itertools
 import json
 import logging
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from filelock import BaseFileLock, FileLock, Timeout
 
 from tasks.base import TaskError
 
 _VERSION = 2  # of an entry's layout
 _KEY = "key.json"
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}  # a file system without locks says so
 
 _log = logging.getLogger(__name__)
 
@@ -38,15 +42,15 @@ def cache_dir() -> Path:
 
 
 def cached(key: Mapping[str, Any], build: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The arrays that `build` makes, made once.
+    """The arrays that `build` makes, from the cache when it has them.
 
     Args:
-      key: everything the arrays depend on, as JSON; the version of the code that makes them too.
+      key: everything the arrays depend on, as JSON, including the version of the code that makes them.
       build: makes named arrays. It may use the cache itself, under other keys.
 
     Returns:
-      Read-only memory maps, ordered by name. Of two processes that want the same entry, one builds
-      and the other waits. A file whose size is not what was written means building again.
+      Read-only memory maps, ordered by name. When two processes want the same entry, one builds it and the other
+      waits. An entry is built again when the size of one of its files has changed.
 
     Raises:
       TaskError: the cache folder cannot be written, or the disk is full.
@@ -62,12 +66,12 @@ def cached(key: Mapping[str, Any], build: Callable[[], Mapping[str, np.ndarray]]
             _build(entry, text, build)
             arrays = _read(entry)
     if arrays is None:
-        raise TaskError(f"the cache folder {entry.parent} does not keep what is written; set $L3RS_CACHE to another")
+        raise TaskError(f"the cache folder {entry.parent} lost an entry just written to it; set $L3RS_CACHE to another")
     return arrays
 
 
 def _read(entry: Path) -> dict[str, np.ndarray] | None:
-    """The arrays of an entry; None when it is missing, or not what was written."""
+    """The arrays of an entry; None when it is missing or damaged."""
     try:
         sizes = json.loads((entry / _KEY).read_text())["sizes"]
         if any((entry / file).stat().st_size != size for file, size in sizes.items()):
@@ -78,19 +82,14 @@ def _read(entry: Path) -> dict[str, np.ndarray] | None:
 
 
 def _build(entry: Path, key: str, build: Callable[[], Mapping[str, np.ndarray]]) -> None:
-    """Write an entry; the caller holds its lock."""
-    scratch = entry.with_name(f".building-{entry.name}")
+    """Write an entry; the caller holds its lock, if the file system has locks."""
     with _writing(entry.parent):
         _remove_abandoned(entry.parent)
-        shutil.rmtree(scratch, ignore_errors=True)
-        if entry.exists():
-            _log.warning("the cache entry %s is damaged; it is built again", entry)
-            entry.rename(scratch)  # whoever has its files mapped keeps them
-            shutil.rmtree(scratch)
-    arrays = build()  # its own errors are not the cache's
+    arrays = build()  # an error of the builder is not an error of the cache
     with _writing(entry.parent):
+        scratch = _scratch(entry)
+        scratch.mkdir()
         try:
-            scratch.mkdir()
             sizes, digests = {}, {}
             for name, array in arrays.items():
                 file = scratch / f"{name.replace('/', '@')}.npy"
@@ -106,34 +105,75 @@ def _build(entry: Path, key: str, build: Callable[[], Mapping[str, np.ndarray]])
                 stream.flush()
                 os.fsync(stream.fileno())
             _sync(scratch)
-            scratch.rename(entry)
+            _publish(scratch, entry)
             _sync(entry.parent)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _publish(scratch: Path, entry: Path) -> None:
+    """Rename a complete folder to the entry; a damaged entry makes way, a good one (built without locks) stays."""
+    if entry.exists() and _read(entry) is None:
+        _log.warning("the cache entry %s is damaged; it is built again", entry)
+        old = _scratch(entry)
+        entry.rename(old)  # a process that has its files mapped keeps them
+        shutil.rmtree(old)
+    try:
+        scratch.rename(entry)
+    except OSError:
+        if _read(entry) is None:
+            raise
+
+
+def _scratch(entry: Path) -> Path:
+    return entry.with_name(f".building-{entry.name}-{uuid.uuid4().hex}")
+
+
 def _remove_abandoned(folder: Path) -> None:
-    """Remove what dead builders left: a living one holds its lock."""
+    """Remove the folders of dead builders: a living builder holds its lock."""
     for scratch in folder.glob(".building-*"):
-        lock = _lock_file(folder, scratch.name.removeprefix(".building-"))
-        with lock.open("w") as file, contextlib.suppress(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        entry = scratch.name.split("-")[1]
+        lock = FileLock(_lock_file(folder, entry), thread_local=False)
+        try:
+            lock.acquire(blocking=False)
+        except (Timeout, NotImplementedError, OSError):
+            continue
+        try:
             shutil.rmtree(scratch, ignore_errors=True)
+        finally:
+            lock.release()
 
 
 @contextlib.contextmanager
 def _lock(entry: Path) -> Iterator[None]:
-    """Hold the entry's lock, which processes and threads respect; wait for it if need be."""
-    with contextlib.ExitStack() as stack:
-        with _writing(entry.parent):
-            entry.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(_lock_file(entry.parent, entry.name).open("w"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                _log.info("another process builds the cache entry %s; waiting for it", entry)
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield  # closing the file gives the lock back; the file stays, else two could hold "the" lock
+    """Hold the entry's lock, which excludes other processes and threads; wait for it if need be.
+
+    On a file system without locks two processes may build the same entry; the first to finish publishes it.
+    """
+    lock = FileLock(_lock_file(entry.parent, entry.name), thread_local=False)
+    with _writing(entry.parent):
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _acquire(lock, entry)
+        except (NotImplementedError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+                raise
+            _log.warning("the file system of %s has no locks (%s); building without one", entry.parent, error)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _acquire(lock: BaseFileLock, entry: Path) -> None:
+    for wait in itertools.chain((0, 30), itertools.repeat(300)):
+        try:
+            lock.acquire(timeout=wait)
+        except Timeout:
+            level = logging.WARNING if wait else logging.INFO
+            _log.log(level, "another process is building the cache entry %s; waiting for it", entry)
+        else:
+            return
 
 
 def _lock_file(folder: Path, entry: str) -> Path:
@@ -142,7 +182,7 @@ def _lock_file(folder: Path, entry: str) -> Path:
 
 @contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Turn what the file system refuses into one sentence."""
+    """Turn an error of the file system into one sentence."""
     try:
         yield
     except OSError as error:
@@ -153,7 +193,9 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def _sync(folder: Path) -> None:
-    """Flush a folder's list of files to the disk."""
+    """Flush a folder's list of files to the disk, on systems where a folder can be opened."""
+    if os.name == "nt":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -162,15 +204,15 @@ def _sync(folder: Path) -> None:
 
 
 class Resident(NamedTuple):
-    """Where a cached array is, on any machine that has the same entry with the same content."""
+    """The location of a cached array, valid on any machine that has the same entry with the same content."""
 
     entry: str
     file: str
-    key: str  # the text of key.json, digests and all
+    key: str  # the text of key.json, including the digests
 
 
 def resident(array: np.ndarray) -> Resident | None:
-    """Where `array` is in the cache; None when it is no whole cached array."""
+    """The location of `array` in the cache; None when it is not a complete cached array."""
     name = getattr(array, "filename", None)
     if name is None or (path := Path(name)).parent.parent != cache_dir():
         return None
@@ -180,20 +222,20 @@ def resident(array: np.ndarray) -> Resident | None:
     except (OSError, ValueError):
         return None
     if (whole.shape, whole.dtype) != (array.shape, array.dtype) or '"sha256"' not in key:
-        return None  # a part; or an entry of before there were digests
+        return None  # a part of an array, or an entry of an older version without digests
     return Resident(path.parent.name, path.name, key)
 
 
-def find_resident(where: Resident) -> np.ndarray | None:
-    """The array in this machine's cache, memory-mapped; None when it does not have the same entry.
+def find_resident(location: Resident) -> np.ndarray | None:
+    """The array in this machine's cache, memory-mapped; None when the cache lacks the same entry.
 
-    Inits that were pretrained here and elsewhere have one key, but not the same last bits: digests tell.
+    Inits that were pretrained on two machines have the same key but may differ in the last bits, so digests count.
     """
-    entry = cache_dir() / where.entry
+    entry = cache_dir() / location.entry
     try:
-        if (entry / _KEY).read_text() != where.key:
+        if (entry / _KEY).read_text() != location.key:
             return None
     except OSError:
         return None
     arrays = _read(entry)
-    return None if arrays is None else arrays.get(Path(where.file).stem.replace("@", "/"))
+    return None if arrays is None else arrays.get(Path(location.file).stem.replace("@", "/"))

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tasks.base import SPLITS, TaskError
 from tasks.data.cache import cached
-from tasks.data.sources import TEST_NAMES, Catalog, Source, in_parallel, similar
+from tasks.data.sources import TEST_NAMES, Catalog, Source, UnreadableImageError, in_parallel, similar
 from tasks.data.splits import FRACTIONS, TRAIN_FRACTIONS, stratified
 
 _VERSION = 1  # a change of which images are taken, or of their pixels, is a new version
@@ -53,12 +53,6 @@ def choose_classes(names: Sequence[str], classes: Classes = None) -> list[int]:
     if not chosen or len(set(chosen)) < len(chosen):
         raise TaskError("classes names " + ("a class twice" if chosen else "no class"))
     return chosen
-
-
-def class_names(source: Source, classes: Classes = None) -> list[str]:
-    """The names of the chosen classes (see `choose_classes`), in the order of their labels."""
-    names = source.open().classes
-    return [names[i] for i in choose_classes(names, classes)]
 
 
 def load_images(
@@ -152,15 +146,18 @@ def _build(catalog: Catalog, ids: Sequence[int], size: int, skip: bool) -> dict[
     def work(job: int) -> tuple[str, bytes, str]:
         """Decode one image: its name, the digest of its file, and what is wrong with it."""
         split, i = jobs[job]
-        name, data = catalog.read(parts[split].official, int(parts[split].rows[i]))
-        error = ""
+        name, data, error = "", b"", ""
         try:
+            name, data = catalog.read(parts[split].official, int(parts[split].rows[i]))
             images[split][i] = decode(data, size)
-        except Exception as problem:  # of many types
-            error = f"{name} ({problem})"
+        except TaskError:
+            raise
+        except Exception as problem:  # Pillow's format plugins raise many types
+            name, reason = problem.args if isinstance(problem, UnreadableImageError) else (name, problem)
+            error = f"{name} ({reason})"
             if not skip:
                 raise TaskError(
-                    f"{catalog.where} has a corrupt image, {error}; mend or remove it, or set on_corrupt to skip"
+                    f"{catalog.where} has a corrupt image, {error}; repair or remove it, or set on_corrupt to skip"
                 ) from problem
         return name, hashlib.blake2b(data, digest_size=16).digest(), error
 

@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,13 +25,19 @@ import numpy as np
 
 from tasks.base import TaskError
 from tasks.data.cache import cached
+from tasks.data.tfds_folder import read_metadata
 
 _LABELS_VERSION = 1  # a change of how labels are read is a new version
 TEST_NAMES = ("test", "validation", "valid", "val")  # the official split that becomes test: the first there is
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 _CHUNK = 1024  # records in flight
+_MOST_CLASSES = 10_000_000
 
 _T = TypeVar("_T")
+
+
+class UnreadableImageError(Exception):
+    """An image file that cannot be read: its name, and why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +51,7 @@ class Catalog:
       splits: the official splits that have images.
       labelled: split -> whether its labels are published.
       labels: split -> class ids, int32 [n].
-      read: (split, row) -> the record's name, and the encoded image.
+      read: (split, row) -> the record's name, and the encoded image; raises UnreadableImageError.
     """
 
     where: str
@@ -83,8 +90,8 @@ class Tfds:
             raise TaskError("a TFDS source needs either a name or a directory")
         if self.data_dir is not None and self.name is None:
             raise TaskError("a TFDS source with a directory has no data_dir")
-        if self.name is not None and not re.fullmatch(r"\w+(/[\w.+-]+)?(:\d+\.\d+\.\d+)?", self.name):
-            raise TaskError(f"{self.name!r} is no name of a TFDS builder; write name, name/config or name:1.2.3")
+        if self.name is not None and not re.fullmatch(r"\w+(/[\w+-][\w.+-]*)?(:\d+\.\d+\.\d+)?", self.name):
+            raise TaskError(f"{self.name!r} is not the name of a TFDS builder; write name, name/config or name:1.2.3")
 
     def folder(self) -> Path:
         """Where the prepared data set is: of a name without a version, the newest prepared one."""
@@ -100,8 +107,8 @@ class Tfds:
         versions = _versions(root)
         if not versions and "/" not in base:
             with contextlib.suppress(OSError, ValueError, KeyError):  # TFDS notes the default config here
-                config = json.loads((root / ".config" / "metadata.json").read_text())["default_config_name"]
-                versions = _versions(root / config)
+                config = str(json.loads((root / ".config" / "metadata.json").read_text())["default_config_name"])
+                versions = _versions(root / config) if re.fullmatch(r"[\w+-][\w.+-]*", config) else []
         found = [folder for folder in versions if version in ("", folder.name)]
         if not found:
             raise TaskError(
@@ -117,13 +124,7 @@ class Tfds:
     def open(self) -> Catalog:
         """Look at what is there, without importing TFDS: that alone takes a second."""
         folder = self.folder()
-        try:
-            text = (folder / "dataset_info.json").read_bytes()
-            info = json.loads(text)
-            features = json.loads((folder / "features.json").read_text())["featuresDict"]["features"]
-            splits = [s["name"] for s in info["splits"] if sum(map(int, s["shardLengths"]))]
-        except (OSError, ValueError, KeyError) as error:
-            raise TaskError(f"the TFDS data set in {folder} is damaged or too old ({error})") from error
+        text, info, features, splits = read_metadata(folder)
         if "array_record" not in (info.get("fileFormat"), *info.get("alternativeFileFormats", ())):
             raise TaskError(
                 f"the TFDS data set in {folder} is stored as {info.get('fileFormat', 'tfrecord')}, which needs "
@@ -133,11 +134,7 @@ class Tfds:
         preferred = [key.get("featureKey") for key in keys]
         image = _feature(features, ".Image", preferred, folder)
         label = _feature(features, ".ClassLabel", preferred, folder)
-        names = folder / f"{label}.labels.txt"
-        if names.is_file():
-            classes = [line.strip() for line in names.read_text().splitlines() if line.strip()]
-        else:
-            classes = [str(i) for i in range(int(features[label]["classLabel"]["numClasses"]))]
+        classes = _class_names(folder, label, features[label])
         identity = {"tfds": str(folder.resolve()), "dataset_info": hashlib.sha256(text).hexdigest()}
         records = functools.cache(functools.partial(_tfds_records, folder, image))
 
@@ -163,10 +160,10 @@ class Tfds:
 
 @dataclasses.dataclass(frozen=True)
 class ImageFolder:
-    """Image files in one folder per class: png, jpg, jpeg, bmp, webp.
+    """Image files in one folder per class: png, jpg, jpeg, bmp, webp, gif (the first frame), tif, tiff.
 
-    The folder holds the class folders, or `train/` and `test/` (or `validation/`, `valid/`, `val/`)
-    that do. Names that begin with a dot are passed over.
+    The folder holds the class folders, or `train/` and `test/` (or `validation/`, `valid/`, `val/`) that hold them.
+    Names that begin with a dot are ignored.
     """
 
     directory: str | Path
@@ -174,28 +171,27 @@ class ImageFolder:
     def open(self) -> Catalog:
         """List the files."""
         root = Path(self.directory).expanduser()
-        if not root.is_dir():
-            raise TaskError(f"the image folder {root} does not exist")
-        splits = {"all": root}
-        if (root / "train").is_dir() and _folders(root / "train"):
-            test = [root / name for name in TEST_NAMES if (root / name).is_dir()]
-            splits = {folder.name: folder for folder in (root / "train", *test[:1])}
-        classes = [folder.name for folder in _folders(next(iter(splits.values())))]
-        files = {split: list(_labelled_files(folder, classes)) for split, folder in splits.items()}
+        try:
+            if not root.is_dir():
+                raise TaskError(f"the image folder {root} does not exist")
+            splits = {"all": root}
+            if (root / "train").is_dir() and _folders(root / "train"):
+                test = [root / name for name in TEST_NAMES if (root / name).is_dir()]
+                splits = {folder.name: folder for folder in (root / "train", *test[:1])}
+            classes = [folder.name for folder in _folders(next(iter(splits.values())))]
+            files = {split: list(_labelled_files(folder, classes)) for split, folder in splits.items()}
+        except (OSError, ValueError) as error:  # a ValueError: a null character in the path
+            raise TaskError(f"the image folder {root} cannot be read ({error})") from error
         if not files[next(iter(splits))]:
             raise TaskError(f"the image folder {root} has no class folders with {', '.join(_SUFFIXES)} files")
-        listing = [
-            (str(file.relative_to(root)), stat.st_size, stat.st_mtime_ns)
-            for found in files.values()
-            for file, stat, _ in found
-        ]
+        listing = [(str(file.relative_to(root)), *stamp) for found in files.values() for file, stamp, _ in found]
 
         def read(split: str, row: int) -> tuple[str, bytes]:
             file = files[split][row][0]
             try:
                 return str(file.relative_to(root)), file.read_bytes()
             except OSError as error:
-                raise TaskError(f"the image {file} cannot be read ({error.strerror})") from error
+                raise UnreadableImageError(str(file.relative_to(root)), error.strerror or str(error)) from error
 
         return Catalog(
             where=str(root),
@@ -291,19 +287,43 @@ def _feature(features: Mapping[str, Any], kind: str, preferred: Sequence[str], f
     return (named or found)[0]
 
 
+def _class_names(folder: Path, label: str, feature: Mapping[str, Any]) -> list[str]:
+    """The names of a label's classes: from the file that TFDS wrote, else their numbers."""
+    names = folder / f"{label.replace('/', '.')}.labels.txt"
+    try:
+        if names.is_file():
+            return [line.strip() for line in names.read_text().splitlines() if line.strip()]
+        count = int(feature["classLabel"]["numClasses"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TaskError(f"the classes of the TFDS data set in {folder} cannot be read ({error})") from error
+    if count > _MOST_CLASSES:
+        raise TaskError(f"the TFDS data set in {folder} has {count} classes; {_MOST_CLASSES} is the most allowed")
+    return [str(i) for i in range(count)]
+
+
 def _folders(parent: Path) -> list[Path]:
     return sorted(folder for folder in parent.iterdir() if folder.is_dir() and not folder.name.startswith("."))
 
 
-def _labelled_files(parent: Path, classes: Sequence[str]) -> Iterator[tuple[Path, os.stat_result, int]]:
-    """The image files of each class folder, their sizes and times, and the position of the class."""
+def _labelled_files(parent: Path, classes: Sequence[str]) -> Iterator[tuple[Path, tuple[int, int], int]]:
+    """Each class folder's image files: path, (size, time of change), and the position of the class."""
     for folder in _folders(parent):
         if folder.name not in classes:
             raise TaskError(f"the class {folder.name!r} of {parent} has no training images; rename or remove it")
         label = classes.index(folder.name)
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            if entry.name.lower().endswith(_SUFFIXES) and not entry.name.startswith("."):
-                yield Path(entry.path), entry.stat(), label
+            if not entry.name.lower().endswith(_SUFFIXES) or entry.name.startswith("."):
+                continue
+            try:
+                found = entry.stat()
+            except OSError:  # a dangling link: listed, so that reading it names it
+                found = entry.stat(follow_symlinks=False)
+            else:
+                if stat.S_ISDIR(found.st_mode):
+                    continue
+                if not stat.S_ISREG(found.st_mode):
+                    raise TaskError(f"{entry.path} is not a regular file; remove it from the image folder")
+            yield Path(entry.path), (found.st_size, found.st_mtime_ns), label
 
 
 def in_parallel(work: Callable[[int], _T], count: int, description: str) -> Iterator[_T]:

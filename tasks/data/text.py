@@ -13,6 +13,7 @@ import numpy as np
 from tasks.base import SPLITS, TaskError
 from tasks.data.cache import cached
 from tasks.data.sources import Tfds, prepared, reading
+from tasks.data.tfds_folder import read_metadata
 
 _VERSION = 1  # a change of how text becomes windows is a new version
 # The last tenth is test, as is usual for Shakespeare; each split is one block of the text.
@@ -76,6 +77,7 @@ def _tfds_text(folder: Path) -> str:
     """All records of all splits, in the order train, validation, test: a text that TFDS cut is whole again."""
     import tensorflow_datasets as tfds
 
+    read_metadata(folder)
     try:
         with reading(folder):
             builder = tfds.builder_from_directory(folder)

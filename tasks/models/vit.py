@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tasks.base import TaskError
+from tasks.models.attention import Block
 
 
 def vit(
@@ -67,7 +69,8 @@ class ViT(nnx.Module):
         self.patches = Patches(patch_size, channels, dim, rngs=rngs)
         self.cls_token = nnx.Param(_normal(rngs.params(), (1, 1, dim)))
         self.pos_embed = nnx.Param(_normal(rngs.params(), (1, 1 + tokens, dim)))
-        self.blocks = nnx.List([Block(dim, heads, epsilon, rngs=rngs) for _ in range(depth)])
+        block = functools.partial(Block, dim, heads, epsilon=epsilon, causal=False, exact_gelu=True)
+        self.blocks = nnx.List([block(kernel_init=_normal, residual_init=_normal, rngs=rngs) for _ in range(depth)])
         self.norm = nnx.LayerNorm(dim, epsilon=epsilon, rngs=rngs)
         self.head = nnx.Linear(dim, classes, kernel_init=_normal, rngs=rngs)
 
@@ -98,32 +101,7 @@ class Patches(nnx.Module):
         return x @ kernel.reshape(-1, dim) + self.bias[...]
 
 
-class Block(nnx.Module):
-    """Pre-norm self-attention and MLP, each added to its input; [B, N, dim] -> the same shape."""
-
-    def __init__(self, dim: int, heads: int, epsilon: float, *, rngs: nnx.Rngs) -> None:
-        self.norm1 = nnx.LayerNorm(dim, epsilon=epsilon, rngs=rngs)
-        self.qkv = nnx.Linear(dim, 3 * dim, kernel_init=_normal, rngs=rngs)
-        self.proj = nnx.Linear(dim, dim, kernel_init=_normal, rngs=rngs)
-        self.norm2 = nnx.LayerNorm(dim, epsilon=epsilon, rngs=rngs)
-        self.fc1 = nnx.Linear(dim, 4 * dim, kernel_init=_normal, rngs=rngs)
-        self.fc2 = nnx.Linear(4 * dim, dim, kernel_init=_normal, rngs=rngs)
-        self.heads = heads
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + self._attention(self.norm1(x))
-        return x + self.fc2(nnx.gelu(self.fc1(self.norm2(x)), approximate=False))
-
-    def _attention(self, x: jax.Array) -> jax.Array:
-        batch, tokens, dim = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, dim // self.heads)
-        q, k, v = jnp.moveaxis(qkv, 2, 0)
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
-        x = jnp.einsum("bhqk,bkhd->bqhd", nnx.softmax(scores), v)
-        return self.proj(x.reshape(batch, tokens, dim))
-
-
 def _normal(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32, std: float = 0.02) -> jax.Array:
-    """Normal, cut off at two standard deviations."""
+    """A normal distribution truncated at two standard deviations."""
     # Drawn flat: XLA takes several times as long to compile a draw of more dimensions.
     return std * jax.random.truncated_normal(key, -2, 2, (math.prod(shape),), dtype).reshape(shape)

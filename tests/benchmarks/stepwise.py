@@ -17,7 +17,7 @@ from metatrain.inner.rollout import stepwise_rollout
 from tasks import Task, sample, uniform_batches
 from tasks.base import Batch, Data
 from tasks.classification import RANDOM_POOLS, classification_loss
-from tasks.data.augment import random_crop_flip
+from tasks.data.crop_flip import random_crop_flip
 from tasks.models import make_model
 from tests.benchmarks.timing import in_turn, ratio
 

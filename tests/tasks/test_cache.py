@@ -212,6 +212,45 @@ def test_errors_of_the_builder_are_its_own(cache):
     assert cached({"n": 1}, lambda: {"x": np.ones(1)})["x"] == 1
 
 
+NO_LOCKS = """
+import errno, os, sys, time
+from pathlib import Path
+import numpy as np
+
+folder, me, how = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+if how == "no fcntl":
+    sys.modules["fcntl"] = None
+else:
+    import fcntl
+    def flock(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+    fcntl.flock = flock
+from tasks.data.cache import cached
+
+(folder / f"ready-{me}").touch()
+while not (folder / "go").exists():
+    time.sleep(0.001)
+
+def build():
+    time.sleep(0.3)
+    return {"x": np.arange(1000)}
+
+print(cached({"n": 1}, build)["x"].sum())
+"""
+
+
+@pytest.mark.parametrize("how", ["no fcntl", "no locks"])
+def test_two_processes_need_no_locks(tmp_path, cache, how):
+    processes = [start(NO_LOCKS, tmp_path, i, how) for i in range(2)]
+    for i, process in enumerate(processes):
+        wait_for(tmp_path / f"ready-{i}", process)
+    (tmp_path / "go").touch()
+    outputs = [process.communicate(timeout=60) for process in processes]
+    assert [output.strip() for output, _ in outputs] == ["499500"] * 2, outputs
+    assert len(entries(cache)) == 1
+    assert not scratch(cache)
+
+
 FULL = """
 import resource, sys
 import numpy as np

@@ -104,32 +104,22 @@ def test_batches_come_from_inner_train(digits: Task) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "words"),
+    ("options", "facts"),
     [
-        ("nothing", {}, "unknown task 'nothing'; allowed are digits, images"),
-        ("digits", {"colour": 1}, "task.colour is not an option of task 'digits'; allowed are target"),
-        ("digits", {"target": "svhn"}, "task.target is 'svhn'; allowed are mnist, uci"),
-        ("digits", {"init": "imagenet"}, "task.init is 'imagenet'; allowed are mnist, uci, random"),
-        ("digits", {"batch_size": 0}, "task.batch_size is 0"),
-        ("digits", {"batch_size": 5000}, "mnist has 2000 examples"),
-        ("digits", {"held_out_inits": 0}, "task.held_out_inits is 0"),
-        ("digits", {"batch_size": "abc"}, "task 'digits' cannot be made of batch_size='abc': "),
-        ("digits", {"model": 3}, "task 'digits' cannot be made of model=3: "),
-        ("images", {}, "task 'images' needs task.target"),
-        ("text", {}, "task 'text' needs task.source"),
-        ("tests.metatrain.quadratic:regression", {"colour": 1}, "task.colour is not an option of task"),
-        (":f", {}, "unknown task ':f'"),
-        (3, {}, "task.name is 3; it must be a text"),
-        ("no.such.module:f", {}, "no.such.module cannot be imported"),
-        ("tests.metatrain.quadratic:nothing", {}, "has no function 'nothing'"),
-        ("tests.metatrain.common:small_config", {}, "returned Config, not a tasks.base.Task"),
-        ("tests.metatrain.quadratic:regression", {"examples": 0}, "split 'inner_train' is empty"),
+        ({"colour": 1}, ["task.colour", "'digits'", "target"]),
+        ({"target": "svhn"}, ["task.target", "'svhn'", "mnist, uci"]),
+        ({"init": "imagenet"}, ["task.init", "'imagenet'", "mnist, uci, random"]),
+        ({"batch_size": 0}, ["task.batch_size", "0"]),
+        ({"batch_size": 5000}, ["task.batch_size", "5000", "2000"]),
+        ({"held_out_inits": 0}, ["task.held_out_inits", "0"]),
+        ({"batch_size": "abc"}, ["'digits'", "batch_size='abc'"]),
+        ({"model": 3}, ["'digits'", "model=3"]),
     ],
 )
-def test_bad_input_is_one_sentence(name: str, options: dict, words: str) -> None:
+def test_bad_input_is_one_sentence(options: dict, facts: list[str]) -> None:
     with pytest.raises(TaskError) as error:
-        make_task(name, options)
-    assert words in str(error.value)
+        make_task("digits", options)
+    assert all(fact in str(error.value) for fact in facts), error.value
     assert "\n" not in str(error.value)
 
 

@@ -42,7 +42,7 @@ def pretrained(folder: Path, **options: object) -> dict:
 
 
 def test_batches_are_augmented_and_evaluation_is_not(folder: Path) -> None:
-    task, plain = images(folder), images(folder, augment=False)
+    task, plain = images(folder), images(folder, crop_flip=False)
     key = jax.random.key(0)
     one, two = jax.jit(task.batch)(task.data, key), jax.jit(plain.batch)(plain.data, key)
     assert one["image"].shape == (8, 16, 16, 3)

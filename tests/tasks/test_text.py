@@ -195,13 +195,13 @@ def test_a_text_is_cut_once(file: Path) -> None:
         ({"source": {"path": "a"}}, "task.source.path is not a key of a text; allowed are file, tfds, data_dir"),
         ({"source": "a.txt"}, "task.source is 'a.txt'; it must be"),
         ({"source": {"tfds": "tiny_shakespeare", "data_dir": "/none"}}, "is not prepared in /none"),
-        ({"context": 0}, "task.context is 0; it must be a whole number ≥ 1"),
+        ({"context": 0}, "task.context is 0; .*≥ 1"),
         ({"context": 300}, "story has 2000 characters: none of 301 are left for inner_valid"),
         ({"batch_size": 1.5}, "task.batch_size is 1.5"),
         ({"evaluation_windows": -1}, "task.evaluation_windows is -1"),
         ({"model": {"depth": 3}}, "task.model.depth is not an option of the GPT; allowed are n_layer, n_head, width"),
         ({"model": {"width": 15}}, "n_head is 4; it must divide width, which is 15"),
-        ({"model": {"n_layer": 0}}, "n_layer is 0; it must be a whole number ≥ 1"),
+        ({"model": {"n_layer": 0}}, "n_layer is 0; .*≥ 1"),
     ],
 )
 def test_bad_input(file: Path, options: dict, sentence: str) -> None:
