@@ -13,18 +13,18 @@ from l3rs.io.locations import available
 from l3rs.spec import Direction, L3RSError, Layer, Spec
 
 if TYPE_CHECKING:
-    from l3rs.guard import Guard, guard_report
+    from l3rs.guard import Guard
+    from l3rs.init import init_meta_params
     from l3rs.layers import Match
-    from l3rs.network import init_meta_params
-    from l3rs.optimizer import L3RSState, learned_optimizer
+    from l3rs.optimizer import L3RSState, guard_report, learned_optimizer
 
 # Loaded when they are first used, so that `import l3rs` needs neither JAX nor PyTorch.
 _MODULES = {
     "Guard": "guard",
     "L3RSState": "optimizer",
     "Match": "layers",
-    "guard_report": "guard",
-    "init_meta_params": "network",
+    "guard_report": "optimizer",
+    "init_meta_params": "init",
     "learned_optimizer": "optimizer",
 }
 

@@ -1,8 +1,8 @@
-"""Layers of a network: which layer of the checkpoint each one is, and what can be read off it by itself.
+"""How a network's layers map to the checkpoint's layers, and descriptors of a layer.
 
-With an embedding table a layer has to find its row (`match_network`); one that has none can be given the mean of
-all rows. With descriptor embeddings there is nothing to find, any network will do (`descriptors`). Either way a
-layer's embedding is a weighted sum of the rows of theta["embedding"] (`embedding_weights`).
+With an embedding table, `match_network` finds the row of each layer; a layer without a row can have the mean of all
+rows. With descriptor embeddings there is no table, and any network will do (`descriptors`). Either way a layer's
+embedding is a weighted sum of the rows of theta["embedding"] (`embed`).
 """
 
 from __future__ import annotations
@@ -16,31 +16,30 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from l3rs.spec import L3RSError, Layer, Spec, layers_of
+from l3rs.spec import L3RSError, Layer, Spec, Theta
 
 MatchBy = Literal["auto", "path", "order"]
 OnUnknown = Literal["error", "mean", "descriptor"]
 
 
 class Match(NamedTuple):
-    """What one layer of a network is to an optimizer."""
+    """How one network layer maps to the checkpoint's layers."""
 
-    name: str | None  # in the network: the path of a JAX leaf, a torch parameter's name or None
-    shape: tuple[int, ...]  # as the network has it
-    row: int | None  # of the embedding table; None if it has none of its own
-    source: str  # the path of that row; else "mean" (of all rows) or "descriptor"
+    name: str | None  # in the network: the path of a JAX leaf, or the name of a torch parameter if it has one
+    shape: tuple[int, ...]  # in the network
+    row: int | None  # of the embedding table; None if the layer has no row of its own
+    source: str  # the path of that row, "mean" (of all rows) or "descriptor"
 
 
 @dataclasses.dataclass(frozen=True)
 class Matching:
-    """How a network's layers find theirs in the checkpoint.
+    """The rules that map a network's layers to the checkpoint's.
 
     Attributes:
-      rename: {name in the network: path in the checkpoint}, before anything else.
-      by: "path", a layer is the one of its name; "order", see `match_network`; "auto", by path, or by order if no
-        name is a layer's.
-      on_unknown: what a layer that is not found, or has another shape, gets: an "error", or the "mean" embedding.
-        "descriptor" is for checkpoints with descriptor embeddings, where no layer is unknown.
+      rename: {name in the network: path in the checkpoint}; takes precedence over the other rules.
+      by: "path", by name; "order", see `match_network`; "auto", by path, or by order if no name is in the checkpoint.
+      on_unknown: what to do with a layer that is not found, or has another shape: "error", or use the "mean"
+        embedding. "descriptor" is for checkpoints with descriptor embeddings, where no layer is unknown.
     """
 
     rename: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -51,16 +50,18 @@ class Matching:
     def of(
         cls, spec: Spec, rename: Mapping[str, str] | None, by: MatchBy | str, on_unknown: OnUnknown | str
     ) -> Matching:
-        """Checked.
+        """Checked rules.
 
         Raises:
-          L3RSError: a word that is not allowed, or not for this spec; a rename to a layer that is not there.
+          L3RSError: a value is not allowed, or not with this spec; `rename` names a layer that the spec lacks.
         """
         for name, value, allowed in (("match", by, MatchBy), ("on_unknown", on_unknown, OnUnknown)):
             if value not in get_args(allowed):
                 raise L3RSError(f"{name} is {value!r}; allowed are {', '.join(map(repr, get_args(allowed)))}")
         if not isinstance(rename or {}, Mapping):
-            raise L3RSError(f"rename is {rename!r}; it must be a mapping, {{name in the network: path in the table}}")
+            raise L3RSError(
+                f"rename is {rename!r}; it must be a mapping {{name in the network: path in the checkpoint}}"
+            )
         if spec.embedding == "table":
             if on_unknown == "descriptor":
                 raise L3RSError(
@@ -69,32 +70,21 @@ class Matching:
             table = {layer.path: layer for layer in spec.layers}
             for name, path in (rename or {}).items():
                 if path not in table:
-                    raise L3RSError(f"rename says {name!r} is {path!r}; {_choice(table)}")
+                    raise L3RSError(
+                        f"rename maps {name!r} to {path!r}, which is not in the checkpoint; {_choice(table)}"
+                    )
         return cls(dict(rename or {}), by, on_unknown)  # type: ignore[arg-type]
 
 
 class Convention(NamedTuple):
-    """How a framework names and lays out its parameters, against the checkpoint (Flax)."""
+    """How a framework's names and layouts of parameters relate to the checkpoint's (Flax's)."""
 
     spellings: Callable[[str], Iterable[str]]  # the paths that a name may have in the checkpoint
-    shape: Callable[[tuple[int, ...]], tuple[int, ...]]  # equal for a layer and its counterpart
-    alphabetical: bool  # layers come in the order of sorted names, see `depth_order`
+    shape: Callable[[tuple[int, ...]], tuple[int, ...]]  # a form of the shape that is equal in both frameworks
+    alphabetical: bool  # whether layers come in the order of sorted names, see `depth_order`
 
 
 JAX = Convention(lambda name: (name,), lambda shape: shape, alphabetical=True)
-
-
-def match_params(spec: Spec, params: Any, how: Matching) -> tuple[Match, ...]:
-    """What each leaf of `params`, a pytree of arrays or shapes, is; in leaf order.
-
-    Layers of the checkpoint that `params` lacks are allowed, except by order: that is what `optax.masked` makes
-    of frozen parameters.
-
-    Raises:
-      L3RSError: see `match_network`.
-    """
-    layers = layers_of(params)
-    return match_network(spec, [(layer.path, layer.shape) for layer in layers], how, JAX)
 
 
 def match_network(
@@ -104,31 +94,31 @@ def match_network(
     convention: Convention,
     taken: Iterable[str] = (),
 ) -> tuple[Match, ...]:
-    """What each layer of a network is, in the order given.
+    """Map each layer of a network to a layer of the checkpoint, in the order given.
 
-    By order, the i-th layer of a shape is the table's i-th layer of that shape, in `depth_order`, and
-    as many of that shape there must be; biases are among biases, where both sides have any.
+    By order, the i-th layer of a shape in `depth_order` maps to the checkpoint's i-th layer of that shape, and both
+    must have equally many of them. Biases map to biases, if both sides have any.
 
     Args:
-      spec: of the optimizer.
-      network: name (None if it has none) and shape of each layer.
+      spec: the optimizer's spec.
+      network: name (or None) and shape of each layer.
       how: the rules.
-      convention: of the framework that `network` is in.
-      taken: paths that are not to be given away.
+      convention: of the network's framework.
+      taken: paths in the checkpoint that are not available.
 
     Raises:
-      L3RSError: a layer that is not found, or has another shape, unless `how.on_unknown` has an answer; a
-        rename of a layer that is not there; an order that does not tell.
+      L3RSError: a layer is not found or has another shape and `how.on_unknown` is "error"; `how.rename` names a
+        layer that does not exist; the order is ambiguous.
     """
     names = [name for name, _ in network]
     if not_there := set(how.rename) - set(names):
         known_names = [repr(name) for name in names if name is not None]
         raise L3RSError(
-            f"rename has {min(not_there)!r}, which is no layer of the params; they are {_abridged(known_names)}"
+            f"rename has {min(not_there)!r}, which is not a layer of the params; these are {_abridged(known_names)}"
         )
     if spec.embedding == "descriptor":
         if None in names:
-            raise L3RSError("descriptor embeddings are read off the layers' names: pass model.named_parameters()")
+            raise L3RSError("descriptor embeddings need the layers' names: pass model.named_parameters()")
         return tuple(Match(name, shape, None, "descriptor") for name, shape in network)
     rows = {layer.path: row for row, layer in enumerate(spec.layers)}
     taken = set(taken)
@@ -154,7 +144,7 @@ def _by_path(name: str | None, table: Mapping[str, Layer], how: Matching, conven
         return None
     if name in how.rename:
         if how.rename[name] not in table:
-            raise L3RSError(f"rename says {name!r} is {how.rename[name]!r}; {_choice(table)}")
+            raise L3RSError(f"rename maps {name!r} to {how.rename[name]!r}, which is not available; {_choice(table)}")
         return how.rename[name]
     if how.by == "order":
         return None
@@ -168,7 +158,7 @@ def _by_order(
     how: Matching,
     convention: Convention,
 ) -> None:
-    """Fill in `paths` where they are None, among the layers that are not in it yet."""
+    """Fill in `paths` where they are None, from the layers that are not in it yet."""
     names = [name for name, _ in network]
     named = [name for name in names if name is not None]
     biases = len(named) == len(names) and any(map(_is_bias, named)) and any(map(_is_bias, table))
@@ -187,37 +177,50 @@ def _by_order(
     for each, members in waiting.items():
         layers = free[each]
         too_many = len(members) > len(layers) > 0 and how.on_unknown != "error"
-        if len(members) < len(layers) or too_many:  # which of them is which cannot be told
+        if len(members) < len(layers) or too_many:  # ambiguous
             i = members[0]
             raise L3RSError(
-                f"{_called(i, names[i])} {network[i][1]} could be any of {_abridged(layers)}: there are {len(members)} "
-                f"of its shape; pass all of the model's parameters, or named ones and rename={{name: layer}}"
+                f"{_called(i, names[i])} {network[i][1]} could be any of {_abridged(layers)}: the network has "
+                f"{len(members)} of this shape; pass all of the model's parameters, or rename={{name: layer}}"
             )
         for i, path in zip(members, layers, strict=False):
             paths[i] = path
 
 
-def embedding_weights(
-    spec: Spec, matches: Sequence[Match], layers: Sequence[Layer], convention: Convention = JAX
-) -> np.ndarray:
-    """Weights W of a network's layers, float32 [L, R]: W @ theta["embedding"] are their embeddings, [L, E].
+def embed(
+    theta: Theta, spec: Spec, matches: Sequence[Match], layers: Sequence[Layer], convention: Convention = JAX
+) -> Any:
+    """Embeddings of a network's layers, float32 [L, E].
 
     Args:
-      spec: of the optimizer; R is the number of its layers, or of descriptors.
-      matches: of the network.
-      layers: of the network, in the checkpoint's (Flax's) layout; read by descriptors only.
-      convention: of the framework that the network is in.
+      theta: the meta-parameters.
+      spec: the spec of `theta`.
+      matches: of the network's layers.
+      layers: the network's layers in the checkpoint's (Flax's) layout; only descriptors read them.
+      convention: of the network's framework.
     """
+    rows = [match.row for match in matches]
+    if rows == list(range(len(spec.layers))):
+        return theta["embedding"]
+    if None not in rows:
+        return theta["embedding"][np.array(rows, int)]
+    return _embedding_weights(spec, rows, layers, convention) @ theta["embedding"]
+
+
+def _embedding_weights(
+    spec: Spec, rows: Sequence[int | None], layers: Sequence[Layer], convention: Convention
+) -> np.ndarray:
+    """Weights of the rows of theta["embedding"], float32 [L, R]: R layers of the table, or descriptors."""
     if spec.embedding == "descriptor":
         return descriptors(layers, convention.alphabetical)
-    weights = np.full((len(matches), len(spec.layers)), 1 / len(spec.layers), np.float32)
-    for i, match in enumerate(matches):
-        if match.row is not None:
-            weights[i] = np.arange(len(spec.layers)) == match.row
+    weights = np.full((len(rows), len(spec.layers)), 1 / len(spec.layers), np.float32)
+    for i, row in enumerate(rows):
+        if row is not None:
+            weights[i] = np.arange(len(spec.layers)) == row
     return weights
 
 
-# What can be read off a layer of any network, version 1
+# Descriptors of a layer of any network, version 1
 
 
 KINDS = ("matrix", "conv", "bias", "scale", "embedding", "other")
@@ -234,13 +237,13 @@ def descriptors(layers: Sequence[Layer], alphabetical: bool = True) -> np.ndarra
     """Descriptors of a network's layers, float32 [L, 9], from names and shapes (Flax's layout) alone.
 
     - 6: one-hot, the `kind` of tensor.
-    - 1: depth: the place of the layer's module among the network's modules in `depth_order`, in [0, 1]. A module's
-      kernel and bias are equally deep.
-    - 2: fan-in and fan-out as ln(fan) / 5 - 1, in [-1, 1.5]: 1 is -1, 150 about 0, 22,000 about 1. Of a kernel
-      they are inputs and outputs times the receptive field, of an embedding rows and columns, of a bias, a scale
-      or another tensor 1 and its size.
+    - 1: depth, the position of the layer's module among the network's modules in `depth_order`, in [0, 1]. A module's
+      kernel and bias have the same depth.
+    - 2: fan-in and fan-out as ln(fan) / 5 - 1, in [-1, 1.5]: 1 gives -1, 150 about 0, 22,000 about 1. A kernel's fans
+      are its inputs and outputs times the receptive field, an embedding's its rows and columns; a bias, a scale and
+      another tensor have 1 and their size.
 
-    A formula here is a feature: a change is a new feature version.
+    These are features: a changed formula is a new feature version.
     """
     paths = [layer.path for layer in layers]
     modules = list(dict.fromkeys(_module(paths[i]) for i in depth_order(paths, alphabetical)))
@@ -254,13 +257,13 @@ def descriptors(layers: Sequence[Layer], alphabetical: bool = True) -> np.ndarra
 
 
 def kind(path: str, rank: int) -> str:
-    """What sort of tensor a parameter of that name and rank is, one of `KINDS`; the same in JAX and PyTorch.
+    """The kind of tensor that a parameter with this name and rank is, one of `KINDS`; the same in JAX and PyTorch.
 
-    By the last word of the path: a *bias* is called bias, b, beta or offset, or ends with "bias". An *embedding* has
-    rank ≥ 2 and is called embed… or pos_embed…, or is the weight of a module called so (or wte, wpe). Of what is
-    left, and not called …token, rank ≥ 3 is *conv* (a *matrix* where it is Flax's attention with its heads apart,
-    [in, heads, width]) and rank 2 a *matrix*; rank 1 is a *scale* if called scale, weight, gamma or g. Everything
-    else is *other*. A parameter without a name goes by its rank.
+    The last word of the path decides. A *bias* is called bias, b, beta or offset, or ends with "bias". An *embedding*
+    has rank ≥ 2 and is called embed… or pos_embed…, or is the weight of a module with such a name (or wte, wpe). Of the
+    rest, unless called …token, rank ≥ 3 is *conv* (a *matrix* if it is from Flax's attention, whose kernels keep heads
+    apart: [in, heads, width]) and rank 2 a *matrix*; rank 1 is a *scale* if called scale, weight, gamma or g.
+    Everything else is *other*. Without a name, the rank alone decides.
     """
     *modules, leaf = re.split("[/.]", path.lower())
     module = modules[-1] if modules else ""
@@ -277,17 +280,17 @@ def kind(path: str, rank: int) -> str:
 
 
 def depth_order(names: Sequence[str | None], alphabetical: bool = True) -> list[int]:
-    """Indices of parameters, from a network's input to its output as far as their names tell.
+    """Indices of parameters, ordered from a network's input to its output as far as their names tell.
 
-    It is the order given, in JAX that of the leaves, in PyTorch that in which parameters are passed; but that (1) a
-    layer whose name's first or second word starts with stem, embed, patch, pos_, wte … comes first, and one with head,
-    classifier, fc, lm_head, ln_f … last: a dict sorts `head` before `stem`; (2) in a module biases come last; (3) if
-    the order given is `alphabetical`, as that of JAX's dicts, numbers count: `block_9` comes before `block_10`.
-    Without a name for every parameter it is the order given.
+    This is the given order (in JAX that of the leaves, in PyTorch that in which parameters are passed), with three
+    changes. (1) A layer whose name's first or second word starts with stem, embed, patch, pos_, wte … comes first, and
+    one with head, classifier, fc, lm_head, ln_f … last: a dict sorts `head` before `stem`. (2) In a module, biases come
+    last. (3) If the given order is `alphabetical`, as that of JAX's dicts, numbers sort by value: `block_9` comes
+    before `block_10`. If any parameter has no name, the given order stays.
     """
     if None in names:
         return list(range(len(names)))
-    ranks: dict[Any, int] = {}  # of modules, or of the words in one place: which appeared first
+    ranks: dict[Any, int] = {}  # the order of first appearance, of modules or of the words at one position
     keys = []
     for i, name in enumerate(names):
         assert name is not None
@@ -303,7 +306,7 @@ def depth_order(names: Sequence[str | None], alphabetical: bool = True) -> list[
 
 
 def _module(path: str) -> str:
-    """The path without its last word; of a parameter that is in no module its own."""
+    """The path without its last word; the whole path if it has only one."""
     return re.sub(r"[/.][^/.]*$", "", path)
 
 
@@ -326,17 +329,17 @@ def _fans(layer: Layer) -> tuple[int, int]:
     return 1, layer.size
 
 
-# Sentences
+# Error messages
 
 
 def _unknown(called: str, shape: tuple[int, ...], path: str | None, table: Mapping[str, Layer]) -> L3RSError:
     if path is not None:
         also = "" if called.endswith(repr(path)) else f", in the checkpoint {path!r},"
         return L3RSError(f"{called}{also} has shape {shape}; this optimizer was meta-trained on {table[path].shape}")
-    rename = "rename={name: layer} says which it is, " if table else ""
+    rename = "pass rename={name: layer} to map it, or " if table else "pass "
     return L3RSError(
-        f"{called} {shape} is none that this optimizer was meta-trained on; {_choice(table)}; "
-        f"{rename}on_unknown='mean' gives it the mean embedding"
+        f"{called} {shape} is not a layer that this optimizer was meta-trained on; {_choice(table)}; "
+        f"{rename}on_unknown='mean' to give it the mean embedding"
     )
 
 

@@ -1,16 +1,7 @@
 """L3RS as an optax transformation.
 
-Per layer l with directions d_p, and (μ, λ) from one MLP over the layer's features::
-
-    unit(x) = x / ‖x‖
-    Δθ_l    = -λ_l · unit( Σ_p μ_p unit(d_p) )
-    λ_l     = step_scale · √n_l · exp(step_gain · out)
-
-The norm of the mixture needs no pass of its own: with the Gram matrix G_pq = ⟨d_p, d_q⟩ it is
-√(aᵀGa). So a step is one pass of reductions over the parameters and one that updates them.
-
-Reference: Kristiansen et al., Narrowing the Focus: Learned Optimizers for Pretrained Models,
-arXiv 2408.09310. The form of μ, λ and the features is this project's.
+What belongs to JAX is here: the directions of the parameters' size, their inner products, the update and the state.
+`core` holds the mathematics in between.
 """
 
 from __future__ import annotations
@@ -20,31 +11,29 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from l3rs import features, network
-from l3rs.directions import Lazy, make_direction
-from l3rs.guard import Guard, GuardState, adam_share, advance, init_guard, make_guard
-from l3rs.layers import Match, MatchBy, Matching, OnUnknown, embedding_weights, match_params
-from l3rs.spec import L3RSError, Layer, Spec, Theta, layers_of
+from l3rs import core
+from l3rs.guard import Guard, GuardState, init_guard, make_guard, report
+from l3rs.layers import Match, MatchBy, Matching, OnUnknown, embed
+from l3rs.spec import L3RSError, Layer, Spec, Theta
 from l3rs.theta import check_theta
+from l3rs.transforms import BaseOptimizer, Lazy, make_direction
+from l3rs.trees import layers_of, match_params
 
-_CACHED = 1 << 16  # layers of fewer parameters stay in a processor's cache: to store their directions is cheap
-_MIN_MIX_NORM = 1e-3  # directions that cancel to less than this share of their length are not blown up
-_MIN_RELATIVE_RMS = 1e-3  # with step="relative", a layer of zeros still moves
+_CACHED = 1 << 16  # layers of fewer parameters stay in a processor's cache: storing their directions is cheap
 
 
 class L3RSState(NamedTuple):
     """State of `learned_optimizer`. L layers, P directions, S = 2 + P norms (gradient, parameters, directions)."""
 
     count: jax.Array  # type: ignore[assignment]  # int32 [], steps taken
-    loss: features.LossState
+    loss: core.LossState
     log_norms: jax.Array  # float32 [2, L, S], fast and slow EMAs of the log norms
     mix: jax.Array  # float32 [L, P], μ of the last step
     step_norm: jax.Array  # float32 [L], λ of the last step
     directions: tuple[optax.OptState, ...]  # the base optimizers' moments, float32
-    guard: GuardState | None = None  # None: off
+    guard: GuardState | None = None  # None: no guard
 
 
 def learned_optimizer(
@@ -61,28 +50,28 @@ def learned_optimizer(
 
     Statistics are kept in float32, updates have the parameters' dtype. A layer whose gradient is not
     finite (or so large that its squared norm is not) stays where it is for that step, and its
-    gradient counts as zero in the moments; a non-finite loss is left out of the loss features.
+    gradient counts as zero in the moments; a non-finite loss does not enter the loss features.
 
     Args:
       theta: meta-parameters, from `init_meta_params`, a meta-training run or a checkpoint.
-      spec: what `theta` belongs to.
-      total_steps: the horizon T ≥ 1, a number or a traced int32 scalar. Training may go past it, with the
-        features of a training that is over; compiled code cannot say so, `state.count` tells.
-      rename: {path in the params: path in the checkpoint}, for layers that are called otherwise here. With
-        descriptor embeddings, the names that layers are described by.
-      match: how layers find theirs in an embedding table. "path": by name; layers may be absent (frozen). "order":
-        the i-th of a shape is the table's i-th of that shape, see `layers.match_layers`. "auto": by path, or by
-        order if no path is known. `l3rs.match_layers` says what it comes to.
+      spec: the spec of `theta`.
+      total_steps: the horizon T ≥ 1, a number or a traced int32 scalar. Training may go past it; the time features
+        then stay those of a training that is over. Compiled code cannot warn of this: compare `state.count`.
+      rename: {path in the params: path in the checkpoint}, for layers with another name here. With descriptor
+        embeddings, the name from which a layer's descriptors are computed.
+      match: how layers map to the embedding table. "path": by name; layers may be absent (frozen). "order": the
+        i-th of a shape is the table's i-th of that shape, see `layers.match_network`. "auto": by path, or by
+        order if no path is in the table. `l3rs.match_layers` returns the result.
       on_unknown: "error", or "mean": a layer that is not in the table, or has another shape there, gets the
-        mean of all embeddings. "descriptor" is for checkpoints with descriptor embeddings, which know any layer.
-      guard: True, or a `Guard`: plain Adam steps for a while when the loss runs away, see `guard_report`.
+        mean of all embeddings. "descriptor" is for checkpoints with descriptor embeddings, which take any layer.
+      guard: True, or a `Guard`: take plain Adam steps for a while when the loss diverges, see `guard_report`.
 
     Returns:
       A transformation whose update needs the params and the loss:
       `tx.update(grads, state, params, value=loss)`.
 
     Raises:
-      L3RSError: params that do not match `spec.layers` in that way; missing params or `value`; total_steps < 1.
+      L3RSError: params do not match `spec.layers`; params or `value` are missing; total_steps < 1.
 
     Example:
       >>> import jax, optax, l3rs
@@ -95,26 +84,23 @@ def learned_optimizer(
       >>> params = optax.apply_updates(params, updates)
     """
     if not isinstance(total_steps, jax.core.Tracer):
-        whole = np.ndim(total_steps) == 0 and np.issubdtype(np.asarray(total_steps).dtype, np.integer)
-        if not whole or not 1 <= int(total_steps) < 2**31:
-            raise L3RSError(f"total_steps is {total_steps}; it must be a whole number ≥ 1")
+        core.check_total_steps(total_steps)
     check_theta(theta, spec, "theta")
-    directions = [make_direction(direction) for direction in spec.directions]
+    bases = [make_direction(direction) for direction in spec.directions]
     how = Matching.of(spec, rename, match, on_unknown)
-    net = make_guard(guard, spec)
-    n_norms = 2 + len(directions)
+    rules = make_guard(guard, spec)
 
     def init_fn(params: optax.Params) -> L3RSState:
         n_layers = len(match_params(spec, params, how))
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
         return L3RSState(
             count=jnp.zeros([], jnp.int32),
-            loss=features.init_loss(spec.loss_decays),
-            log_norms=jnp.zeros((2, n_layers, n_norms), jnp.float32),
-            mix=jnp.zeros((n_layers, len(directions)), jnp.float32),
+            loss=core.init_loss(spec.loss_decays, jnp),
+            log_norms=jnp.zeros((2, n_layers, 2 + len(bases)), jnp.float32),
+            mix=jnp.zeros((n_layers, len(bases)), jnp.float32),
             step_norm=jnp.zeros(n_layers, jnp.float32),
-            directions=tuple(direction.transform.init(zeros) for direction in directions),
-            guard=None if net is None else init_guard(),
+            directions=tuple(base.transform.init(zeros) for base in bases),
+            guard=None if rules is None else init_guard(jnp),
         )
 
     def update_fn(
@@ -127,86 +113,79 @@ def learned_optimizer(
     ) -> tuple[optax.Updates, L3RSState]:
         del extra_args
         if params is None or value is None:
-            raise L3RSError("L3RS reads the params and the loss: call update(grads, state, params, value=loss)")
+            raise L3RSError("L3RS needs the params and the loss: call update(grads, state, params, value=loss)")
+        if rules is not None and state.guard is None:
+            raise L3RSError("the state is from an optimizer without a guard; create it with this optimizer's init")
         matches = match_params(spec, params, how)
         _check_call(updates, params, value)
         if not matches:  # every layer is frozen
             return updates, state
-        step = state.count + 1
-
-        leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(params)]
-        raw = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(updates)]
-        squared = [_squared_norm(gradient) for gradient in raw]
-        finite = [jnp.isfinite(x) for x in squared]
-        treedef = jax.tree.structure(updates)
-        # A NaN must not enter moments that would keep it for ever.
-        grads = jax.tree.unflatten(treedef, [jnp.where(ok, g, 0.0) for ok, g in zip(finite, raw, strict=True)])
-
-        lazy, moments = [], []
-        for direction, moment in zip(directions, state.directions, strict=True):
-            moved, moment = direction.transform.update(grads, moment, jax.tree.unflatten(treedef, leaves))
-            lazy.append(direction.read(moved, moment, jax.tree.unflatten(treedef, raw)))
-            moments.append(moment)
-        layers = [list(layer) for layer in zip(*lazy, strict=True)]  # L lists of P
-
-        gram = jnp.stack([_gram(*layer) for layer in zip(raw, squared, layers, strict=True)])  # [L, P, P]
-        gradient_norm = jnp.sqrt(jnp.where(jnp.stack(finite), jnp.stack(squared), 0.0))
-        parameter_norm = jnp.sqrt(jnp.stack([_squared_norm(leaf) for leaf in leaves]))
-        moves = jnp.stack(finite) & jnp.isfinite(gram).all((1, 2))  # [L]; a direction's norm can overflow, too
-        gram = jnp.where(moves[:, None, None], gram, 0.0)
-        direction_norm = jnp.sqrt(jnp.diagonal(gram, axis1=1, axis2=2))  # [L, P]
-
-        root_n = np.sqrt([max(p.size, 1) for p in jax.tree.leaves(params)]).astype(np.float32)
-        norms = jnp.concatenate([gradient_norm[:, None], parameter_norm[:, None], direction_norm], axis=1)
-        log_norms = features.safe_log(norms / root_n[:, None])
-        log_norms_ema = features.update_log_norms(state.log_norms, log_norms, spec.norm_decays)
-        loss = features.update_loss(state.loss, value, spec.loss_decays)
-
-        time = features.time_features(step, jnp.asarray(total_steps), spec.absolute_time)
-        shared = jnp.concatenate([time, features.loss_features(loss, spec.loss_decays)])
-        seen = features.norm_features(log_norms, log_norms_ema, step, spec.norm_decays)
-        embedding = _embeddings(theta, spec, matches, how, params)
-        decision = network.apply(theta, spec, shared, jnp.concatenate([seen, embedding], axis=1))
-
-        relative = jnp.maximum(parameter_norm, _MIN_RELATIVE_RMS * root_n)
-        base = jnp.asarray(root_n) if spec.step == "rms" else relative
-        step_norm = spec.step_scale * base * jnp.exp(decision.log_step)
-        coefficients = _coefficients(decision.mix, step_norm, gram, direction_norm)  # [L, P]
-        mix, watched = decision.mix, state.guard
-        if net is not None:
-            if watched is None:
-                raise L3RSError("the state is one of an optimizer without a guard: make it with this one's init")
-            watched = advance(net, watched, jnp.asarray(value, jnp.float32), *_fast_loss(loss, spec))
-            adam = jnp.broadcast_to(adam_share(spec), mix.shape)
-            taken_over = watched.left > 0
-            coefficients = jnp.where(taken_over, net.learning_rate * adam, coefficients)
-            mix = jnp.where(taken_over, adam, mix)
-            step_norm = jnp.where(taken_over, net.learning_rate * (adam * direction_norm).sum(1), step_norm)
+        memory = core.Memory(state.count, state.loss, state.log_norms, state.guard)
+        measured, layers, moments = _measure(bases, updates, state, params, value)
+        embedding = _embedding(theta, spec, matches, how, params)
+        decision, memory = core.decide(theta, spec, memory, measured, embedding, jnp.asarray(total_steps), rules, jnp)
         new_updates = [
-            _mixture(moves[i], layer, coefficients[i]).astype(param.dtype)
+            _mixture(measured.moves[i], layer, decision.coefficients[i]).astype(param.dtype)
             for i, (layer, param) in enumerate(zip(layers, jax.tree.leaves(params), strict=True))
         ]
-        new_state = L3RSState(step, loss, log_norms_ema, mix, step_norm, tuple(moments), watched)
-        return jax.tree.unflatten(treedef, new_updates), new_state
+        new_state = L3RSState(
+            memory.step, memory.loss, memory.log_norms, decision.mix, decision.step_norm, moments, memory.guard
+        )
+        return jax.tree.unflatten(jax.tree.structure(updates), new_updates), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _embeddings(theta: Theta, spec: Spec, matches: Sequence[Match], how: Matching, params: optax.Params) -> jax.Array:
+def guard_report(state: Any) -> dict[str, Any]:
+    """What the guard did.
+
+    Args:
+      state: an optimizer state that contains one of `learned_optimizer(…, guard=…)`, chained or wrapped.
+
+    Returns:
+      `count`, how often Adam took over; `adam_steps`, how many steps it took in total; `active`, whether it is
+      certain to take the next step; `best_loss`, the lowest EMA of the loss.
+
+    Raises:
+      L3RSError: the state has no guard, or more than one.
+    """
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, GuardState))
+    found = [leaf for leaf in leaves if isinstance(leaf, GuardState)]
+    if len(found) != 1:
+        raise L3RSError(f"the state has {len(found)} guards; it must have one: l3rs.load(…, guard=True)")
+    return report(found[0])
+
+
+def _measure(
+    bases: Sequence[BaseOptimizer], grads: optax.Updates, state: L3RSState, params: optax.Params, value: jax.Array
+) -> tuple[core.Statistics, list[list[Lazy]], tuple[optax.OptState, ...]]:
+    """The statistics of a step, its directions (L lists of P) and the base optimizers' new moments."""
+    treedef = jax.tree.structure(grads)
+    leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(params)]
+    raw = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(grads)]
+    squared = [_squared_norm(gradient) for gradient in raw]
+    finite = [jnp.isfinite(x) for x in squared]
+    # A NaN must not enter moments, which would keep it.
+    clean = jax.tree.unflatten(treedef, [jnp.where(ok, g, 0.0) for ok, g in zip(finite, raw, strict=True)])
+
+    lazy, moments = [], []
+    for base, moment in zip(bases, state.directions, strict=True):
+        moved, moment = base.transform.update(clean, moment, jax.tree.unflatten(treedef, leaves))
+        lazy.append(base.read(moved, moment, jax.tree.unflatten(treedef, raw)))
+        moments.append(moment)
+    layers = [list(layer) for layer in zip(*lazy, strict=True)]
+
+    gram = jnp.stack([_gram(*layer) for layer in zip(raw, squared, layers, strict=True)])
+    parameter_squared = jnp.stack([_squared_norm(leaf) for leaf in leaves])
+    root_n = core.root_sizes([leaf.size for leaf in leaves])
+    measured = core.measure(value, state.count + 1, root_n, jnp.stack(squared), parameter_squared, gram, jnp)
+    return measured, layers, tuple(moments)
+
+
+def _embedding(theta: Theta, spec: Spec, matches: Sequence[Match], how: Matching, params: optax.Params) -> jax.Array:
     """Embeddings of the layers of `params`, [L, E]."""
-    rows = [match.row for match in matches]
-    if rows == list(range(len(spec.layers))):
-        return theta["embedding"]
-    if None not in rows:
-        return theta["embedding"][np.array(rows)]
     described = [Layer(how.rename.get(layer.path, layer.path), layer.shape) for layer in layers_of(params)]
-    return embedding_weights(spec, matches, described) @ theta["embedding"]
-
-
-def _fast_loss(loss: features.LossState, spec: Spec) -> tuple[jax.Array, jax.Array]:
-    """The fastest EMA of the loss, bias-corrected (NaN before a finite loss), and the first loss."""
-    weight = 1 - np.float32(spec.loss_decays[0]) ** loss.observed.astype(jnp.float32)
-    return loss.ema[0] / weight, loss.first
+    return jnp.asarray(embed(theta, spec, matches, described))
 
 
 def _check_call(grads: optax.Updates, params: optax.Params, value: jax.Array) -> None:
@@ -252,13 +231,3 @@ def _mixture(moves: jax.Array, layer: Sequence[Lazy], coefficients: jax.Array) -
     again = (lambda x: x) if layer[0].operands[0].size < _CACHED else jax.lax.optimization_barrier
     computed = [lazy.compute(*again(lazy.operands)) for lazy in layer]
     return jnp.where(moves, -sum(c * d for c, d in zip(coefficients, computed, strict=True)), 0.0)
-
-
-def _coefficients(mix: jax.Array, step_norm: jax.Array, gram: jax.Array, norm: jax.Array) -> jax.Array:
-    """What each direction is multiplied by, [L, P]: λ μ_p / (‖d_p‖ ‖Σ_q μ_q unit(d_q)‖).
-
-    A direction of norm 0 has no unit vector: its coefficient is 0."""
-    inverse = jnp.where(norm > 0, 1.0 / jnp.where(norm > 0, norm, 1.0), 0.0)
-    cosine = gram * inverse[:, :, None] * inverse[:, None, :]
-    mixed_norm = jnp.sqrt(jnp.maximum(jnp.einsum("lp,lpq,lq->l", mix, cosine, mix), 0.0))
-    return mix * inverse * (step_norm / jnp.maximum(mixed_norm, _MIN_MIX_NORM))[:, None]

@@ -1,4 +1,4 @@
-"""What an L3RS optimizer is made of, apart from its weights: types only."""
+"""What defines an L3RS optimizer besides its meta-parameters: types and their checks."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import jax
+Theta = dict[str, Any]  # the meta-parameters: nested dicts of float32 arrays, see `init_meta_params`
 
-Theta = dict[str, Any]  # the meta-parameters: a pytree of float32 arrays (ψ in the papers)
-
-FEATURE_VERSION = 1  # a change of any formula in features.py is a new version
+FEATURE_VERSION = 1  # a change of any feature's formula, in core.py or layers.py, is a new version
 
 
 class L3RSError(ValueError):
-    """The caller's input is wrong; the message is one sentence: what, where, what is allowed."""
+    """The caller's input is wrong. The message is one sentence: what is wrong, where, and what is allowed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One parameter tensor of the target network: where it is and how large."""
+    """One parameter tensor of the target network."""
 
-    path: str  # "dense_0/kernel"
+    path: str  # e.g. "dense_0/kernel"
     shape: tuple[int, ...]
 
     @property
@@ -32,7 +30,7 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Direction:
-    """A base optimizer's name (see `directions.py`) and its own options, e.g. `b2=0.99`."""
+    """A base optimizer's name (see `directions.py`) and its options, e.g. `b2=0.99`."""
 
     name: str
     options: tuple[tuple[str, Any], ...] = ()
@@ -55,23 +53,26 @@ class Direction:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """Everything needed, beside the meta-parameters, to rebuild an L3RS optimizer.
+    """Everything needed, besides the meta-parameters, to rebuild an L3RS optimizer.
 
     Attributes:
-      layers: the tensors of the network that it was meta-trained on.
-      directions: base optimizers that are mixed, at least one. The first is the one that an
-        untrained network favours.
+      layers: the parameter tensors of the network that it was meta-trained on.
+      directions: the base optimizers to mix, at least one. New meta-parameters favour the first.
       hidden: widths of the MLP's hidden layers (tanh).
-      embedding: where a layer's embedding comes from: "table" a learned row for each of `layers`, "descriptor" a
-        learned linear map of what can be read off any network's layers, see `layers.descriptors`.
+      embedding: where a layer's embedding comes from: "table", a learned row for each of `layers`; "descriptor", a
+        learned linear map of descriptors that any network's layers have, see `layers.descriptors`.
       embedding_dim: length of a layer's embedding.
-      step: what λ is relative to: "rms" √n of the layer, "relative" the norm of its parameters.
-      step_scale: λ of an untrained network, per parameter ("rms") or relative to ‖θ_l‖.
-      step_gain: λ = step_scale · √n · exp(step_gain · out).
-      mix_bias: logit of the first direction, and minus that of the others, before training.
-      loss_decays: decays of the loss EMAs, fast to slow.
-      norm_decays: (fast, slow) decays of the EMAs of the log norms.
-      absolute_time: also show the network the step itself, not just the fraction of the horizon.
+      step: what λ, the norm of a layer's update, is relative to: "rms", √n of the layer; "relative", the norm of its
+        parameters.
+      step_scale: λ of new meta-parameters, over √n or over the norm of the parameters; > 0.
+      step_gain: λ = step_scale · √n · exp(step_gain · out), or with the norm in place of √n.
+      mix_bias: logit of the first direction, and minus that of the others, with new meta-parameters.
+      loss_decays: decays of the loss EMAs, fast to slow; two or more, in [0, 1).
+      norm_decays: (fast, slow) decays of the EMAs of the log norms, in [0, 1).
+      absolute_time: give the network the step itself as well as the fraction of the horizon.
+
+    Raises:
+      L3RSError: a field has a value that is not allowed.
     """
 
     layers: tuple[Layer, ...]
@@ -95,20 +96,22 @@ class Spec:
     def create(
         cls, params: Any, directions: Sequence[str | Mapping[str, Any] | Direction] = ("adam", "sgd"), **fields: Any
     ) -> Spec:
-        """The spec for a network's `params` (a pytree of arrays or shapes).
+        """The spec for a network. Needs JAX.
 
         Args:
-          params: the target network's parameters; only paths and shapes are read.
-          directions: names, or mappings of a name and its options.
+          params: the network's parameters, a pytree of arrays or shapes; only paths and shapes are read.
+          directions: names, or mappings with a name and options.
           **fields: any other field of `Spec`.
         """
+        from l3rs.trees import layers_of  # here: the spec itself needs no JAX
+
         return cls(layers_of(params), tuple(Direction.parse(d) for d in directions), **fields)
 
     def to_json(self) -> dict[str, Any]:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields["layers"] = [[layer.path, list(layer.shape)] for layer in self.layers]
         fields["directions"] = [d.to_json() for d in self.directions]
-        if self.embedding == "table":  # as format 1 was written before there was a choice
+        if self.embedding == "table":  # as it was written before other embeddings existed
             del fields["embedding"]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
@@ -154,17 +157,3 @@ def _check_values(spec: Spec) -> None:
         raise L3RSError("spec.loss_decays needs two or more decays, spec.norm_decays exactly two")
     if not all(0 <= d < 1 for d in (*spec.loss_decays, *spec.norm_decays)):
         raise L3RSError("spec.loss_decays and spec.norm_decays must lie in [0, 1)")
-
-
-def layer_path(path: Sequence[Any]) -> str:
-    """A pytree key path as `a/b/0`. A trailing `value` (Flax NNX variables) is dropped."""
-    parts = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    if len(parts) > 1 and parts[-1] == "value":
-        parts.pop()
-    return "/".join(parts)
-
-
-def layers_of(params: Any) -> tuple[Layer, ...]:
-    """The layer table of a pytree of arrays, in leaf order."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return tuple(Layer(layer_path(path), tuple(leaf.shape)) for path, leaf in leaves)

@@ -17,17 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from l3rs.features import ABSOLUTE_SCALES, FRACTION_CENTERS
+from l3rs.core import feature_sizes
 from l3rs.layers import N_DESCRIPTORS
 from l3rs.spec import L3RSError, Spec, Theta
 
 MAX_VALUES = 1 << 24  # float32 values in theta, 64 MiB; a shipped optimizer has about 2,300
-
-
-def feature_sizes(spec: Spec) -> tuple[int, int]:
-    """How many features all layers share (time, loss), and how many each layer has (norms, embedding)."""
-    time = len(FRACTION_CENTERS) + spec.absolute_time * len(ABSOLUTE_SCALES)
-    return time + 2 * len(spec.loss_decays), 2 * (2 + len(spec.directions)) + spec.embedding_dim
 
 
 def theta_shapes(spec: Spec) -> dict[str, tuple[int, ...]]:

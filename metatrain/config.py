@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from l3rs import Direction, Guard, L3RSError, Layer, Spec
-from l3rs.directions import make_direction
+from l3rs.directions import direction_options
 
 Plan = Literal["fused", "stepwise"]  # how candidates run, see metatrain/inner/rollout.py
 
@@ -76,7 +76,7 @@ class OptimizerConfig(_SpecFields):
         directions = tuple(Direction.parse(direction) for direction in fields.pop("directions"))
         for direction in directions:
             try:
-                make_direction(direction)
+                direction_options(direction)
             except L3RSError as error:
                 raise ValueError(f"directions: {error}") from None
         try:

@@ -27,6 +27,7 @@ from l3rs.io.files import first_line, read_regular
 from l3rs.io.locations import local_folder
 from l3rs.io.manifest import MANIFEST, Manifest, make_manifest, read_manifest
 from l3rs.io.orbax_store import read_orbax, write_orbax
+from l3rs.layers import Match, MatchBy, Matching, OnUnknown
 from l3rs.spec import L3RSError, Spec, Theta
 from l3rs.theta import check_theta, digest, flatten, theta_shapes, unflatten
 
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     import optax
 
     from l3rs.guard import Guard
-    from l3rs.layers import Match, MatchBy, OnUnknown
 
 ORBAX = "theta"
 SAFETENSORS = "theta.safetensors"
@@ -195,9 +195,9 @@ def match_layers(
       fc/w dense/kernel
       scale mean
     """
-    match_params, matching = (optax_face("layers", name) for name in ("match_params", "Matching"))
+    match_params = optax_face("trees", "match_params")
     spec = optimizer if isinstance(optimizer, Spec) else read_spec(optimizer)
-    matches: tuple[Match, ...] = match_params(spec, params, matching.of(spec, rename, by, on_unknown))
+    matches: tuple[Match, ...] = match_params(spec, params, Matching.of(spec, rename, by, on_unknown))
     return matches
 
 

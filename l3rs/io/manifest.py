@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from l3rs.directions import direction_options
 from l3rs.io.files import read_regular
 from l3rs.spec import FEATURE_VERSION, L3RSError, Spec
 from l3rs.theta import theta_shapes
@@ -96,6 +97,8 @@ def _spec(data: dict[str, Any], file: Path) -> Spec:
     try:
         spec = Spec.from_json(data)
         theta_shapes(spec)
+        for direction in spec.directions:
+            direction_options(direction)
     except L3RSError as error:
         raise L3RSError(f"{file} is damaged: {str(error)[:500]}") from None
     except (TypeError, KeyError, AttributeError, ValueError, OverflowError, RecursionError) as error:

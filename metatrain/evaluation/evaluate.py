@@ -28,6 +28,7 @@ import l3rs
 from l3rs import L3RSError
 from l3rs.baselines import MADAState, SWATSState, iomt, mada_coefficients
 from l3rs.baselines.mada import COEFFICIENTS
+from l3rs.trees import layers_of
 from metatrain.config import Config, EvaluationConfig, Plan, UserError, check_section, portable
 from metatrain.evaluation.baselines import Baseline, Interleaved, Tuned, chosen_baselines, make_baseline
 from metatrain.evaluation.interleaved import Trainers, interleaved_rollout, trainers
@@ -240,7 +241,7 @@ def _decisions(ours: _Learned, comparison: _Comparison, device: jax.Device) -> D
         for carry in inner_steps(task, ours.make, theta, data, first, horizon)
     ]
     mix, step_norm = (np.stack(values) for values in zip(*steps, strict=True))
-    layers = l3rs.spec.layers_of(task.params_shape())
+    layers = layers_of(task.params_shape())
     return DecisionPath(
         setting=comparison.setting,
         horizon=horizon,

@@ -111,5 +111,5 @@ def test_half_precision():
     model, shared = half(Observing())
     assert shared["step"] == shared["losses"] == len(model.losses) == 16
     assert sum(model.losses[-4:]) < sum(model.losses[:4])
-    with pytest.raises(l3rs.L3RSError, match=r"^L3RS reads the loss: .* observe\(loss\) before step"):
+    with pytest.raises(l3rs.L3RSError, match=r"^L3RS needs the loss: .* observe\(loss\) before step"):
         half(Classifier())

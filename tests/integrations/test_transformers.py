@@ -102,7 +102,7 @@ def test_fine_tuning(tmp_path):
     assert len(losses) == shared["step"] == shared["losses"] == 60
     assert shared["first_loss"] == pytest.approx(losses[0], rel=1e-3)
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
-    groups = {layer.name: layer.source for layer in l3rs.torch.match(opt.spec, model.named_parameters())}
+    groups = {layer.name: layer.source for layer in l3rs.torch.match_layers(opt.spec, model.named_parameters())}
     assert set(groups.values()) == {"descriptor"}
 
 
@@ -176,5 +176,5 @@ def test_without_observing(tmp_path):
     """The Trainer itself passes no loss: that is said at the first step."""
     model = bert()
     run = trainer(model, optimizer(model, 1), tmp_path, max_steps=1, per_device_train_batch_size=8)
-    with pytest.raises(l3rs.L3RSError, match=r"^L3RS reads the loss"):
+    with pytest.raises(l3rs.L3RSError, match=r"^L3RS needs the loss"):
         run.train()

@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from l3rs.directions import DIRECTIONS, make_direction
+from l3rs.directions import OPTIONS
 from l3rs.spec import Direction, L3RSError
+from l3rs.transforms import make_direction
 
 STEPS = 10
 ROUNDING = 1e-6  # the same formula compiled apart: XLA may fuse a multiply and an add
@@ -47,7 +48,7 @@ def take(base, grads, state, params):
 
 
 def test_every_direction_is_covered():
-    assert {Direction.parse(value).name for value, _ in CASES} == set(DIRECTIONS)
+    assert {Direction.parse(value).name for value, _ in CASES} == set(OPTIONS)
 
 
 @pytest.mark.parametrize(

@@ -176,13 +176,13 @@ def test_report_of_wrapped_states():
     for tx, n in ((l3rs.learned_optimizer(THETA, SPEC, 40), 0), (optax.chain(guarded, guarded), 2)):
         with pytest.raises(l3rs.L3RSError) as error:
             l3rs.guard_report(tx.init(params))
-        assert str(error.value) == f"the state holds {n} guards; one is needed: l3rs.load(…, guard=True)"
+        assert str(error.value) == f"the state has {n} guards; it must have one: l3rs.load(…, guard=True)"
 
 
 def test_a_state_without_guard():
     params = normal(0)
     state = l3rs.learned_optimizer(THETA, SPEC, 40).init(params)
-    with pytest.raises(l3rs.L3RSError, match="the state is one of an optimizer without a guard"):
+    with pytest.raises(l3rs.L3RSError, match="the state is from an optimizer without a guard"):
         l3rs.learned_optimizer(THETA, SPEC, 40, guard=True).update(params, state, params, value=1.0)
 
 
@@ -219,7 +219,7 @@ def test_guards_that_cannot_be(torch_too):
     theta = jax.jit(l3rs.init_meta_params, static_argnums=1)(jax.random.key(0), spec)
     with pytest.raises(l3rs.L3RSError) as error:
         make(theta, spec, guard=True)
-    assert str(error.value) == "guard goes back to Adam, which is not among this optimizer's directions lion, sgd"
+    assert str(error.value) == "guard needs Adam among the optimizer's directions; this one has lion, sgd"
 
 
 def test_parity_in_pytorch():

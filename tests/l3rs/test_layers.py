@@ -11,7 +11,8 @@ import pytest
 
 import l3rs
 from l3rs.layers import KINDS, depth_order, descriptors, kind
-from l3rs.spec import Direction, L3RSError, Layer, Spec, layer_path, layers_of
+from l3rs.spec import Direction, L3RSError, Layer, Spec
+from l3rs.trees import layer_path, layers_of
 
 
 class Pair(NamedTuple):
@@ -64,9 +65,14 @@ def test_flax_states_and_plain_dicts_have_the_same_paths():
     assert layers_of(nnx.to_pure_dict(state)) == layers_of(state)
 
 
+def matched(spec, params, match="path", **rules):
+    """`match_layers` with the keywords of `learned_optimizer`."""
+    return l3rs.match_layers(spec, params, by=match, **rules)
+
+
 def rows(table, params, **rules):
     """Of each leaf its row in the table."""
-    found = l3rs.match_network(Spec(tuple(table)), params, **rules)
+    found = matched(Spec(tuple(table)), params, **rules)
     assert [(layer.name, layer.shape) for layer in found] == [(x.path, x.shape) for x in layers_of(params)]
     assert all(layer.source == ("mean" if layer.row is None else table[layer.row].path) for layer in found)
     return [layer.row for layer in found]
@@ -109,7 +115,7 @@ def test_match_auto():
     assert rows(TABLE, {"dense": {"bias": np.zeros(3)}}, match="auto") == [0]
     other = {"fc": {"b": np.zeros(3), "w": np.zeros((4, 3))}, "out": np.zeros(())}
     assert rows(TABLE, other, match="auto") == [0, 1, 2]
-    with pytest.raises(L3RSError, match=r"layer 'fc' \(3,\) is none"):
+    with pytest.raises(L3RSError, match=r"layer 'fc' \(3,\) is not a layer"):
         rows(TABLE, {"dense": {"bias": np.zeros(3)}, "fc": np.zeros(3)}, match="auto")
 
 
@@ -128,9 +134,9 @@ def test_unknown_layers_get_the_mean():
         (
             {"dense": {"scale": (3,)}},
             {},
-            "layer 'dense/scale' (3,) is none that this optimizer was meta-trained on; the layers to choose from are "
-            "dense/bias (3,), dense/kernel (4, 3), head (); rename={name: layer} says which it is, "
-            "on_unknown='mean' gives it the mean embedding",
+            "layer 'dense/scale' (3,) is not a layer that this optimizer was meta-trained on; the layers to choose "
+            "from are dense/bias (3,), dense/kernel (4, 3), head (); pass rename={name: layer} to map it, "
+            "or on_unknown='mean' to give it the mean embedding",
         ),
         (
             {"dense": {"kernel": (3, 4)}},
@@ -145,17 +151,18 @@ def test_unknown_layers_get_the_mean():
         (
             {"fc": (4, 3)},
             {"rename": {"fd": "dense/kernel"}},
-            "rename has 'fd', which is no layer of the params; they are 'fc'",
+            "rename has 'fd', which is not a layer of the params; these are 'fc'",
         ),
         (
             {"fc": (4, 3)},
             {"rename": {"fc": "dense"}},
-            "rename says 'fc' is 'dense'; the layers to choose from are dense/bias (3,), dense/kernel (4, 3), head ()",
+            "rename maps 'fc' to 'dense', which is not in the checkpoint; the layers to choose from "
+            "are dense/bias (3,), dense/kernel (4, 3), head ()",
         ),
         (
             {"fc": (4, 3)},
             {"rename": ["fc"]},
-            "rename is ['fc']; it must be a mapping, {name in the network: path in the table}",
+            "rename is ['fc']; it must be a mapping {name in the network: path in the checkpoint}",
         ),
         ({}, {"match": "name"}, "match is 'name'; allowed are 'auto', 'path', 'order'"),
         ({}, {"on_unknown": "zero"}, "on_unknown is 'zero'; allowed are 'error', 'mean', 'descriptor'"),
@@ -167,8 +174,8 @@ def test_unknown_layers_get_the_mean():
         (
             {"v": (4, 3), "w": (4, 3)},
             {"match": "order", "on_unknown": "mean"},
-            "layer 'v' (4, 3) could be any of dense/kernel: there are 2 of its shape; "
-            "pass all of the model's parameters, or named ones and rename={name: layer}",
+            "layer 'v' (4, 3) could be any of dense/kernel: the network has 2 of this shape; "
+            "pass all of the model's parameters, or rename={name: layer}",
         ),
     ],
     ids=[
@@ -179,7 +186,7 @@ def test_unknown_layers_get_the_mean():
 def test_match_errors(params, rules, sentence):
     params = jax.tree.map(np.zeros, params, is_leaf=lambda x: isinstance(x, tuple))
     for match in (
-        l3rs.match_network,
+        matched,
         lambda spec, params, **rules: l3rs.learned_optimizer(THETA, spec, 1, **rules).init(params),
     ):
         with pytest.raises(L3RSError) as error:
@@ -189,11 +196,11 @@ def test_match_errors(params, rules, sentence):
 
 def test_match_unknown_layer_of_a_large_network():
     table = tuple(Layer(f"layer_{i}", ()) for i in range(100))
-    with pytest.raises(L3RSError, match=r"are layer_0 \(\), .*, layer_5 \(\) and 94 more; rename"):
+    with pytest.raises(L3RSError, match=r"are layer_0 \(\), .*, layer_5 \(\) and 94 more; pass rename"):
         rows(table, {"x": np.zeros(())})
 
 
-# What can be read off a layer of any network
+# Descriptors
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,18 @@
 """The MLP, against the same written out in NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l3rs import network
+from l3rs import core
+from l3rs.init import init_meta_params
 from l3rs.spec import Spec
 
-init = jax.jit(network.init_meta_params, static_argnums=1)  # compiled as one: quicker than op by op
-apply = jax.jit(network.apply, static_argnums=1)
+init = jax.jit(init_meta_params, static_argnums=1)  # compiled as one: quicker than op by op
+apply = jax.jit(functools.partial(core.network, xp=jnp), static_argnums=1)
 
 PARAMS = {"a": np.zeros((4, 3)), "b": np.zeros(3), "c": np.zeros(5)}
 
@@ -17,13 +20,13 @@ PARAMS = {"a": np.zeros((4, 3)), "b": np.zeros(3), "c": np.zeros(5)}
 def some_theta(spec, seed=0):
     """Random meta-parameters whose decisions differ: no bias is 0, the output layer is not small."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: network.init_meta_params(jax.random.key(0), spec))
+    shapes = jax.eval_shape(lambda: init_meta_params(jax.random.key(0), spec))
     return jax.tree.map(lambda leaf: (0.4 * rng.normal(size=leaf.shape)).astype(np.float32), shapes)
 
 
 def some_features(spec, seed=0):
     rng = np.random.default_rng(seed)
-    shared, per_layer = network.feature_sizes(spec)
+    shared, per_layer = core.feature_sizes(spec)
     return (
         jnp.asarray(rng.normal(size=shared), jnp.float32),
         jnp.asarray(rng.normal(size=(len(spec.layers), per_layer)), jnp.float32),
@@ -42,13 +45,13 @@ def some_features(spec, seed=0):
     ids=str,
 )
 def test_feature_sizes(fields, expected):
-    assert network.feature_sizes(Spec.create(PARAMS, **fields)) == expected
+    assert core.feature_sizes(Spec.create(PARAMS, **fields)) == expected
 
 
 @pytest.mark.parametrize("hidden", [(), (7,), (7, 5, 6)])
 def test_init_shapes(hidden):
     spec = Spec.create(PARAMS, hidden=hidden, embedding_dim=2)
-    theta = jax.eval_shape(lambda: network.init_meta_params(jax.random.key(0), spec))
+    theta = jax.eval_shape(lambda: init_meta_params(jax.random.key(0), spec))
     widths = [13 + 8 + 2, *hidden, 3]
     expected = {"embedding": (3, 2)}
     for i in range(len(hidden) + 1):
@@ -74,7 +77,7 @@ def test_embedding_rows_differ():
 
 def test_init_is_float32_under_x64():
     with jax.enable_x64(True):
-        theta = jax.eval_shape(lambda: network.init_meta_params(jax.random.key(0), Spec.create(PARAMS)))
+        theta = jax.eval_shape(lambda: init_meta_params(jax.random.key(0), Spec.create(PARAMS)))
     assert {leaf.dtype for leaf in jax.tree.leaves(theta)} == {jnp.dtype("float32")}
 
 
@@ -84,9 +87,9 @@ def test_untrained_network_follows_the_biases():
     spec = Spec.create(PARAMS, ("sgd", "adam", "lion"))
     expected = [0.9646635, 0.0176683, 0.0176683]
     for seed in range(5):
-        decision = apply(init(jax.random.key(seed), spec), spec, *some_features(spec, seed))
-        np.testing.assert_allclose(decision.mix, np.tile(expected, (3, 1)), atol=0.05 * 2 * 0.02)
-        np.testing.assert_allclose(decision.log_step, 0, atol=0.05 * spec.step_gain)
+        mix, log_step = apply(init(jax.random.key(seed), spec), spec, *some_features(spec, seed))
+        np.testing.assert_allclose(mix, np.tile(expected, (3, 1)), atol=0.05 * 2 * 0.02)
+        np.testing.assert_allclose(log_step, 0, atol=0.05 * spec.step_gain)
 
 
 @pytest.mark.parametrize("hidden", [(), (7,), (7, 5, 6)])
@@ -94,7 +97,7 @@ def test_apply_equals_numpy(hidden):
     spec = Spec.create(PARAMS, ("adam", "sgd", "lion"), hidden=hidden, mix_bias=0.7, step_gain=1.5)
     theta = some_theta(spec)
     shared, per_layer = some_features(spec)
-    decision = apply(theta, spec, shared, per_layer)
+    mix, log_step = apply(theta, spec, shared, per_layer)
 
     for i in range(3):  # one layer at a time, in float64
         x = np.concatenate([np.asarray(shared, float), np.asarray(per_layer[i], float)])
@@ -102,10 +105,10 @@ def test_apply_equals_numpy(hidden):
             x = x @ np.asarray(theta[f"dense_{j}"]["kernel"], float) + np.asarray(theta[f"dense_{j}"]["bias"], float)
             x = np.tanh(x) if j < len(hidden) else x
         logits = np.exp(x[:3] + np.array([0.7, -0.7, -0.7]))
-        np.testing.assert_allclose(decision.mix[i], logits / logits.sum(), atol=1e-5)  # float32 sums of 25 terms
-        np.testing.assert_allclose(decision.log_step[i], 1.5 * x[3], atol=1e-5)
-    assert decision.mix.std(axis=0).min() > 1e-3  # the layers were told apart
-    np.testing.assert_allclose(decision.mix.sum(axis=1), 1, atol=1e-6)
+        np.testing.assert_allclose(mix[i], logits / logits.sum(), atol=1e-5)  # float32 sums of 25 terms
+        np.testing.assert_allclose(log_step[i], 1.5 * x[3], atol=1e-5)
+    assert mix.std(axis=0).min() > 1e-3  # the layers were told apart
+    np.testing.assert_allclose(mix.sum(axis=1), 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -114,6 +117,6 @@ def test_step_size_is_bounded(sign):
     spec = Spec.create(PARAMS)
     theta = init(jax.random.key(0), spec)
     theta["dense_2"]["bias"] = jnp.array([-1e30, 1e30, sign * 1e30])
-    decision = apply(theta, spec, *some_features(spec))
-    np.testing.assert_array_equal(decision.log_step, np.full(3, sign * 10))
-    np.testing.assert_array_equal(decision.mix, np.tile([0.0, 1.0], (3, 1)))
+    mix, log_step = apply(theta, spec, *some_features(spec))
+    np.testing.assert_array_equal(log_step, np.full(3, sign * 10))
+    np.testing.assert_array_equal(mix, np.tile([0.0, 1.0], (3, 1)))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import l3rs
 from l3rs import optimizer
-from l3rs.directions import make_direction
+from l3rs.transforms import make_direction
 
 # The same float32 sums, compiled or ordered in another way.
 ROUNDING = 1e-5
@@ -657,7 +657,7 @@ def test_missing_arguments(adam_sgd, missing):
     arguments = {"params": params, "value": 1.0, missing: None}
     with pytest.raises(l3rs.L3RSError) as error:
         tx.update(params, tx.init(params), arguments["params"], value=arguments["value"])
-    sentence = "L3RS reads the params and the loss: call update(grads, state, params, value=loss)"
+    sentence = "L3RS needs the params and the loss: call update(grads, state, params, value=loss)"
     assert str(error.value) == sentence
     with pytest.raises(l3rs.L3RSError, match="value=loss"):
         tx.update(params, tx.init(params), params)
@@ -666,7 +666,7 @@ def test_missing_arguments(adam_sgd, missing):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"new": np.zeros(2)}, r"layer 'new' \(2,\) is none that this optimizer was meta-trained on"),
+        ({"new": np.zeros(2)}, r"layer 'new' \(2,\) is not a layer that this optimizer was meta-trained on"),
         ({"b": np.zeros(6)}, r"layer 'b' has shape \(6,\); this optimizer was meta-trained on \(5,\)"),
     ],
     ids=["unknown layer", "other shape"],

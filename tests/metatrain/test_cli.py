@@ -279,7 +279,7 @@ def test_inspect_shows_what_the_layers_of_a_network_are(finished: Path, config: 
     assert "position_ids" not in done.stdout
 
     table = tmp_path / "model.safetensors"
-    assert "layer '0.weight' (8, 3, 3, 3) is none that" in refused(
+    assert "layer '0.weight' (8, 3, 3, 3) is not a layer that" in refused(
         metatrain("inspect", "digits-mlp", "--network", table, "--match", "path")
     )
     done = metatrain("inspect", "digits-mlp", "--network", table, "--on-unknown", "mean")

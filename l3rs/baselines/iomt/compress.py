@@ -13,7 +13,7 @@ import numpy as np
 
 from l3rs.baselines.iomt.extras import require
 from l3rs.layers import depth_order
-from l3rs.spec import layers_of
+from l3rs.trees import layers_of
 
 Layers = Sequence[Any]  # arrays, one a layer, of the same shapes at every stage
 CompressorName = Literal["pca", "random_projection", "umap"]

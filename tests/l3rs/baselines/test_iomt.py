@@ -408,7 +408,7 @@ def test_key_parameters_of_our_models(model, expected):
 
     params, _ = make_model(model, (16, 16, 3), 10).init(jax.random.key(0))
     paths = {
-        id(leaf): layer.path for layer, leaf in zip(l3rs.spec.layers_of(params), jax.tree.leaves(params), strict=True)
+        id(leaf): layer.path for layer, leaf in zip(l3rs.trees.layers_of(params), jax.tree.leaves(params), strict=True)
     }
     assert [paths[id(x)] for x in iomt.key_parameters(params)] == expected
 

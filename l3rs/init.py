@@ -1,27 +1,18 @@
-"""The MLP that maps a layer's features to direction weights μ and a step size λ."""
+"""New meta-parameters."""
 
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from l3rs.core import feature_sizes
 from l3rs.layers import N_DESCRIPTORS
 from l3rs.spec import Spec, Theta
-from l3rs.theta import feature_sizes
 
 _OUTPUT_SCALE = 1e-2  # an output layer near zero: an untrained network follows the biases
-_STEP_LOG_LIMIT = 10.0  # λ stays within a factor e^±10 of its base
-
-
-class Decision(NamedTuple):
-    """What the network says for each of L layers."""
-
-    mix: jax.Array  # float32 [L, P], weights of the directions, on the simplex
-    log_step: jax.Array  # float32 [L], log of λ over its base
 
 
 def init_meta_params(key: jax.Array, spec: Spec) -> Theta:
@@ -46,23 +37,3 @@ def init_meta_params(key: jax.Array, spec: Spec) -> Theta:
         kernel = jax.random.normal(keys[i], (fan_in, fan_out), jnp.float32) * np.float32(scale / np.sqrt(fan_in))
         theta[f"dense_{i}"] = {"kernel": kernel, "bias": jnp.zeros(fan_out, jnp.float32)}
     return theta
-
-
-def apply(theta: Theta, spec: Spec, shared: jax.Array, per_layer: jax.Array) -> Decision:
-    """One forward pass for all layers.
-
-    Args:
-      theta: as `init_meta_params` makes them.
-      spec: the optimizer's spec.
-      shared: float32 [F], features common to all layers.
-      per_layer: float32 [L, G], features and embedding of each layer.
-    """
-    x = jnp.concatenate([jnp.broadcast_to(shared, (per_layer.shape[0], shared.shape[0])), per_layer], axis=1)
-    for i in range(len(spec.hidden) + 1):
-        dense = theta[f"dense_{i}"]
-        x = x @ dense["kernel"] + dense["bias"]
-        if i < len(spec.hidden):
-            x = jnp.tanh(x)
-    bias = spec.mix_bias * np.where(np.arange(len(spec.directions)) == 0, 1.0, -1.0).astype(np.float32)
-    log_step = jnp.clip(spec.step_gain * x[:, -1], -_STEP_LOG_LIMIT, _STEP_LOG_LIMIT)
-    return Decision(jax.nn.softmax(x[:, :-1] + bias), log_step)

@@ -1,0 +1,447 @@
+"""L3RS as a `torch.optim.Optimizer`, step by step the same numbers as `l3rs.optimizer`.
+
+A step makes one pass of reductions over gradients and parameters, one that updates the moments and computes
+the directions' inner products, and one that updates the parameters. In between, `l3rs.core` computes everything small
+on the host, in NumPy: two transfers per step, however many layers there are. The passes work on pieces that stay in a
+processor's cache and allocate nothing of the parameters' size.
+"""
+
+from __future__ import annotations
+
+import numbers
+import os
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from l3rs import core
+from l3rs.core import check_total_steps
+from l3rs.guard import Guard, GuardState, init_guard, make_guard, report
+from l3rs.io.checkpoint import restore, trained_horizon
+from l3rs.layers import Convention, Match, MatchBy, Matching, OnUnknown, embed, match_network
+from l3rs.spec import L3RSError, Spec, Theta
+from l3rs.theta import check_theta, digest
+from l3rs.torch.directions import add_directions, make_direction, make_inputs
+from l3rs.torch.names import TORCH, flax_layer
+from l3rs.torch.passes import (
+    LARGE_PIECE,
+    PIECE,
+    buckets,
+    gram_matrices,
+    host,
+    mean_over_ranks,
+    norms,
+    per_layer,
+    products,
+)
+from l3rs.torch.state import check_state
+
+
+class _ActiveLayer(NamedTuple):
+    """A parameter that takes part in this step."""
+
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Any]
+    embedding: np.ndarray  # float32 [E]
+    lr: float | Tensor
+
+
+class L3RS(torch.optim.Optimizer):
+    """A meta-trained optimizer for a PyTorch model.
+
+    Statistics are float32, updates are cast to the parameters' dtype. A layer whose gradient is not
+    finite (or so large that its squared norm is not) stays where it is for that step, and its gradient
+    counts as zero in the moments; a non-finite loss does not enter the loss features. A parameter
+    without a gradient is skipped: it takes no memory and does not affect other layers.
+
+    Every step needs the loss: `step(loss=loss)`, `step(closure)`, or `observe(loss)` before a `step()`
+    that other code calls. Pass the plain loss, neither scaled (`GradScaler`) nor divided for
+    gradient accumulation. With `torch.distributed` initialised it is averaged over all ranks, which
+    must all step together; each rank must hold whole parameters (DDP, not FSDP).
+
+    Args:
+      params: `model.named_parameters()`, parameters, or param groups of either. Pass frozen parameters, too,
+        unless the names are the checkpoint's. Descriptor embeddings need names; where a name does not tell how deep
+        a layer is, its position among the parameters does, or among the sorted names if there are several groups.
+      checkpoint: a folder, a shipped name or a URL, as in `l3rs.load`; or meta-parameters and their spec,
+        `(theta, spec)`.
+      total_steps: the number of steps that you are going to train, the horizon T. None means the longest
+        horizon of the checkpoint's meta-training. Training may go past it, with one warning.
+      lr: a factor on the step that the network chooses, for learning-rate schedulers and param groups. The
+        optimizer was meta-trained with 1.
+      rename: {name of a parameter: path of its layer in the checkpoint}. With descriptor embeddings, the name from
+        which a layer's descriptors are computed.
+      match: how parameters map to layers, see `match_layers`: by "path", by "order", or "auto": by path,
+        and by order if no name is in the checkpoint.
+      on_unknown: "error", or "mean": a parameter that is not in the checkpoint's table, or has another shape there,
+        gets the mean of all embeddings. "descriptor" is for checkpoints with descriptor embeddings.
+      guard: True, or a `Guard`: take plain Adam steps for a while when the loss diverges, see `guard_report`. `lr`
+        multiplies Adam's learning rate, too.
+
+    Attributes:
+      spec: the optimizer's spec.
+      total_steps: T.
+      param_groups: besides `params` and `lr`, `layers`: the path of each parameter's layer; None if it has the mean
+        embedding. With descriptor embeddings, the name from which its descriptors are computed.
+      state: per parameter `step`, the moments (float32, of its shape), and of the last step `log_norms`
+        ([2, S] EMAs), `mix` ([P], μ) and `step_norm` ([], λ without `lr`).
+
+    Raises:
+      L3RSError: a parameter has no layer in the checkpoint; the checkpoint cannot be read; a step has no loss.
+
+    Example:
+      >>> import torch
+      >>> from l3rs.torch import L3RS
+      >>> model = torch.nn.Sequential(
+      ...     torch.nn.Linear(196, 64),
+      ...     torch.nn.ReLU(),
+      ...     torch.nn.Linear(64, 64),
+      ...     torch.nn.ReLU(),
+      ...     torch.nn.Linear(64, 10),
+      ... )
+      >>> opt = L3RS(model.named_parameters(), "checkpoints/digits-mlp", total_steps=100)
+      >>> loss = torch.nn.functional.cross_entropy(model(torch.randn(8, 196)), torch.arange(8))
+      >>> loss.backward()
+      >>> _ = opt.step(loss=loss)
+      >>> opt.param_groups[0]["layers"][:2]
+      ['layers/0/kernel', 'layers/0/bias']
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        checkpoint: str | os.PathLike[str] | tuple[Theta, Spec],
+        total_steps: int | None = None,
+        *,
+        lr: float | Tensor = 1.0,
+        rename: Mapping[str, str] | None = None,
+        match: MatchBy = "auto",
+        on_unknown: OnUnknown = "error",
+        guard: bool | Guard = False,
+    ) -> None:
+        if isinstance(checkpoint, tuple):
+            theta, self.spec = checkpoint
+            info: Mapping[str, Any] = {}
+            check_theta(theta, self.spec, "theta")
+        else:
+            theta, self.spec, info = restore(checkpoint)
+        if not lr >= 0:
+            raise L3RSError(f"lr is {lr}; it must be a number ≥ 0")
+        self.total_steps = check_total_steps(trained_horizon(info) if total_steps is None else total_steps)
+        self._theta = _numpy(theta)
+        self._guard = make_guard(guard, self.spec)
+        self._matching = Matching.of(self.spec, rename, match, on_unknown)
+        self._directions = [make_direction(direction) for direction in self.spec.directions]
+        self._observed: list[Tensor] = []
+        self._warned = False
+        super().__init__(params, {"lr": lr})
+        self._match(self.param_groups, self._matching)
+        # What all layers share is in the first group: besides a parameter's own state, this is the only place
+        # that every tool for saving and sharding optimizers keeps.
+        ema = [0.0] * len(self.spec.loss_decays)
+        self.param_groups[0]["shared"] = {
+            "step": 0,
+            "losses": 0,
+            "first_loss": 0.0,
+            "loss_ema": ema,
+            **self._identity(),
+        }
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, e.g. once they are no longer frozen.
+
+        With descriptor embeddings this changes the depth of all layers; it does not if frozen parameters are passed
+        from the start.
+
+        Args:
+          param_group: what `torch.optim` takes, and `rename`, as in `L3RS`.
+
+        Raises:
+          L3RSError: a parameter has no layer in the checkpoint, or another parameter has that layer.
+        """
+        group = dict(param_group)
+        rename = group.pop("rename", None)
+        super().add_param_group(group)
+        if "shared" in self.param_groups[0]:  # while constructing, all groups are matched at once
+            try:
+                how = self._matching
+                self._match(self.param_groups[-1:], Matching.of(self.spec, rename, how.by, how.on_unknown))
+            except L3RSError:
+                self.param_groups.pop()
+                raise
+
+    def _match(self, groups: Sequence[dict[str, Any]], how: Matching) -> None:
+        params = [param for group in groups for param in group["params"]]
+        names = [name for group in groups for name in group.get("param_names", [None] * len(group["params"]))]
+        for name, param in zip(names, params, strict=True):
+            if hasattr(param, "device_mesh") or re.search("_fsdp_wrapped_module|_flat_param", name or ""):
+                raise L3RSError(
+                    f"parameter {name or ''}{tuple(param.shape)} is sharded; L3RS needs norms of whole layers: use DDP"
+                )
+            if param.is_complex():
+                raise L3RSError(f"parameter {name or ''}{tuple(param.shape)} is complex; L3RS needs real parameters")
+        devices = {str(param.device) for group in self.param_groups for param in group["params"]}
+        if len(devices) > 1:
+            raise L3RSError(f"parameters are on {', '.join(sorted(devices))}; they must all be on one device")
+        taken = {path for group in self.param_groups for path in group.get("layers", ())}
+        network = [(name, tuple(param.shape)) for name, param in zip(names, params, strict=True)]
+        matches = match_network(self.spec, network, how, self._convention, taken - {None})
+        if self.spec.embedding == "descriptor":
+            paths = iter([how.rename.get(name, name) for name in names])
+        else:
+            paths = iter([None if match.row is None else match.source for match in matches])
+        for group in groups:
+            group["layers"] = [next(paths) for _ in group["params"]]
+        self._embed()
+
+    @property
+    def _convention(self) -> Convention:
+        # Groups do not follow depth: a split by weight decay puts all norms at the end.
+        return TORCH._replace(alphabetical=len(self.param_groups) > 1)
+
+    def _identity(self) -> dict[str, Any]:
+        """What identifies a saved state, besides its shapes."""
+        return {"total_steps": self.total_steps, "theta": digest(self._theta)[:16]}
+
+    def _embed(self) -> None:
+        """Compute the embeddings of all groups' parameters from `layers`."""
+        layers = [path for group in self.param_groups for path in group["layers"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        described = [flax_layer(path, param.shape) for path, param in zip(layers, params, strict=True)]
+        rows = {layer.path: row for row, layer in enumerate(self.spec.layers)}
+        matches = [Match(path, layer.shape, rows.get(path), "") for path, layer in zip(layers, described, strict=True)]
+        embeddings = iter(embed(self._theta, self.spec, matches, described, self._convention))
+        self._embeddings = [[next(embeddings) for _ in group["params"]] for group in self.param_groups]
+
+    def observe(self, loss: Tensor | float) -> None:
+        """Remember a loss for the next step, for training loops in which other code calls `step()`.
+
+        Losses of several micro-batches are averaged: the finite ones, if there are any. Each must be the
+        micro-batch's own mean loss, not divided by the number of micro-batches. If `GradScaler` skips a step, its
+        losses count in the next one.
+        """
+        if not isinstance(loss, (Tensor, numbers.Real)):
+            raise L3RSError(f"the loss is {loss!r}; it must be a number or a tensor of one")
+        value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss), device="cpu")
+        if value.numel() != 1 or value.is_complex():
+            raise L3RSError(f"the loss is {value.dtype}{list(value.shape)}; it must be one real number")
+        # A copy, because the caller may change the tensor in place.
+        self._observed.append(value.reshape(()).float().clone())
+
+    def guard_report(self) -> dict[str, Any]:
+        """What the guard did so far, see `l3rs.guard_report`.
+
+        Raises:
+          L3RSError: the optimizer has no guard.
+        """
+        if self._guard is None:
+            raise L3RSError("the optimizer has no guard: L3RS(…, guard=True)")
+        return report(self._guard_state())
+
+    def _guard_state(self) -> GuardState:
+        saved = self.param_groups[0]["shared"].get("guard")
+        return init_guard(np) if saved is None else GuardState(*map(np.asarray, saved))
+
+    # torch.compile would trace it again for every step, because its scalars are Python's.
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Tensor | float] | None = None, *, loss: Tensor | float | None = None
+    ) -> Tensor | float | None:
+        """One step.
+
+        Args:
+          closure: clears the gradients, computes them again and returns the loss. Losses that were passed to `observe`
+            since the last step, or by the closure, count in place of the one that it returns.
+          loss: the loss of the gradients; in place of a closure.
+
+        Returns:
+          The loss that was passed, or that the closure returned; None, without a step, if the closure produces neither
+          a loss nor gradients. Without a loss, a step with an `lr` of 0 only creates the state:
+          torch.distributed.checkpoint prepares an optimizer for loading in this way.
+
+        Raises:
+          L3RSError: there is no loss; a gradient is sparse.
+        """
+        if closure is not None:
+            if loss is not None:
+                raise L3RSError("step takes a closure or a loss, not both")
+            if not callable(closure):
+                raise L3RSError("pass the loss by keyword: step(loss=loss)")
+            with torch.enable_grad():
+                loss = closure()
+        layers = self._layers()
+        if loss is not None and not (closure is not None and self._observed):
+            self.observe(loss)
+        if not self._observed:
+            if (closure is not None and not layers) or not any(float(group["lr"]) for group in self.param_groups):
+                return None
+            raise L3RSError("L3RS needs the loss: call step(loss=loss), step(closure), or observe(loss) before step()")
+        observed, self._observed = self._observed, []
+        if layers:
+            with np.errstate(all="ignore"):  # non-finite values are detected and excluded
+                self._step(layers, observed)
+        return loss
+
+    def _layers(self) -> list[_ActiveLayer]:
+        """The parameters that have a gradient; creates their state if it does not exist."""
+        layers = []
+        for group, embeddings in zip(self.param_groups, self._embeddings, strict=True):
+            for param, path, embedding in zip(group["params"], group["layers"], embeddings, strict=True):
+                if param.grad is None:
+                    continue
+                if param.grad.layout != torch.strided:
+                    which = f"{path!r} {tuple(param.shape)}"
+                    raise L3RSError(
+                        f"the gradient of {which} is sparse; L3RS needs dense ones, e.g. nn.Embedding(sparse=False)"
+                    )
+                state = self.state[param]
+                if not state:
+                    state["step"] = 0
+                    state |= {
+                        name: torch.zeros(shape, dtype=torch.float32, device="cpu")
+                        for name, shape in self._small_state().items()
+                    }
+                    for key in self._moments():
+                        state[key] = torch.zeros_like(param, dtype=torch.float32)
+                layers.append(_ActiveLayer(param.detach(), param.grad.detach(), state, embedding, group["lr"]))
+        return layers
+
+    def _small_state(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the small tensors in a parameter's state."""
+        n = len(self._directions)
+        return {"log_norms": (2, 2 + n), "mix": (n,), "step_norm": ()}
+
+    def _moments(self) -> list[str]:
+        """Names of the moments in a parameter's state: `0/adam/exp_avg`."""
+        named = enumerate(zip(self.spec.directions, self._directions, strict=True))
+        return [f"{i}/{spec.name}/{moment}" for i, (spec, direction) in named for moment in direction.moments]
+
+    def _step(self, layers: Sequence[_ActiveLayer], observed: Sequence[Tensor]) -> None:
+        device = layers[0].param.device
+        keys = self._moments()
+        arrays = [(layer.param, layer.grad, *(layer.state[key] for key in keys)) for layer in layers]
+        passes = list(buckets(arrays, PIECE.get(device.type, LARGE_PIECE)))
+        index = np.array([i for bucket in passes for i in bucket.layers])
+
+        # Reductions that need no direction, and whether a gradient may enter the moments at all.
+        losses = torch.stack([each.to(device) for each in observed])
+        mean = mean_over_ranks(torch.where(losses.isfinite(), losses, torch.nan).nanmean())
+        loss, *found = host(torch.cat([mean[None], norms(passes)]))
+        gradient_squared, parameter_squared = per_layer(np.square(found).reshape(2, -1).T, index).T
+        finite = np.isfinite(gradient_squared)
+
+        for layer in layers:
+            layer.state["step"] += 1
+        steps = np.array([layer.state["step"] for layer in layers], np.float32)
+
+        pairs: list[Tensor] = []
+        for bucket in passes:
+            inputs = make_inputs(bucket, self._directions, finite, steps)
+            both = zip(self._directions, inputs.moments, strict=True)
+            pairs += products([direction.advance(moments, inputs) for direction, moments in both])
+        gram = gram_matrices(per_layer(host(torch.stack(pairs)).reshape(len(index), -1), index), len(self._directions))
+
+        root_n = core.root_sizes([layer.param.numel() for layer in layers])
+        measured = core.measure(loss, steps, root_n, gradient_squared, parameter_squared, gram, np)
+        coefficients = self._decide(layers, measured)
+        for bucket in passes:
+            inputs = make_inputs(bucket, self._directions, finite, steps)
+            add_directions(bucket, self._directions, inputs, coefficients[bucket.layers], measured.moves)
+
+    def _decide(self, layers: Sequence[_ActiveLayer], measured: core.Statistics) -> np.ndarray:
+        """Choose the step and remember it; the factor of each direction, [L, P]."""
+        shared = self.param_groups[0]["shared"]
+        loss = core.LossState(
+            np.asarray(shared["losses"]), np.float32(shared["first_loss"]), np.array(shared["loss_ema"], np.float32)
+        )
+        log_norms = np.stack([host(layer.state["log_norms"].float()) for layer in layers], axis=1)
+        guard = None if self._guard is None else self._guard_state()
+        memory = core.Memory(np.asarray(shared["step"]), loss, log_norms, guard)
+        embedding = np.stack([layer.embedding for layer in layers])
+        total_steps = np.asarray(self.total_steps)
+        decision, memory = core.decide(
+            self._theta, self.spec, memory, measured, embedding, total_steps, self._guard, np
+        )
+        self._remember(memory)
+        for i, layer in enumerate(layers):
+            decided = {"log_norms": memory.log_norms[:, i], "mix": decision.mix[i], "step_norm": decision.step_norm[i]}
+            layer.state.update({name: torch.from_numpy(np.array(value)) for name, value in decided.items()})
+        lr = np.array([float(layer.lr) for layer in layers], np.float32)
+        return -lr[:, None] * decision.coefficients
+
+    def _remember(self, memory: core.Memory) -> None:
+        """Store what all layers share."""
+        shared = {
+            **self.param_groups[0]["shared"],
+            "step": memory.step.item(),
+            "losses": memory.loss.observed.item(),
+            "first_loss": memory.loss.first.item(),
+            "loss_ema": memory.loss.ema.tolist(),
+        }
+        if memory.guard is not None:
+            shared["guard"] = [each.item() for each in memory.guard]
+        self.param_groups[0]["shared"] = shared
+        if shared["step"] > self.total_steps and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"step {shared['step']} is past total_steps={self.total_steps}; L3RS continues with the time features "
+                f"of a training that is over",
+                stacklevel=2,
+            )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a `state_dict()` of an L3RS with the same checkpoint.
+
+        Warns if the state was saved with other meta-parameters or another `total_steps`: this optimizer keeps its own.
+
+        Raises:
+          L3RSError: the state is from another kind of optimizer, or has other layers.
+        """
+        groups = state_dict["param_groups"]
+        shapes = [{key: tuple(param.shape) for key in self._moments()} | {"log_norms": self._small_state()["log_norms"]}
+                  for group in self.param_groups for param in group["params"]]  # fmt: skip
+        check_state(state_dict, self.spec, shapes)
+        for name, own in self._identity().items():
+            saved = groups[0]["shared"].get(name, own)
+            if saved != own:
+                what = "other meta-parameters" if name == "theta" else f"{name}={saved}, not {own}"
+                warnings.warn(f"the state was saved with {what}; this optimizer keeps its own", stacklevel=2)
+        super().load_state_dict(state_dict)
+        self.param_groups[0]["shared"] = {**self.param_groups[0]["shared"], **self._identity()}
+        self._embed()
+        indices = (index for group in groups for index in group["params"])
+        params = (param for group in self.param_groups for param in group["params"])
+        moments = set(self._moments())
+        for index, param in zip(indices, params, strict=True):
+            state = self.state.get(param, {})
+            for key, saved in state_dict["state"].get(index, {}).items():
+                if key in moments and state[key].dtype != torch.float32:  # torch casts to the parameter's dtype
+                    state[key] = saved.to(param.device, torch.float32)
+                elif isinstance(saved, Tensor) and key not in moments:
+                    state[key] = saved.to("cpu", torch.float32)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = (
+            "spec",
+            "total_steps",
+            "_theta",
+            "_guard",
+            "_matching",
+            "_embeddings",
+            "_directions",
+            "_observed",
+            "_warned",
+        )
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
+
+
+def _numpy(theta: Mapping[str, Any]) -> Theta:
+    return {name: _numpy(each) if isinstance(each, Mapping) else np.asarray(each) for name, each in theta.items()}

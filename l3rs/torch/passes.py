@@ -1,0 +1,98 @@
+"""Passes over the parameters, in pieces that stay in a processor's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
+# Elements of a piece. On a CPU, a piece of each array and what is computed from them stay in its cache;
+# elsewhere this bounds the memory that a direction takes while it is in use.
+PIECE = {"cpu": 1 << 19}
+LARGE_PIECE = 1 << 24
+
+
+class Bucket(NamedTuple):
+    """Pieces of layers that are processed together."""
+
+    layers: list[int]  # the layer of each piece
+    arrays: list[list[Tensor]]  # params, grads, and each moment: one tensor per piece
+
+
+def buckets(layers: Sequence[tuple[Tensor, ...]], most: int) -> Iterator[Bucket]:
+    """Buckets of at most `most` elements; each entry of `layers` is a param, its gradient and its moments."""
+    indices: list[int] = []
+    pieces: list[tuple[Tensor, ...]] = []
+    filled = 0
+    for i, arrays in enumerate(layers):
+        for piece in split(arrays, most):
+            if pieces and filled + piece[0].numel() > most:
+                yield Bucket(indices, [list(x) for x in zip(*pieces, strict=True)])
+                indices, pieces, filled = [], [], 0
+            indices.append(i)
+            pieces.append(piece)
+            filled += piece[0].numel()
+    yield Bucket(indices, [list(x) for x in zip(*pieces, strict=True)])
+
+
+def split(arrays: tuple[Tensor, ...], most: int) -> Iterator[tuple[Tensor, ...]]:
+    """A layer's arrays as flat views, in pieces; only a gradient of another layout is copied."""
+    param, grad, *moments = arrays
+    if not param.is_contiguous():  # e.g. channels_last
+        order = sorted(range(param.dim()), key=param.stride, reverse=True)
+        param, grad, *moments = (x.permute(order) for x in arrays)
+    if not all(x.is_contiguous() for x in (param, *moments)):  # a parameter with gaps is not flat in any order
+        return iter([arrays])
+    flat = (param.view(-1), grad.reshape(-1), *(moment.view(-1) for moment in moments))
+    if param.numel() <= most:
+        return iter([flat])
+    return zip(*(x.split(most) for x in flat), strict=True)
+
+
+def norms(passes: Sequence[Bucket]) -> Tensor:
+    """Norms of the gradients' pieces, then of the parameters', float32 [2 · pieces]."""
+    pieces = [piece for kind in (1, 0) for bucket in passes for piece in bucket.arrays[kind]]
+    # The kernel widens while it reads, but does not narrow.
+    pieces = [piece.float() if piece.dtype == torch.float64 else piece for piece in pieces]
+    return torch.stack(torch._foreach_norm(pieces, 2, torch.float32))
+
+
+def products(directions: Sequence[Tensors]) -> list[Tensor]:
+    """⟨d_p, d_q⟩ for p ≤ q of each piece, in the order that `gram_matrices` reads."""
+    flat = [[piece.reshape(-1) for piece in direction] for direction in directions]
+    n = len(flat)
+    pairs = [(p, q) for p in range(n) for q in range(p, n)]
+    return [torch.dot(flat[p][i], flat[q][i]) for i in range(len(flat[0])) for p, q in pairs]
+
+
+def gram_matrices(products: np.ndarray, n: int) -> np.ndarray:
+    """float32 [L, P, P] from the products of its upper triangle, [L, P (P + 1) / 2]."""
+    rows, columns = np.triu_indices(n)
+    gram = np.empty((len(products), n, n), np.float32)
+    gram[:, rows, columns] = gram[:, columns, rows] = products
+    return gram
+
+
+def per_layer(values: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Sums of the pieces' values, [pieces, K] to float32 [L, K]; they overflow where float32 does."""
+    sums = np.zeros((index[-1] + 1, values.shape[1]))
+    np.add.at(sums, index, values)
+    return sums.astype(np.float32)
+
+
+def host(x: Tensor) -> np.ndarray:
+    return x.cpu().numpy()
+
+
+def mean_over_ranks(loss: Tensor) -> Tensor:
+    """The loss that all ranks see: different features would tear their parameters apart."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(loss)
+        loss = loss / distributed.get_world_size()
+    return loss

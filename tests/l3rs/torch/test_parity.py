@@ -1,0 +1,191 @@
+"""The PyTorch optimizer takes the same steps as the JAX optimizer."""
+
+import copy
+import dataclasses
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+import l3rs
+import l3rs.torch
+from l3rs.torch import L3RS, match_layers, passes
+from tests.l3rs.torch.common import (
+    ALL,
+    NAMES,
+    PARITY,
+    SHAPES,
+    assert_near,
+    assert_parity_of,
+    assert_same,
+    checkpoint,
+    give_gradients,
+    nested,
+    normal,
+    parameters,
+    torch_layout,
+    train,
+    values,
+)
+
+
+def assert_parity(
+    directions, spoil=lambda *step_grads_loss: step_grads_loss[1:], steps=50, paths=tuple(SHAPES), **fields
+):
+    """Both optimizers, from the same start, given the same gradients and losses; past their horizon, too."""
+    theta, spec = checkpoint(directions=directions, **fields)
+    arrays = {path: normal(SHAPES, 0, 0.3)[path] for path in paths}
+    params = {name: param for name, param in parameters().items() if name in {NAMES[path] for path in paths}}
+    ours = L3RS(params.items(), (theta, spec), total_steps=40)
+    tx = l3rs.learned_optimizer(theta, spec, total_steps=40)
+    reference, update = nested(arrays), jax.jit(tx.update)
+    state = tx.init(reference)
+    order = [NAMES[layer.path] for layer in l3rs.trees.layers_of(reference)]
+    rng = np.random.default_rng(1)
+    with warnings.catch_warnings(action="ignore"):
+        for step in range(steps):
+            scale = 10 ** rng.uniform(-2, 2)
+            grads = normal({path: SHAPES[path] for path in paths}, 100 + step, scale)
+            grads, loss = spoil(step, grads, np.float32(3 * np.exp(-step / 20) + 0.1 * rng.normal()))
+            updates, state = update(nested(grads), state, reference, value=loss)
+            reference = optax.apply_updates(reference, updates)
+            for path, grad in grads.items():
+                params[NAMES[path]].grad = torch_layout(path, grad)
+            ours.step(loss=float(loss))
+            expected = {
+                NAMES[path]: torch_layout(path, reference[path.split("/")[0]][path.split("/")[1]]) for path in paths
+            }
+            assert_near(values(params), expected, PARITY)
+            decided = np.array([ours.state[params[name]]["step_norm"] for name in order])
+            np.testing.assert_allclose(decided, state.step_norm, rtol=2 * PARITY)  # e^(2 out): twice a feature's error
+            mix = np.stack([ours.state[params[name]]["mix"] for name in order])
+            np.testing.assert_allclose(mix, state.mix, rtol=2 * PARITY)
+
+
+@pytest.mark.parametrize(
+    ("directions", "fields"),
+    [
+        (("adam", "sgd"), {}),
+        (("adam", "sgd"), {"step": "relative", "step_scale": 0.02, "absolute_time": True}),
+        (ALL, {}),
+        (
+            ({"name": "adam", "eps_root": 1e-6}, "momentum"),
+            {"loss_decays": (0.5, 0.9, 0.99), "norm_decays": (0.0, 0.9)},
+        ),
+    ],
+    ids=["adam sgd", "relative", "all", "eps_root"],
+)
+def test_parity(directions, fields):
+    assert_parity(directions, **fields)
+
+
+@pytest.mark.parametrize("directions", [("lion",), ("rmsprop",), ("momentum",), ("adam", "weight_decay")], ids=str)
+def test_parity_of_each_direction(directions):
+    assert_parity(directions, steps=15)
+
+
+def test_parity_in_small_pieces(monkeypatch):
+    """A step is the same in whatever pieces it is done: here of at most 10 elements, several to a layer."""
+    monkeypatch.setitem(passes.PIECE, "cpu", 10)
+    assert_parity(ALL, steps=10)
+
+
+def test_parity_with_numbers_that_are_not_finite():
+    """A layer with a NaN or a gradient too large to square, a loss of infinity: what JAX does with them."""
+
+    def spoil(step, grads, loss):
+        if step == 2:
+            grads["dense/kernel"][1, 1] = np.nan
+        if step == 4:
+            grads["conv/kernel"][:] = 1e30
+        if step in (0, 5):
+            loss = np.float32(np.inf)
+        return grads, loss
+
+    assert_parity(ALL, spoil, steps=10)
+
+
+def test_parity_with_frozen_layers():
+    """Where JAX is not given a leaf, PyTorch finds no gradient."""
+    assert_parity(("adam", "sgd"), steps=10, paths=("conv/kernel", "embed/embedding"))
+    both, some = parameters(), parameters()
+    all_of_it = L3RS(both.items(), checkpoint(), 10)
+    for name in ("conv.bias", "dense.weight", "norm.weight"):
+        both[name].requires_grad_(False)
+    subset = {name: some[name] for name in ("conv.weight", "embed.weight")}
+    part_of_it = L3RS(subset.items(), checkpoint(), 10)
+    for i in range(3):
+        give_gradients(subset, i)
+        for name, param in subset.items():
+            both[name].grad = param.grad.clone()
+        all_of_it.step(loss=1.0)
+        part_of_it.step(loss=1.0)
+    assert_same({name: values(both)[name] for name in subset}, values(subset))
+    assert_same({name: values(both)[name] for name in ("conv.bias",)}, {"conv.bias": values(parameters())["conv.bias"]})
+    assert set(all_of_it.state) == {both["conv.weight"], both["embed.weight"]}
+
+
+def test_bfloat16_parity():
+    """Ten steps: the same bfloat16 numbers, but for a rounding here and there."""
+    theta, spec = checkpoint()
+    params, tx = parameters(dtype=torch.bfloat16), l3rs.learned_optimizer(theta, spec, 40)
+    ours = L3RS(params.items(), (theta, spec), 40)
+    reference = jax.tree.map(lambda x: x.astype(jnp.bfloat16), nested(normal(SHAPES, 0, 0.3)))
+    state, update = tx.init(reference), jax.jit(tx.update)
+    for step in range(10):
+        grads = normal(SHAPES, step)
+        updates, state = update(
+            jax.tree.map(lambda x: x.astype(jnp.bfloat16), nested(grads)), state, reference, value=1.0
+        )
+        reference = optax.apply_updates(reference, updates)
+        for path, grad in grads.items():
+            params[NAMES[path]].grad = torch_layout(path, grad).bfloat16()
+        ours.step(loss=1.0)
+    for path, name in NAMES.items():
+        module, leaf = path.split("/")
+        expected = torch_layout(path, reference[module][leaf].astype(jnp.float32))
+        same = (params[name].float() == expected).float().mean()
+        assert same > 0.9, name
+        torch.testing.assert_close(params[name].float(), expected, rtol=2**-7, atol=1e-6)
+
+
+def test_unknown_parameters_have_the_mean_embedding():
+    """Parity with JAX for a network that has a layer more, and one of another shape."""
+    theta, spec = checkpoint({path: shape for path, shape in SHAPES.items() if path != "norm/scale"})
+    spec = dataclasses.replace(
+        spec, layers=tuple(l3rs.Layer(x.path, (8, 9) if x.path == "dense/kernel" else x.shape) for x in spec.layers)
+    )
+    params = parameters()
+    found = match_layers(spec, params.items(), on_unknown="mean")
+    assert {layer.name: layer.source for layer in found} == {
+        **{name: path for path, name in NAMES.items()},
+        "dense.weight": "mean",
+        "norm.weight": "mean",
+    }
+    ours = assert_parity_of((theta, spec), on_unknown="mean")
+    assert ours.param_groups[0]["layers"] == ["conv/kernel", "conv/bias", None, "embed/embedding", None]
+    resumed = parameters()
+    again = L3RS(resumed.items(), (theta, spec), 40, on_unknown="mean")
+    again.load_state_dict(copy.deepcopy(ours.state_dict()))
+    train(again, resumed, 1)
+    with pytest.raises(l3rs.L3RSError, match=r"layer 'dense\.weight', in the checkpoint 'dense/kernel', has shape"):
+        L3RS(params.items(), (theta, spec), 10)
+
+
+def test_parity_with_descriptors():
+    """For a network that the spec does not know; the state is saved and copied as any other."""
+    theta, spec = checkpoint({"other/kernel": (2, 2)}, embedding="descriptor")
+    ours = assert_parity_of((theta, spec))
+    assert ours.param_groups[0]["layers"] == list(NAMES.values())
+    assert {layer.source for layer in match_layers(spec, parameters().items())} == {"descriptor"}
+    resumed = parameters()
+    again = L3RS(resumed.items(), (theta, spec), 40)
+    again.load_state_dict(copy.deepcopy(ours.state_dict()))
+    params, copied = copy.deepcopy((resumed, again))
+    train(again, resumed, 2)
+    train(copied, params, 2)
+    assert_same(values(params), values(resumed))
