@@ -96,7 +96,7 @@ def test_parameters_that_cannot_be(params, words):
 def test_other_errors_of_construction(tmp_path):
     theta, spec = checkpoint()
     for arguments, words in (
-        (((theta, spec),), "total_steps is missing, and the checkpoint does not say"),
+        (((theta, spec),), "total_steps is missing, and the checkpoint does not state"),
         (((theta, dataclasses.replace(spec, hidden=(7,))), 10), "its spec needs float32"),
         ((tmp_path / "none", 10), "is not an L3RS checkpoint"),
     ):
