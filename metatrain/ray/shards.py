@@ -1,18 +1,34 @@
-"""Who evaluates what in one generation: a state machine without a clock and without a network.
+"""Which worker evaluates what in one generation: a state machine without a clock and without a network.
 
-A generation is cut into shards. A free worker takes the next one; when all are handed out, it starts
-again what takes longest elsewhere, and the first answer counts. What a lost worker held goes back to
-the queue. Only the generation's end is waited for.
+A generation is cut into shards. A free worker takes the next one. When all are handed out, it starts a
+second time the shard that takes longest elsewhere, and the first answer counts. The shards of a lost
+worker return to the queue.
 """
 
 from __future__ import annotations
 
 import bisect
+import math
 from collections import deque
 from collections.abc import Hashable
 
-_SLOW = 1.5  # times the median shard, after which a shard is started again
-_AHEAD = 2  # shards a worker holds, while there are plenty: it starts the next without asking
+_SLOW = 1.5  # times the median duration, after which a shard is started again
+_AHEAD = 2  # shards that a worker holds while there are plenty, so that it need not ask for the next one
+_SHARD_SECONDS = 0.25  # duration that hides Ray's 2 ms per call,
+_SHARDS_PER_WORKER = 4  # unless it leaves fewer shards per worker: a generation waits for the last one
+
+
+def shard_size(chunks: int, workers: int, chunk_seconds: float) -> int:
+    """How many chunks to put into one shard.
+
+    Args:
+      chunks: of the generation.
+      workers: that are ready.
+      chunk_seconds: duration of a chunk; 0 if unknown.
+    """
+    enough = math.ceil(chunks / (_SHARDS_PER_WORKER * max(workers, 1)))
+    wanted = math.ceil(_SHARD_SECONDS / chunk_seconds) if chunk_seconds else 1
+    return min(wanted, enough)
 
 
 class Shards:
@@ -22,8 +38,8 @@ class Shards:
       count: how many shards there are, numbered from 0.
 
     Attributes:
-      duplicated: how often a shard was started again while somebody still held it.
-      requeued: shards that lost the last worker that held them.
+      duplicated: how often a shard was started again while a worker still held it.
+      requeued: how often a shard lost the last worker that held it.
     """
 
     def __init__(self, count: int) -> None:
@@ -44,19 +60,19 @@ class Shards:
 
     @property
     def seconds(self) -> float:
-        """The median time of a shard; 0 before the first answer."""
+        """The median duration of a shard; 0 before the first answer."""
         return self._seconds[len(self._seconds) // 2] if self._seconds else 0.0
 
     def holds(self, worker: Hashable) -> tuple[int, ...]:
-        """What a worker has been given and not answered, the running one first."""
+        """The shards that a worker has not answered, the running one first."""
         return tuple(self._held.get(worker, ()))
 
     def take(self, worker: Hashable, workers: int, now: float) -> int | None:
         """The next shard for a worker, or None if it should wait.
 
         Args:
-          worker: who asks.
-          workers: how many there are.
+          worker: it.
+          workers: the number of workers.
           now: the time.
         """
         held = self._held.setdefault(worker, deque())
@@ -79,7 +95,7 @@ class Shards:
         return shard
 
     def answer(self, worker: Hashable, shard: int, now: float) -> bool:
-        """A worker has answered: True if nobody had before."""
+        """A worker has answered. Returns whether it is the shard's first answer."""
         first = shard in self._open
         if first:
             if self.holds(worker)[:1] == (shard,):
@@ -92,12 +108,12 @@ class Shards:
         return first
 
     def reject(self, worker: Hashable, shard: int, now: float) -> None:
-        """A worker's answer cannot be used: somebody has to do it again."""
+        """A worker's answer cannot be used: the shard is evaluated again."""
         self._drop(worker, shard, now)
         self._requeue(shard)
 
     def lose(self, worker: Hashable) -> None:
-        """A worker is gone, and what it held with it."""
+        """A worker is gone: its shards return to the queue unless another worker holds them."""
         for shard in self._held.pop(worker, ()):
             self._holders[shard].remove(worker)
             self._requeue(shard)
@@ -127,7 +143,7 @@ class Shards:
             self._running[shard] = now
 
     def _slowest(self, now: float) -> int | None:
-        """What is worth starting again: first what waits behind another shard, then what runs too long."""
+        """The shard to start again: one that waits behind another shard, else one that runs too long."""
         if self._queued:
             return next(iter(self._queued))
         if not self._seconds or not self._running:

@@ -95,7 +95,7 @@ def free_port() -> int:
 
 
 def worker_processes() -> list[psutil.Process]:
-    """The processes of `metatrain.ray.evaluator.Worker` and its subclasses on this machine; Ray names them so."""
+    """The processes of `metatrain.ray.worker.Worker` and its subclasses on this machine; Ray names them so."""
     found = []
     for process in psutil.process_iter():
         try:

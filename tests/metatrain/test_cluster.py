@@ -7,10 +7,8 @@ import os
 import signal
 import threading
 import time
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import jax
@@ -24,7 +22,10 @@ from metatrain.config import Config, UserError
 from metatrain.inner.population import LocalEvaluator
 from metatrain.outer.loop import run
 from metatrain.outer.strategy import make_strategy
-from metatrain.ray.evaluator import Answer, RayEvaluator, Worker, _Job, versions
+from metatrain.ray.evaluator import RayEvaluator
+from metatrain.ray.fleet import Fleet, Member
+from metatrain.ray.health import Health
+from metatrain.ray.worker import Answer, Job, Worker, versions
 from tasks import make_task
 from tests.metatrain.common import REGRESSION, assert_same_theta, metrics, small_config
 from tests.metatrain.nodes import worker_processes
@@ -138,8 +139,13 @@ def test_order_duplicates_and_garbage_change_no_bit(
     if kind is GarblingWorker:
         assert last["rejected"] > 3
         said = capsys.readouterr().out
-        assert "a worker's answer is dropped: it holds float64(2,), not float32(2,)" in said
-        assert "a worker is lost (3 unusable answers)" in said
+        assert "a worker's answer is dropped: it contains float64(2,), not float32(2,)" in said
+        assert "a worker is lost (too many unusable answers)" in said
+
+
+def answers(remote: RayEvaluator) -> list[int]:
+    """How often each worker has answered."""
+    return [remote._health.answers(member) for member in remote._fleet.members]
 
 
 def at_work(remote: RayEvaluator, state: object, workers: int) -> list[psutil.Process]:
@@ -149,7 +155,7 @@ def at_work(remote: RayEvaluator, state: object, workers: int) -> list[psutil.Pr
     while True:
         remote.evaluate(state, generation(0))
         found = worker_processes()
-        if len(found) == workers == sum(member.answered > 0 for member in remote._members):
+        if len(found) == workers == sum(n > 0 for n in answers(remote)):
             return found
         assert time.monotonic() < deadline, f"{len(found)} of {workers} workers"
 
@@ -183,8 +189,8 @@ def test_a_stopped_worker_is_overtaken_and_a_killed_one_replaced() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_worker_that_hangs_for_ever_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metatrain.ray.evaluator._HANG_SECONDS", 2.0)
-    monkeypatch.setattr("metatrain.ray.evaluator._HANG_FACTOR", 1.0)
+    monkeypatch.setattr("metatrain.ray.health.HANG_SECONDS", 2.0)
+    monkeypatch.setattr("metatrain.ray.health.HANG_FACTOR", 1.0)
     said: list[str] = []
     remote, local, state = evaluator(ray_config(1), said.append)
     try:
@@ -201,48 +207,19 @@ def test_a_worker_that_hangs_for_ever_is_replaced(monkeypatch: pytest.MonkeyPatc
         local.close()
 
 
-def test_a_machine_that_does_not_fit_stops_no_run_that_goes() -> None:
-    """Other versions: before there was any worker it is the run's fault, afterwards the new machine's."""
+@pytest.mark.usefixtures("cluster")
+def test_a_machine_that_does_not_fit_stops_no_run_in_progress() -> None:
+    """Other versions: before any worker was ready it is the run's fault, afterwards the new machine's."""
     said: list[str] = []
-    driver: Any = object.__new__(RayEvaluator)
-    driver._ray = types.SimpleNamespace(get=lambda ref: ref, kill=print, exceptions=ray.exceptions)
-    driver._say, driver._counts, driver._stillborn, driver._members = said.append, {"lost": 0}, 0, []
-    member = types.SimpleNamespace(actor=None)
-    driver._begun = False
+    health = Health()
+    fleet = Fleet(Worker, mock.Mock(), ray_config(1).execution, 2, health, said.append)
     with pytest.raises(UserError, match="host7 has jax 0"):
-        driver._welcome(member, "host7 has jax 0")
-    driver._begun = True
-    driver._welcome(member, "host7 has jax 0")
+        fleet.welcome(Member(None, 2), "host7 has jax 0", 0.0)
+    fleet.welcome(Member(None, 2), [], 1.0)
+    fleet.welcome(Member(None, 2), "host7 has jax 0", 2.0)
     assert said == ["a worker is not used: host7 has jax 0"]
-    assert driver._members == []
-    assert driver._recruit_again > time.monotonic()
-
-
-def test_the_time_to_answer_follows_the_horizon_and_doubles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker that is slow, or compiles for long, is not lost for ever; the clock and the workers are made up."""
-    driver: Any = object.__new__(RayEvaluator)
-    clock, lost = [0.0], []
-    monkeypatch.setattr("metatrain.ray.evaluator.time", types.SimpleNamespace(monotonic=lambda: clock[0]))
-    driver._slowest, driver._timeouts, driver._errors, driver._round, driver._steps = 0.0, 0, 2, 1, 10
-    driver._lose = lambda *arguments: lost.append(arguments[-1])
-
-    def waits(answered: int, seconds: float) -> bool:
-        driver._members = [types.SimpleNamespace(answered=answered, since=clock[0], calls={"call": (1, 0)})]
-        clock[0] += seconds
-        lost.clear()
-        driver._replace_hung(None)
-        return not lost
-
-    assert waits(0, 599)
-    assert not waits(0, 601)  # a first call that takes 20 minutes …
-    assert not waits(0, 1201)
-    assert waits(0, 1300)  # … ends at the third try
-    driver._note_time(types.SimpleNamespace(answered=1, since=clock[0] - 0.6), 1, clock[0])
-    assert (driver._timeouts, driver._errors) == (0, 0)
-    assert not waits(5, 31)  # twenty times .6 s is less than the least there is
-    driver._timeouts, driver._steps = 0, 500
-    assert waits(5, 599)  # fifty times the steps
-    assert not waits(5, 601)
+    assert (len(fleet.members), fleet.lost) == (1, 1)
+    assert not health.may_recruit(3.0)
 
 
 @pytest.mark.usefixtures("cluster")
@@ -251,17 +228,17 @@ def test_every_worker_does_its_share() -> None:
     try:
         np.testing.assert_array_equal(remote.evaluate(state, generation(0)), local.evaluate(state, generation(0)))
         at_work(remote, state, 2)
-        before = [member.answered for member in remote._members]
+        before = answers(remote)
         remote.evaluate(state, generation(1))
-        answered = [member.answered - n for member, n in zip(remote._members, before, strict=True)]
+        answered = [now - then for now, then in zip(answers(remote), before, strict=True)]
         assert min(answered) >= 2, "one worker did it all"
-        answered_or_asked = sum(member.answered + len(member.calls) for member in remote._members)
-        assert answered_or_asked == 8 * remote._round + remote.report()["duplicated"]
+        answered_or_asked = sum(answers(remote)) + sum(len(member.calls) for member in remote._fleet.members)
+        assert answered_or_asked == 8 * remote._rounds + remote.report()["duplicated"]
         # Calls of 2 candidates, 50 ms each, are put together to shards of .25 s, as long as there are 4 a worker.
         assert [len(shard) for shard in remote._group(horizon=5)] == [2] * 8
-        other = remote._members.pop()
+        other = remote._fleet.members.pop()
         assert [len(shard) for shard in remote._group(horizon=5)] == [4] * 4
-        remote._members.append(other)
+        remote._fleet.members.append(other)
     finally:
         remote.close()
         local.close()
@@ -302,9 +279,9 @@ def test_a_worker_with_other_versions_or_without_the_tasks_code_says_so() -> Non
 
     config = ray_config()
     spec = l3rs.Spec.create(make_task(REGRESSION, {}).params_shape())
-    job = _Job([], [], spec, config.outer, "fused", {**versions(), "jax": "0.0.1"})
+    job = Job([], [], spec, config.outer, "fused", {**versions(), "jax": "0.0.1"})
     assert "(driver: 0.0.1); all machines need the same versions" in str(setup(cloudpickle.dumps(job)))
-    missing = cloudpickle.dumps(job).replace(b"metatrain.ray.evaluator", b"metatrain.clusteX")
+    missing = cloudpickle.dumps(job).replace(b"metatrain.ray.worker", b"metatrain.ray.workeX")
     assert "the task's code cannot be imported on" in str(setup(missing))
 
 

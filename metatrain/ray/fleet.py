@@ -1,0 +1,219 @@
+"""The workers of a run as Ray actors: asked for, set up, and given up when they are lost."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+import l3rs
+from l3rs.io.files import first_line
+from metatrain.config import ExecutionConfig, OuterConfig, Plan, UserError
+from metatrain.ray.health import Health
+from metatrain.ray.worker import Job, versions
+from tasks import Task
+from tasks.data.cache import resident
+
+COUNT_SECONDS = 1.0  # between two looks at the size of the cluster
+
+
+@dataclasses.dataclass(eq=False)
+class Member:
+    """A worker as the driver sees it.
+
+    Attributes:
+      actor: Ray's handle.
+      chunk: members in one compiled call.
+      calls: {reference to the answer: (round, shard)} of the calls without an answer.
+    """
+
+    actor: Any
+    chunk: int
+    calls: dict[Any, tuple[int, int]] = dataclasses.field(default_factory=dict)
+
+
+class Fleet:
+    """Keeps as many workers as the run wants.
+
+    Args:
+      worker: the actor's class.
+      job: see `Package`.
+      execution: workers and resources.
+      chunk: members in one compiled call of a new worker.
+      health: decides when new workers may be asked for.
+      log: called with news of the workers.
+
+    Attributes:
+      members: workers that are ready.
+      starting: {reference to the result of its set-up: worker} of the others.
+      lost: how many workers were lost.
+
+    Raises:
+      UserError: no node can hold a worker.
+    """
+
+    def __init__(
+        self,
+        worker: type,
+        job: Package,
+        execution: ExecutionConfig,
+        chunk: int,
+        health: Health,
+        log: Callable[[str], None],
+    ) -> None:
+        import ray
+
+        self.members: list[Member] = []
+        self.starting: dict[Any, Member] = {}
+        self.lost = 0
+        self._ray, self._worker, self._job = ray, worker, job
+        self._execution, self._chunk, self._health, self._log = execution, chunk, health, log
+        self._wanted, self._count_at = 0, 0.0  # workers, and when to look whether the cluster has grown
+        self._refuse_what_never_fits()
+
+    def recruit(self, now: float) -> None:
+        """Ask for workers until there are as many as wanted. Ray places them when there is room."""
+        workers = self._execution.workers
+        if now >= self._count_at:
+            self._count_at = now + COUNT_SECONDS
+            self._wanted = max(self._slots(), 1) if workers == "auto" else workers
+        if not self._health.may_recruit(now):
+            return
+        for _ in range(self._wanted - len(self.members) - len(self.starting)):
+            needs = dict(self._execution.resources_per_worker)
+            options: dict[str, Any] = {"num_cpus": needs.pop("CPU", 0), "num_gpus": needs.pop("GPU", 0)}
+            actor: Any = (
+                self._ray.remote(self._worker)
+                .options(**options, resources=needs, max_restarts=0, scheduling_strategy="SPREAD")
+                .remote()
+            )
+            self._set_up(Member(actor, self._chunk))
+
+    def receive(self, ref: Any, now: float) -> None:
+        """The set-up of a worker has ended, one way or another.
+
+        Raises:
+          UserError: it failed, and no worker has ever been ready: the run is at fault.
+        """
+        member = self.starting.pop(ref)
+        try:
+            needed = self._ray.get(ref)
+        except self._ray.exceptions.RayTaskError as error:
+            self._reject(member, f"a worker cannot be set up: {first_line(error.cause or error)}", now)
+            return
+        except self._ray.exceptions.RayError as error:
+            self._failed_start(member, f"a worker was lost during its set-up ({first_line(error)})", now)
+            return
+        self.welcome(member, needed, now)
+
+    def welcome(self, member: Member, needed: list[int] | str, now: float) -> None:
+        """Use a worker, send it the arrays that it needs, or reject it, as its set-up's result says.
+
+        Raises:
+          UserError: it is rejected, and no worker has ever been ready.
+        """
+        if isinstance(needed, str):
+            self._reject(member, needed, now)
+        elif needed:  # its machine's cache lacks these arrays
+            self._job.send(needed)
+            self._set_up(member)
+        else:
+            self._health.started(member, now)
+            self.members.append(member)
+
+    def lose(self, member: Member, why: str) -> None:
+        """Give up a worker."""
+        self.members.remove(member)
+        self._health.lost(member)
+        self.lost += 1
+        self._log(f"a worker is lost ({why}); its candidates are evaluated again")
+        self._kill(member)
+
+    def halve_chunks(self, chunk: int, why: str) -> None:
+        """Let new workers start with half of a chunk that was too large."""
+        if chunk > 1 and self._chunk >= chunk:
+            self._chunk = math.ceil(chunk / 2)
+            self._log(f"{why}; new workers evaluate {self._chunk} candidates at once")
+
+    def close(self) -> None:
+        for member in [*self.members, *self.starting.values()]:
+            self._kill(member)
+        self.members, self.starting = [], {}
+
+    def _set_up(self, member: Member) -> None:
+        self.starting[member.actor.setup.remote(self._job.blob, self._job.refs)] = member
+
+    def _reject(self, member: Member, why: str, now: float) -> None:
+        """If no worker has ever been ready, the run is at fault; later it is the worker's machine."""
+        if not self._health.any_started:
+            raise UserError(why)
+        self._failed_start(member, f"a worker is not used: {why}", now)
+
+    def _failed_start(self, member: Member, sentence: str, now: float) -> None:
+        self.lost += 1
+        self._log(sentence)
+        self._health.failed_start(now)
+        self._kill(member)
+
+    def _kill(self, member: Member) -> None:
+        with contextlib.suppress(Exception):
+            self._ray.kill(member.actor)
+
+    def _slots(self) -> int:
+        return sum(_room(node, self._execution.resources_per_worker) for node in self._nodes())
+
+    def _nodes(self) -> list[Mapping[str, float]]:
+        return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+
+    def _refuse_what_never_fits(self) -> None:
+        if self._execution.autoscaling or self._slots():
+            return
+        needs = self._execution.resources_per_worker
+        nodes = {", ".join(f"{name} {node.get(name, 0):g}" for name in needs) for node in self._nodes()}
+        raise UserError(
+            f"execution.resources_per_worker is {', '.join(f'{name} {amount:g}' for name, amount in needs.items())}; "
+            f"no node has that: the cluster's nodes have {' / '.join(sorted(nodes)) or 'nothing'} "
+            "(with execution.autoscaling=true the run waits for such a node)"
+        )
+
+
+class Package:
+    """The run as it is sent to workers: a pickled `Job`, and arrays for machines that lack them.
+
+    Attributes:
+      blob: Ray's reference to the pickled `Job`.
+      refs: Ray's references to arrays that were sent, by number.
+    """
+
+    def __init__(self, tasks: Sequence[Task], spec: l3rs.Spec, outer: OuterConfig, plan: Plan) -> None:
+        import ray
+        from ray import cloudpickle
+
+        arrays, treedef = jax.tree.flatten([task.data for task in tasks])
+        self._put = ray.put
+        self._arrays = [np.asanyarray(array) for array in arrays]
+        numbers = jax.tree.unflatten(treedef, range(len(arrays)))
+        names = [field.name for field in dataclasses.fields(Task)]
+        hollow = [
+            {**{name: getattr(task, name) for name in names}, "data": own}
+            for task, own in zip(tasks, numbers, strict=True)
+        ]
+        where = [resident(array) for array in self._arrays]
+        self.blob = ray.put(cloudpickle.dumps(Job(hollow, where, spec, outer, plan, versions())))
+        self.refs: dict[int, Any] = {}
+
+    def send(self, numbers: Sequence[int]) -> None:
+        """Make arrays available on the cluster."""
+        for i in numbers:
+            if i not in self.refs:
+                self.refs[i] = self._put(np.asarray(self._arrays[i]))
+
+
+def _room(node: Mapping[str, float], needs: Mapping[str, float]) -> int:
+    """How many workers fit on a node."""
+    return min((int(node.get(name, 0) / amount) for name, amount in needs.items() if amount > 0), default=0)

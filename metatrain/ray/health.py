@@ -1,0 +1,113 @@
+"""Health of workers: a policy without a clock and without a network.
+
+It decides which workers hang, which are replaced because their answers are unusable, when new workers
+are asked for after others failed to start, and when errors of the task's code end the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Iterable
+
+HANG_SECONDS = 30.0  # a worker may take at least this long to answer
+HANG_FACTOR = 20.0  # and this many times the slowest answer of the run
+FIRST_CALL_SECONDS = 600.0  # a worker's first call compiles
+_MAX_DOUBLINGS = 6  # of the time to answer, which doubles as long as every worker exceeds it
+_MAX_UNUSABLE = 3  # answers of a worker before it is replaced
+_MAX_ERRORS = 3  # of the task's code without an answer in between, before the run ends
+_RECRUIT_SECONDS = 60.0  # longest wait before workers are asked for again after failed starts
+
+
+@dataclasses.dataclass
+class _Worker:
+    since: float  # when it was last given work or answered
+    answered: int = 0
+    unusable: int = 0
+
+
+class Health:
+    """The health of a run's workers.
+
+    A worker is any hashable value; times are seconds of any clock.
+
+    Attributes:
+      any_started: whether a worker has ever been ready. If none has, the run is at fault, not a machine.
+    """
+
+    def __init__(self) -> None:
+        self.any_started = False
+        self._workers: dict[Hashable, _Worker] = {}
+        self._errors = 0  # of the task's code since the last answer
+        self._doublings = 0  # of the time to answer since the last answer
+        self._slowest = 0.0  # seconds per candidate-step of the slowest answer
+        self._failed_starts = 0  # in a row
+        self._recruit_at = 0.0
+
+    def started(self, worker: Hashable, now: float) -> None:
+        """A worker is ready."""
+        self.any_started = True
+        self._failed_starts = 0
+        self._workers[worker] = _Worker(now)
+
+    def failed_start(self, now: float) -> None:
+        """A worker was lost before it was ready: wait before asking for another, longer each time."""
+        self._failed_starts += 1
+        self._recruit_at = now + min(2.0**self._failed_starts, _RECRUIT_SECONDS)
+
+    def may_recruit(self, now: float) -> bool:
+        """Whether workers may be asked for."""
+        return now >= self._recruit_at
+
+    def given_work(self, worker: Hashable, now: float) -> None:
+        """A worker that was idle has been given a shard."""
+        self._workers[worker].since = now
+
+    def answered(self, worker: Hashable, now: float, steps: int | None) -> None:
+        """A worker has answered.
+
+        Args:
+          worker: it.
+          now: the time.
+          steps: candidate-steps of the shard; None if the answer belongs to an earlier generation.
+        """
+        record = self._workers[worker]
+        if record.answered and steps is not None:  # a first answer includes compilation
+            self._slowest = max(self._slowest, (now - record.since) / steps)
+        record.since, record.answered = now, record.answered + 1
+        self._errors = self._doublings = 0
+
+    def answers(self, worker: Hashable) -> int:
+        """How often a worker has answered."""
+        return self._workers[worker].answered
+
+    def unusable(self, worker: Hashable) -> bool:
+        """A worker's answer is unusable. Returns whether to replace the worker."""
+        self._workers[worker].unusable += 1
+        return self._workers[worker].unusable >= _MAX_UNUSABLE
+
+    def error(self) -> bool:
+        """The task's code raised an error on a worker. Returns whether to end the run."""
+        self._errors += 1
+        return self._errors >= _MAX_ERRORS
+
+    def patience(self, worker: Hashable, steps: int) -> float:
+        """Seconds that a worker may take to answer for a shard of `steps` candidate-steps."""
+        seconds = max(HANG_SECONDS, HANG_FACTOR * self._slowest * steps)
+        if not self._workers[worker].answered:
+            seconds = max(seconds, FIRST_CALL_SECONDS)
+        return seconds * 2.0**self._doublings
+
+    def hung(self, busy: Iterable[Hashable], steps: int, now: float) -> dict[Hashable, float]:
+        """The busy workers that exceed their patience, and how long each has not answered.
+
+        Each time there are any, patience doubles until the next answer: workers that are slow, and not
+        dead, will answer at last.
+        """
+        silent = {worker: now - self._workers[worker].since for worker in busy}
+        found = {worker: seconds for worker, seconds in silent.items() if seconds > self.patience(worker, steps)}
+        self._doublings = min(self._doublings + bool(found), _MAX_DOUBLINGS)
+        return found
+
+    def lost(self, worker: Hashable) -> None:
+        """A worker is gone."""
+        self._workers.pop(worker, None)

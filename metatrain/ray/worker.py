@@ -1,0 +1,120 @@
+"""The worker: a Ray actor that evaluates shards."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import socket
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import l3rs
+from metatrain.config import OuterConfig, Plan
+from metatrain.inner.devices import use_cores
+from metatrain.inner.population import candidate_losses, fitness_by_halves
+from metatrain.outer.strategy import make_strategy
+from tasks import Task
+from tasks.data.cache import Resident, find_resident
+
+
+class Answer(NamedTuple):
+    """A worker's answer for one shard."""
+
+    round: int
+    shard: int
+    fitness: np.ndarray  # float32 [members]
+    chunk: int  # members in one compiled call; fewer than asked for if memory ran out
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """The description of a run for its workers; pickled once."""
+
+    tasks: list[dict[str, Any]]  # the fields of each Task, with arrays replaced by their numbers
+    arrays: list[Resident | None]  # where to find each array in a machine's cache
+    spec: l3rs.Spec
+    outer: OuterConfig
+    plan: Plan
+    versions: dict[str, str]
+
+
+def versions() -> dict[str, str]:
+    """Versions that must be equal on driver and workers for equal results."""
+    packages = ("l3rs", "ray", "jax", "jaxlib", "evosax", "optax", "flax", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+class Worker:
+    """The actor: one process with a copy of the tasks and the compiled rollouts."""
+
+    def __init__(self) -> None:
+        use_cores(1)
+        self._round = -1
+
+    def setup(self, blob: bytes, sent: Mapping[int, Any]) -> list[int] | str:
+        """Build the tasks.
+
+        Args:
+          blob: a pickled `Job`.
+          sent: references to arrays, by number.
+
+        Returns:
+          The numbers of the arrays that are still missing, or the reason why a task cannot be built.
+        """
+        import ray
+        from ray import cloudpickle
+
+        try:
+            job: Job = cloudpickle.loads(blob)
+        except (ImportError, AttributeError) as error:
+            return f"the task's code cannot be imported on {socket.gethostname()}: {error}"
+        if job.versions != versions():
+            ours = versions()
+            different = [f"{k} {ours[k]} (driver: {v})" for k, v in job.versions.items() if ours[k] != v]
+            return f"{socket.gethostname()} has {', '.join(different)}; all machines need the same versions"
+        found: dict[int, np.ndarray] = {i: ray.get(ref) for i, ref in sent.items()}
+        for i, where in enumerate(job.arrays):
+            if i not in found and where is not None and (array := find_resident(where)) is not None:
+                found[i] = array
+        if missing := [i for i in range(len(job.arrays)) if i not in found]:
+            return missing
+        data = [jax.tree.map(lambda i: found[i], fields["data"]) for fields in job.tasks]
+        tasks = [Task(**{**fields, "data": own}) for fields, own in zip(job.tasks, data, strict=True)]
+        strategy = make_strategy(job.outer, l3rs.init_meta_params(jax.random.key(0), job.spec))
+        self._calls = [candidate_losses(task, job.spec, strategy, job.plan) for task in tasks]
+        self._device = jax.local_devices()[0]
+        self._data = jax.device_put(data, self._device)
+        return []
+
+    def evaluate(self, round_: int, shared: Sequence[Any], shard: int, members: np.ndarray, chunk: int) -> Answer:
+        """The meta-losses of `members`; `shared` holds a reference to the values that all members share."""
+        import ray
+
+        if round_ != self._round:
+            self._task, arguments = ray.get(shared[0])
+            self._shared = jax.device_put(arguments, self._device)
+            self._round = round_
+
+        def call(part: np.ndarray) -> np.ndarray:
+            data = self._data[self._task]
+            return np.asarray(self._calls[self._task](*self._shared, data, jax.device_put(part, self._device)))
+
+        fitness, chunk = fitness_by_halves(call, members, chunk)
+        return Answer(round_, shard, fitness, chunk)
+
+
+def unusable(answer: Any, round_: int, shard: int, members: int) -> str | None:
+    """Why an answer cannot be used; None if it can."""
+    if not isinstance(answer, Answer):
+        return f"it is a {type(answer).__name__}"
+    if (answer.round, answer.shard) != (round_, shard):
+        return f"it is for shard {answer.shard} of round {answer.round}, not {shard} of {round_}"
+    fitness = answer.fitness
+    if not isinstance(fitness, np.ndarray) or fitness.shape != (members,) or fitness.dtype != np.float32:
+        shape = getattr(fitness, "shape", None)
+        return f"it contains {getattr(fitness, 'dtype', type(fitness).__name__)}{shape}, not float32({members},)"
+    return None
