@@ -14,14 +14,13 @@ import optax
 from l3rs.baselines.adabound import AdaBoundState, adabound
 from l3rs.baselines.avgrad import AVGradState, avgrad
 from l3rs.baselines.mada import (
-    Coefficients,
     MADAState,
     hyper_adam,
     mada,
     mada_coefficients,
     mada_history,
-    plot_coefficients,
 )
+from l3rs.baselines.mada_step import Coefficients
 from l3rs.baselines.padam import PadamState, padam
 from l3rs.baselines.swats import SWATSState, swats
 
@@ -50,6 +49,5 @@ __all__ = [
     "mada_coefficients",
     "mada_history",
     "padam",
-    "plot_coefficients",
     "swats",
 ]

@@ -7,19 +7,17 @@ last update by q, is the derivative of the loss by q. Nothing but that update is
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 import optax
 
 from l3rs.baselines import common
+from l3rs.baselines.mada_step import Coefficients, Moments, mada_step
 from l3rs.spec import L3RSError
 
 COEFFICIENTS = ("b1", "b2", "b3", "c", "rho", "gamma")
@@ -38,7 +36,7 @@ DOMAIN = {
 # The published ones; there is none for the learning rate, which was not learned.
 HYPER_LEARNING_RATES = {"b1": 5e-4, "b2": 5e-4, "b3": 1e-1, "c": 1e-1, "rho": 1e-1, "gamma": 1e-1}
 
-SYMBOLS = {  # in pictures
+SYMBOLS = {  # labels in figures
     "b1": "β1, first moment",
     "b2": "β2, second moment",
     "b3": "β3, Adan's differences",
@@ -47,31 +45,6 @@ SYMBOLS = {  # in pictures
     "gamma": "γ: 1 Adam, 0 Lion",
     "learning_rate": "learning rate",
 }
-
-_LION = (0.95, 0.98)  # decays: of the interpolation whose sign is taken, of the momentum
-
-
-class Coefficients(NamedTuple):
-    """q, and the learning rate: scalars, no narrower than float32."""
-
-    b1: jax.Array  # β1, decay of the first moment
-    b2: jax.Array  # β2, decay of the second moment
-    b3: jax.Array  # β3, decay and weight of Adan's gradient differences
-    c: jax.Array  # 1 Adam's second moment, 0 Yogi's
-    rho: jax.Array  # ρ, 1 the second moment itself, 0 AVGrad's mean of it
-    gamma: jax.Array  # γ, 1 the adaptive step, 0 Lion's
-    learning_rate: jax.Array  # α
-
-
-class Moments(NamedTuple):
-    """Each like the params, or of one tensor of them. None: coefficients that cannot move make no use of it."""
-
-    first: Any  # m
-    second: Any  # v
-    difference: Any | None  # n
-    grad: Any | None  # g of the step before
-    mean: Any | None  # v̄
-    lion: Any | None  # Lion's momentum
 
 
 class MADAState(NamedTuple):
@@ -84,69 +57,6 @@ class MADAState(NamedTuple):
     grads: optax.Updates | None  # g of the last step, like the params; None: nothing is learned
     params: optax.Params | None  # θ before the last step; None: no derivative needs it
     history: jax.Array  # float [history, 7], a ring: row (t-1) % history has the `Coefficients` of step t
-
-
-def _update(
-    q: Coefficients,
-    step: jax.Array,
-    grads: optax.Updates,
-    moments: Moments,
-    params: optax.Params | None,
-    eps: common.Number,
-    weight_decay: common.Number,
-) -> tuple[optax.Updates, Moments]:
-    """(updates, moments after) of step ≥ 1; params None: without weight decay."""
-
-    def one(g: jax.Array, old: Moments, param: jax.Array | None) -> tuple[jax.Array, Moments]:
-        new, direction = _direction(q, step, eps, g, old)
-        if param is not None:
-            direction = direction + weight_decay * param.astype(g.dtype)
-        return -q.learning_rate.astype(g.dtype) * direction, new
-
-    leaves, form = jax.tree.flatten(grads)
-
-    def column(tree: Any) -> list[Any]:
-        return [None] * len(leaves) if tree is None else jax.tree.leaves(tree)
-
-    olds = [Moments(*row) for row in zip(*map(column, moments), strict=True)]
-    pairs = [one(*row) for row in zip(leaves, olds, column(params), strict=True)]
-    after = [
-        None if tree is None else jax.tree.unflatten(form, [new[i] for _, new in pairs])
-        for i, tree in enumerate(moments)
-    ]
-    return jax.tree.unflatten(form, [moved for moved, _ in pairs]), Moments(*after)
-
-
-def _direction(
-    coefficients: Coefficients, step: jax.Array, eps: common.Number, g: jax.Array, old: Moments
-) -> tuple[Moments, jax.Array]:
-    """(moments after, γ (m̂ + β3 n)/(√w + ε) + (1-γ) sign u) of one tensor."""
-    q = Coefficients(*(x.astype(g.dtype) for x in coefficients))
-    t = step.astype(g.dtype)
-    first = q.b1 * old.first + (1 - q.b1) * g
-    numerator, ahead, difference = first / -jnp.expm1(t * jnp.log(q.b1)), g, None
-    if old.difference is not None and old.grad is not None:
-        change = jnp.where(step > 1, g - old.grad, 0.0)  # the first gradient has none to differ from
-        difference = q.b3 * old.difference + (1 - q.b3) * change
-        numerator, ahead = numerator + q.b3 * difference, g + q.b3 * change
-
-    yogi = old.second + ahead**2 * jnp.sign(ahead**2 - old.second)
-    second = q.b2 * old.second + (1 - q.b2) * (q.c * ahead**2 + (1 - q.c) * yogi)
-    mean = None if old.mean is None else (second + (t - 1) * old.mean) / t
-    mixed = second if mean is None else q.rho * second + (1 - q.rho) * mean
-    direction = numerator / (_root(mixed / -jnp.expm1(t * jnp.log(q.b2))) + eps)
-
-    lion = None
-    if old.lion is not None:
-        sign = jnp.sign(_LION[0] * old.lion + (1 - _LION[0]) * g)
-        lion = _LION[1] * old.lion + (1 - _LION[1]) * g
-        direction = q.gamma * direction + (1 - q.gamma) * sign
-    return Moments(first, second, difference, None if difference is None else g, mean, lion), direction
-
-
-def _root(x: jax.Array) -> jax.Array:
-    """√x with derivative 0 at 0: a parameter without a gradient does not make q's derivative NaN."""
-    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)
 
 
 def mada(
@@ -236,7 +146,7 @@ def mada(
     weight_decay = common.not_negative("weight_decay", weight_decay)
     decays = not isinstance(weight_decay, float) or weight_decay > 0
     keeps_params = decays and "learning_rate" in rates
-    update = functools.partial(_update, eps=common.positive("eps", eps), weight_decay=weight_decay)
+    update = functools.partial(mada_step, eps=common.positive("eps", eps), weight_decay=weight_decay)
 
     def init_fn(params: optax.Params) -> MADAState:
         dtype = common.scalar_dtype(params)
@@ -326,7 +236,7 @@ def mada_coefficients(state: optax.OptState) -> dict[str, jax.Array]:
     """The coefficients of the last step, by the names of `mada`'s arguments.
 
     Args:
-      state: of `mada`, or one that holds it: of a chain, say.
+      state: of `mada`, or of a transformation that contains it, such as a chain.
 
     Raises:
       L3RSError: no state of MADA in it, or several.
@@ -335,10 +245,10 @@ def mada_coefficients(state: optax.OptState) -> dict[str, jax.Array]:
 
 
 def mada_history(state: optax.OptState) -> dict[str, np.ndarray]:
-    """The coefficients of the last steps, to plot.
+    """The coefficients of the last steps, for a figure.
 
     Args:
-      state: of `mada(…, history=n)`, or one that holds it; of one run, not of a batch.
+      state: of `mada(…, history=n)`, or of a transformation that contains it; of one run, not of a batch.
 
     Returns:
       Arrays [min(steps taken, n)], oldest first: "step", counted from 1, and each coefficient.
@@ -353,65 +263,6 @@ def mada_history(state: optax.OptState) -> dict[str, np.ndarray]:
     steps = np.arange(max(count - rows, 0), count)
     kept = np.asarray(found.history)[steps % max(rows, 1)]
     return {"step": steps + 1, **dict(zip(Coefficients._fields, kept.T, strict=True))}
-
-
-def plot_coefficients(
-    history: Mapping[str, npt.ArrayLike], file: str | Path, *, title: str = "", start_step: int = 0
-) -> Path:
-    """The coefficients over the steps, each in a panel of its own with D's edges as dotted lines.
-
-    Args:
-      history: of `mada_history`.
-      file: what to write, e.g. coefficients.png; its directory is made.
-      title: above the panels.
-      start_step: the first step that moves coefficients, a vertical line; none where 0.
-
-    Returns:
-      The file.
-
-    Raises:
-      L3RSError: no steps, or matplotlib is missing.
-
-    Example:
-      >>> from l3rs.baselines import plot_coefficients
-      >>> history = {"step": [1, 2], "b1": [0.9, 0.8]}  # as mada_history gives it
-      >>> plot_coefficients(history, "/tmp/coefficients.png").name
-      'coefficients.png'
-    """
-    steps = np.asarray(history.get("step", ()))
-    shown = [name for name in (*COEFFICIENTS, "learning_rate") if name in history]
-    if not len(steps) or not shown:
-        raise L3RSError("there are no steps to plot; keep some with mada(…, history=n)")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise L3RSError("plot_coefficients needs matplotlib: pip install matplotlib")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    if np.ptp(np.asarray(history.get("learning_rate", 0.0))) == 0:  # a constant one is no news
-        shown = [name for name in shown if name != "learning_rate"]
-    figure = Figure(figsize=(9, 1.1 + 1.7 * -(-len(shown) // 3)), layout="constrained")
-    FigureCanvasAgg(figure)
-    rows = figure.subplots(-(-len(shown) // 3), 3, sharex=True, squeeze=False)
-    for axes, name in zip(rows.flat, shown, strict=False):
-        axes.plot(steps, np.asarray(history[name]), color="#0072B2", linewidth=1.4)
-        axes.set_title(SYMBOLS[name], fontsize=10)
-        axes.grid(alpha=0.25)
-        for edge in filter(math.isfinite, DOMAIN[name] if name != "learning_rate" else ()):
-            axes.axhline(edge, color="0.4", linestyle=":", linewidth=1)
-        if start_step:
-            axes.axvline(start_step, color="0.4", linestyle="--", linewidth=1)
-    for axes in rows.flat[len(shown) :]:
-        axes.set_visible(False)
-    for column in range(3):  # the lowest panel of each column names the steps
-        below = [axes for axes in rows[:, column] if axes.get_visible()]
-        if below:
-            below[-1].set_xlabel("step")
-            below[-1].tick_params(labelbottom=True)
-    figure.suptitle(title, fontsize=11)
-    path = Path(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
 
 
 def _find(state: optax.OptState) -> MADAState:

@@ -1,19 +1,17 @@
 """IOMT and DOIT: training with interleaved optimizers, chosen stage by stage.
 
-Every τ steps a controller chooses which optimizer, with which hyper-parameters, trains the next
-stage: at first at random, then by what Gaussian processes predict from the state of the network.
+Every τ steps a controller chooses the optimizer and its hyper-parameters for the next stage: at first at random, then
+by what Gaussian processes predict from the state of the network.
 
 train = iomt.make_train(loss, batch)
 result = train(params, stats, data, steps=1000)
-iomt.plot_history(result.history, result.losses, "run.png")
 
-`Controller` and `interleave` are its two halves, for training loops of one's own. Needs
-scikit-learn; plot_history needs matplotlib, and the compressor "umap" umap-learn.
+`Controller` and `interleave` are its two halves, for your own training loop. It needs scikit-learn, and umap-learn
+for the compressor "umap". `metatrain.report.iomt.plot_history` draws a figure of a run.
 """
 
 from l3rs.baselines.iomt.compress import key_parameters
 from l3rs.baselines.iomt.controller import Controller, Options, Stage
-from l3rs.baselines.iomt.plot import plot_history
 from l3rs.baselines.iomt.score import acquisition, sampling_weight, stage_score
 from l3rs.baselines.iomt.space import SPACE, Choice, InterleavedState, Optimizer, Space, encode, interleave
 from l3rs.baselines.iomt.train import Result, make_train
@@ -36,7 +34,6 @@ __all__ = [
     "leep",
     "logme",
     "make_train",
-    "plot_history",
     "sampling_weight",
     "stage_score",
     "transferability",

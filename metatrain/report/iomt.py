@@ -1,4 +1,4 @@
-"""A picture of a run: its loss, and which optimizer trained when."""
+"""A figure of an IOMT run: its loss, and which optimizer trained when."""
 
 from __future__ import annotations
 
@@ -7,32 +7,29 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
-from l3rs.baselines.iomt.controller import Stage
-from l3rs.baselines.iomt.extras import require
-from l3rs.spec import L3RSError
+from l3rs import L3RSError
+from l3rs.baselines.iomt import Stage
 
-# Okabe and Ito's, which people of all colour visions tell apart; without the yellow, too pale for a line.
+# The colour-blind safe palette of Okabe and Ito, without yellow, which is too pale for a line.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 
 
 def plot_history(history: Sequence[Stage], losses: npt.ArrayLike, file: str | Path, *, title: str = "") -> Path:
     """The loss in the colour of the optimizer that trains, and below it the choices over the steps.
 
-    A cross is a stage that diverged, whose loss may leave the picture; the dotted line is where the
-    initial phase ends. Beyond seven optimizers colours come back.
+    A cross marks a stage that diverged; its loss may leave the figure. The dotted line is where the initial phase
+    ends. With more than seven optimizers, colours repeat.
 
     Args:
       history, losses: of a `Result`, or of a controller; losses are [steps + 1].
-      file: what to write, e.g. run.png; its directory is made.
+      file: the image to write, such as run.png; its folder is created.
 
     Raises:
-      L3RSError: no stages, losses of another length, or matplotlib is missing.
+      L3RSError: no stages, or losses of another length.
     """
-    require("matplotlib", "matplotlib", "plot_history")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     values = np.asarray(losses, np.float64)
     if not history or values.shape != (history[-1].step + history[-1].steps + 1,):
         raise L3RSError(f"{len(history)} stages and losses {values.shape} do not belong to one run of [steps + 1]")
