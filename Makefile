@@ -7,7 +7,7 @@ EXTRAS ?= dev
 comma := ,
 READY := $(VENV)/.ready-$(subst $(comma),-,$(EXTRAS))
 
-.PHONY: setup demo test test-slow lint bench clean
+.PHONY: setup demo test test-slow test-lowest lint bench clean
 
 setup: $(READY)
 
@@ -30,10 +30,24 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
+# With the lowest versions that pyproject.toml allows, in an environment of its own: what people install and import.
+LOWEST := .venv-lowest
+test-lowest: $(LOWEST)/.ready
+	$(LOWEST)/bin/python -m pytest tests/l3rs/io tests/l3rs/test_hostile_checkpoints.py tests/l3rs/test_imports.py \
+		tests/l3rs/test_without_jax.py tests/l3rs/test_optimizer.py tests/l3rs/test_guard.py tests/l3rs/test_layers.py \
+		tests/l3rs/baselines tests/metatrain/test_rollout.py tests/metatrain/test_trainer.py
+
+$(LOWEST)/.ready: pyproject.toml
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install -qq uv
+	VIRTUAL_ENV=$(LOWEST) $(LOWEST)/bin/uv pip install --quiet --resolution lowest-direct --editable '.[dev]'
+	touch $@
+
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks
