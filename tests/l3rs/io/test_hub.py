@@ -26,7 +26,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         Hub.asked.append(path)
         name = path.removeprefix(f"/owner/golden/resolve/{COMMIT}/")
         if path in [f"/api/models/owner/golden/revision/{name}" for name in ("main", "v1", COMMIT)]:
-            self.answer(json.dumps({"id": "owner/golden", "sha": COMMIT, "siblings": []}).encode())
+            siblings = [{"rfilename": name} for name in self.content]  # what older clients read
+            self.answer(json.dumps({"id": "owner/golden", "sha": COMMIT, "siblings": siblings}).encode())
         elif path == f"/api/models/owner/golden/tree/{COMMIT}":
             tree = [
                 {"type": "file", "path": name, "size": len(content), "oid": self.tag(name)}
