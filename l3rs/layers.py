@@ -305,6 +305,36 @@ def depth_order(names: Sequence[str | None], alphabetical: bool = True) -> list[
     return [key[-1] for key in sorted(keys)]
 
 
+class Role(NamedTuple):
+    """The role of a layer in its network."""
+
+    place: Literal["input", "hidden", "output", "norm"]
+    component: Literal["kernel", "bias", "scale"]
+
+
+def roles(layers: Sequence[Layer], alphabetical: bool = True) -> list[Role]:
+    """Roles of a network's layers, from names and shapes.
+
+    A module without a kernel (rank ≥ 2) is a norm. In `depth_order`, the last module with a kernel is the output, and
+    the first one is the input, together with all that are called stem, embed, patch, pos_, …
+    """
+    kernels = [layer.path for layer in layers if len(layer.shape) >= 2 and kind(layer.path, len(layer.shape)) != "bias"]
+    modules = [_module(kernels[i]) for i in depth_order(kernels, alphabetical)]
+    found = []
+    for layer in layers:
+        module = _module(layer.path)
+        first = any(word.startswith(_FIRST) for word in re.split("[/.]", layer.path.lower())[:2])
+        component = "bias" if _is_bias(layer.path) else "kernel" if len(layer.shape) >= 2 else "scale"
+        if module not in modules:
+            place = "norm"
+        elif module == modules[-1]:
+            place = "output"
+        else:
+            place = "input" if first or module == modules[0] else "hidden"
+        found.append(Role(place, component))  # type: ignore[arg-type]
+    return found
+
+
 def _module(path: str) -> str:
     """The path without its last word; the whole path if it has only one."""
     return re.sub(r"[/.][^/.]*$", "", path)

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from metatrain.config import Config, UserError, load_config
-    from metatrain.evaluation.evaluate import evaluate
-    from metatrain.evaluation.results import Results
+    from metatrain.evaluation.comparison import evaluate
+    from metatrain.evaluation.records import Results
     from metatrain.outer.loop import Run, export, resume, run
 
 _MODULES = {
     "metatrain.config": ("Config", "UserError", "load_config"),
-    "metatrain.evaluation.evaluate": ("evaluate",),
-    "metatrain.evaluation.results": ("Results",),
+    "metatrain.evaluation.comparison": ("evaluate",),
+    "metatrain.evaluation.records": ("Results",),
     "metatrain.outer.loop": ("Run", "export", "resume", "run"),
 }
 

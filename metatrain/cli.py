@@ -172,6 +172,9 @@ def evaluate(
     ] = None,
     baselines: Annotated[str | None, typer.Option(help="Baselines to compare with, comma-separated, or all.")] = None,
     schedules: Annotated[str | None, typer.Option(help="Learning-rate schedules to compare, comma-separated.")] = None,
+    multipliers: Annotated[
+        str | None, typer.Option(help="Factors of L3RS's steps to compare, comma-separated, e.g. .1,.3,1,3,10.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Results folder.", show_default="runs/evaluation-NAME")] = None,
 ) -> None:
     """Compare an optimizer with tuned baselines in each setting of the configuration.
@@ -180,32 +183,38 @@ def evaluate(
     """
     from metatrain import report
     from metatrain.config import UserError
-    from metatrain.evaluation import evaluate as evaluation
+    from metatrain.evaluation import comparison
+    from metatrain.evaluation.analysis import Analysis
+    from metatrain.evaluation.records import NO_OPTIMIZER
 
     _use_cores()
-    no_optimizer = optimizer == evaluation.NO_OPTIMIZER
+    no_optimizer = optimizer == NO_OPTIMIZER
     name = f"baselines-{config.stem}" if no_optimizer else f"evaluation-{Path(optimizer).name}"
     folder = out or Path("runs") / name
     if (folder / "results.json").exists():
         raise UserError(f"{folder / 'results.json'} exists; choose another folder with --out")
-    results = evaluation.evaluate(
+    results = comparison.evaluate(
         optimizer,
         _load(config, overrides),
         settings=_names(settings),
-        say=_console.print,
+        log=_console.print,
         horizons=_numbers(horizons, "--horizons", "10,30,100") if horizons else None,
         seeds=seeds,
         tuning_seeds=tuning_seeds,
         baselines=_names(baselines),
         schedules=_names(schedules),
+        multipliers=_names(multipliers),
     )
     saved = results.save(folder)
+    analysis = Analysis(results)
     for setting in results.settings():
-        _console.print(report.table(results, setting))
+        _console.print(report.table(analysis, setting))
+    for table in report.zoo_tables(analysis):
+        _console.print(table)
     for note in results.notes:
         _console.print(f"note: {note}")
     if not no_optimizer:  # the page is about L3RS
-        _console.print(f"{report.verdict(results)}\nreport: {report.write(results, folder)}")
+        _console.print(f"{' '.join(report.verdict(analysis))}\nreport: {report.write(analysis, folder)}")
     _console.print(f"results: {saved}")
 
 
@@ -216,15 +225,15 @@ def report_(
     """Write the page of an evaluation or of a run again."""
     from metatrain import report
     from metatrain.config import UserError
-    from metatrain.evaluation.evaluate import NO_OPTIMIZER
-    from metatrain.evaluation.results import Results
+    from metatrain.evaluation.analysis import Analysis
+    from metatrain.evaluation.records import NO_OPTIMIZER, Results
     from metatrain.report import live
 
     if (folder / "results.json").is_file():
         results = Results.load(folder / "results.json")
         if results.optimizer == NO_OPTIMIZER:
             raise UserError(f"{folder} compares baselines alone; a report needs an optimizer of ours")
-        _console.print(f"report: {report.write(results, folder)}")
+        _console.print(f"report: {report.write(Analysis(results), folder)}")
     elif (folder / "config.yaml").is_file():
         _console.print(f"report: {live.write(folder, going=False)}")
     else:
@@ -240,7 +249,7 @@ def export(
     ] = None,
 ) -> None:
     """Write the optimizer of a run's newest checkpoint, whether the run is finished or not."""
-    from metatrain.evaluation.results import Results
+    from metatrain.evaluation.records import Results
     from metatrain.outer import loop
 
     _use_cores()
@@ -403,11 +412,11 @@ def inspect(
 
 
 def _print_matches(optimizer: str, network: Path, how: Mapping[str, Any]) -> None:
-    from metatrain import networks
+    from metatrain.inspection.network_layers import network_matches
 
     if network.suffix != ".safetensors":
         _load(network, ())  # finds a task in the current folder
-    for name, layers in networks.matches(optimizer, network, how):
+    for name, layers in network_matches(optimizer, network, how):
         _console.print(f"{name} ← {optimizer}")
         width = max(len(layer.name or "") for layer in layers)
         for layer in layers:

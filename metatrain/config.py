@@ -152,6 +152,7 @@ class EvaluationConfig(_Section):
     baselines: tuple[str | dict[str, Any], ...] = ("adam", "sgdm")
     schedules: tuple[str, ...] = ("constant", "cosine")  # of the learning rate; there is also warmup_cosine
     curve_points: PositiveInt = 16  # test evaluations along a training run
+    multipliers: tuple[PositiveFloat, ...] = ()  # factors of L3RS's steps to compare, e.g. [.1, .3, 1, 3, 10]
     guard: bool | dict[str, Any] = False  # L3RS's: fields of `l3rs.Guard`, or true for its defaults
 
     def make_guard(self) -> bool | Guard:

@@ -1,55 +1,58 @@
-"""What follows from the results: who is ahead, by how much, and whether that could be chance."""
+"""The analysis of an evaluation: who is ahead, by how much, and whether that could be chance.
+
+One sign convention: a difference is L3RS minus the baseline, so negative is better.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
 import statistics as plain_statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from metatrain.evaluation import statistics
-from metatrain.evaluation.results import L3RS, Results, Speedup, worst_if_no_number
+from metatrain.evaluation.records import L3RS, Cost, RecordTable, Results, Speedup, family, nan_as_inf
 from metatrain.evaluation.statistics import Interval
-from metatrain.report import formatting as words
 
 Outcome = Literal["better", "worse", "undecided"]
 
 
-class Payback(NamedTuple):
-    """What a fine-tuning in one setting saves, and after how many of them meta-training has paid.
+class GridSummary(NamedTuple):
+    """How one learning rate was tuned."""
 
-    A baseline that never has L3RS's accuracy is counted with the steps of the longest evaluated horizon:
-    it needs more, so savings are at least, and fine-tunings at most, what is said.
-    """
-
-    setting: str
-    steps: int  # of L3RS, the longest horizon of its meta-training
-    seconds: float  # of these
-    baseline: str  # that has L3RS's accuracy in the least time
-    baseline_steps: float  # it needs for that; may be infinite
-    saved: float  # seconds a fine-tuning
-    fine_tunings: float  # infinite: never, or not known where no baseline has the accuracy
-    runs: int  # of the baseline's tuning: grid values × seeds
-    saved_tuned: float  # seconds a fine-tuning, when the baseline has to be tuned for it
-    fine_tunings_tuned: float
-
-    @property
-    def reached(self) -> bool:
-        return math.isfinite(self.baseline_steps)
+    chosen: float
+    tried: int  # learning rates
+    grown: bool  # whether the grid had to grow beyond the smallest one of the setting
+    at_edge: bool
 
 
-class Findings:
-    """Results, and what can be said of them.
+class RelativeCost(NamedTuple):
+    """A step's cost beside that of the well-known optimizers that were measured, too."""
+
+    optimizer: str
+    cost: Cost
+    share: float  # of the longest time a step
+    ratios: dict[str, float]  # {"sgd", "sgdm", "adam": time a step over that family's}
+
+
+class Rival(NamedTuple):
+    """The baseline that L3RS is compared with beyond the range of its meta-training."""
+
+    label: str
+    is_adam: bool  # the best tuned Adam; else, where Adam was not among them, the best baseline
+
+
+class Analysis:
+    """Results, and the numbers that follow from them. Compute it once and pass it on: it keeps what it computed.
 
     Attributes:
       results: the results.
-      low, high: the shortest and longest horizon of meta-training; zero and infinity where the checkpoint does not say.
+      low, high: the shortest and longest horizon of meta-training; 0 and infinity where the checkpoint has none.
+      range_known: whether the checkpoint has them.
       inside, beyond: the evaluated horizons in that range, and those longer than it.
-      mean: `results.mean`.
-      best: `results.best_baseline`, the best one on test.
     """
 
     def __init__(self, results: Results) -> None:
@@ -59,42 +62,127 @@ class Findings:
         self.low, self.high = float(trained.get("min", 0)), float(trained.get("max", math.inf))
         self.inside = [h for h in results.horizons() if self.low <= h <= self.high]
         self.beyond = [h for h in results.horizons() if h > self.high]
-        # A page asks for the same numbers in many places.
+        # The page asks for the same numbers in many places.
         self.mean = functools.cache(results.mean)
-        self.best = functools.cache(results.best_baseline)
+        self.interval = functools.cache(self._interval)
         self.difference = functools.cache(self._difference)
+        self.best_baseline = functools.cache(self._best_baseline)
+        self.steps_to = functools.cache(self._steps_to)
 
-    def interval(self, setting: str, optimizer: str, horizon: int, field: str = "loss") -> Interval:
-        """Mean over seeds of a field, and its interval."""
+    # Means, intervals and differences
+
+    def _interval(self, setting: str, optimizer: str, horizon: int, field: str = "loss") -> Interval:
+        """Mean over seeds of a field of the records, and its interval."""
         return statistics.mean_interval(self.results.values(setting, optimizer, horizon, field))
 
-    def _difference(self, setting: str, baseline: str, horizon: int) -> Interval:
-        """Test loss of the baseline minus that of L3RS: positive where L3RS is better."""
-        value, low, high = self.results.difference(setting, baseline, horizon)
-        return Interval(-value, -high, -low)
+    def _difference(self, setting: str, baseline: str, horizon: int, field: str = "loss") -> Interval:
+        """L3RS minus the baseline, mean over seeds and paired interval; negative losses are better."""
+        ours = self.results.values(setting, L3RS, horizon, field)
+        return statistics.mean_interval(ours - self.results.values(setting, baseline, horizon, field))
+
+    def relative_difference(self, setting: str, baseline: str, horizon: int) -> float:
+        """The difference of mean test losses over the baseline's; NaN where that is 0."""
+        ours, theirs = (self.mean(setting, label, horizon) for label in (L3RS, baseline))
+        return ours / theirs - 1 if theirs > 0 else math.nan
+
+    def win_rate(self, setting: str, baseline: str, horizon: int) -> float:
+        """The share of seeds in which L3RS has the lower test loss."""
+        ours, theirs = (self.results.values(setting, label, horizon).tolist() for label in (L3RS, baseline))
+        return statistics.win_rate(ours, theirs)
 
     def outcome(self, setting: str, baseline: str, horizon: int) -> Outcome:
         """Of L3RS: better or worse only where the paired interval excludes zero, or where L3RS diverged."""
         if not math.isfinite(self.mean(setting, L3RS, horizon)):
             return "worse"
-        found = self.difference(setting, baseline, horizon)
-        if not found.excludes(0.0):
+        difference = self.difference(setting, baseline, horizon)
+        if not difference.excludes(0.0):
             return "undecided"
-        return "better" if found.value > 0 else "worse"
+        return "better" if difference.value < 0 else "worse"
 
     def is_lower(self, setting: str, baseline: str, horizon: int) -> bool:
-        """Whether the mean test loss of L3RS is lower; one that is no number is infinite."""
-        ours, theirs = (worst_if_no_number(self.mean(setting, label, horizon)) for label in (L3RS, baseline))
+        """Whether the mean test loss of L3RS is lower; NaN counts as infinite."""
+        ours, theirs = (nan_as_inf(self.mean(setting, label, horizon)) for label in (L3RS, baseline))
         return ours < theirs
 
-    def rival_beyond(self, setting: str, horizon: int) -> tuple[str, str]:
-        """The best tuned Adam, or the best baseline where Adam was not among them: its label, and which it is."""
-        adam = self.results.best_baseline(setting, horizon, lambda label: words.family(label) == "adam")
-        if adam is not None:
-            return adam, "the best tuned Adam"
-        best = self.best(setting, horizon)
+    # The best
+
+    def _best_baseline(self, setting: str, horizon: int, among: Callable[[str], bool] | None = None) -> str | None:
+        """The baseline with the lowest mean test loss: chosen on test, which favours it. None if there is none."""
+        labels = [label for label in self.results.baselines() if among is None or among(label)]
+        return min(labels, key=lambda label: nan_as_inf(self.mean(setting, label, horizon)), default=None)
+
+    def lowest_loss(self, setting: str, horizon: int) -> float:
+        """The lowest mean test loss of any optimizer; NaN where all are NaN."""
+        losses = (self.mean(setting, label, horizon) for label in self.results.optimizers())
+        return min((loss for loss in losses if not math.isnan(loss)), default=math.nan)
+
+    def highest_accuracy(self, setting: str, horizon: int, among: Sequence[str] | None = None) -> float:
+        """The highest mean test accuracy of any optimizer, or of some."""
+        return max(self.mean(setting, label, horizon, "accuracy") for label in among or self.results.optimizers())
+
+    def rival_beyond(self, setting: str, horizon: int) -> Rival:
+        """The best tuned Adam, or the best baseline where Adam was not among them."""
+        adam = self.best_baseline(setting, horizon, _is_adam)
+        best = self.best_baseline(setting, horizon)
         assert best is not None
-        return best, "the best baseline"
+        return Rival(best, False) if adam is None else Rival(adam, True)
+
+    @functools.cached_property
+    def ranked(self) -> list[str]:
+        """All optimizers, the strongest first: by mean rank of test loss over settings and horizons."""
+        return self._by_rank(self.results.settings())
+
+    def ranked_in(self, setting: str) -> list[str]:
+        """All optimizers, the strongest of a setting first."""
+        return self._by_rank([setting])
+
+    def _by_rank(self, settings: Sequence[str]) -> list[str]:
+        labels = self.results.optimizers()
+        cases = [(setting, horizon) for setting in settings for horizon in self.results.horizons()]
+        losses = np.array([[nan_as_inf(self.mean(s, label, h)) for label in labels] for s, h in cases])
+        # Ties, such as several that diverged, share a rank.
+        ranks = (losses[:, None, :] < losses[:, :, None]).sum(2).mean(0)
+        return [label for _, label in sorted(zip(ranks.tolist(), labels, strict=True), key=lambda pair: pair[0])]
+
+    def strongest(self, count: int) -> list[str]:
+        """The best schedule of each family, and of these the `count` with the best ranks."""
+        families: dict[str, str] = {}
+        for label in self.ranked:
+            if label != L3RS:
+                families.setdefault(family(label), label)
+        return list(families.values())[:count]
+
+    # All comparisons
+
+    @functools.cached_property
+    def tally(self) -> dict[str, int]:
+        """Comparisons with the best baseline within the range: how many, with a lower mean, and by outcome."""
+        cases = [
+            (setting, best, horizon)
+            for setting in self.results.settings()
+            for horizon in self.inside
+            if (best := self.best_baseline(setting, horizon)) is not None
+        ]
+        outcomes = [self.outcome(*case) for case in cases]
+        lower = sum(self.is_lower(*case) for case in cases)
+        return {"all": len(cases), "lower": lower} | {
+            kind: outcomes.count(kind) for kind in ("better", "worse", "undecided")
+        }
+
+    def lower_count(self, setting: str) -> int:
+        """At how many horizons L3RS has a lower test loss than the best baseline."""
+        best = {h: self.best_baseline(setting, h) for h in self.results.horizons()}
+        return sum(self.is_lower(setting, label, h) for h, label in best.items() if label is not None)
+
+    def outcomes_beyond(self, horizon: int) -> dict[Outcome, list[str]]:
+        """The settings by outcome at a horizon beyond the range, compared with `rival_beyond`."""
+        found: dict[Outcome, list[str]] = {}
+        for setting in self.results.settings():
+            rival = self.rival_beyond(setting, horizon)
+            found.setdefault(self.outcome(setting, rival.label, horizon), []).append(setting)
+        return found
+
+    # Speed
 
     def speedup(self, setting: str, baseline: str, horizon: int) -> Interval | None:
         """F with its interval; None where it is not defined: not computed, or L3RS diverged."""
@@ -117,179 +205,98 @@ class Findings:
         return min((f.value for f in found if f is not None), default=None)
 
     @functools.cached_property
-    def ranked(self) -> list[str]:
-        """All optimizers, the strongest first: by mean rank of test loss over settings and horizons."""
-        return _by_rank(self.results, self.results.optimizers(), self.results.settings())
-
-    def ranked_in(self, setting: str) -> list[str]:
-        """All optimizers, the strongest in a setting first."""
-        return _by_rank(self.results, self.results.optimizers(), [setting])
-
-    def strongest(self, count: int) -> list[str]:
-        """The best schedule of each family, and of these the `count` that are most often ahead."""
-        families: dict[str, str] = {}
-        for label in self.ranked:
-            if label != L3RS:
-                families.setdefault(words.family(label), label)
-        return list(families.values())[:count]
-
-    def verdict(self) -> list[str]:
-        """Sentences: within the range of meta-training, the speed-up, and beyond the range."""
-        if not self.results.baselines():
-            return ["There is no baseline to compare L3RS with."]
-        return [s for s in (self._within(), self._chance(), self._speed(), self._outside()) if s]
-
-    def _pairs(self) -> list[tuple[str, str, int]]:
-        """(setting, best baseline, horizon) of all comparisons within the range."""
-        return [
-            (setting, best, horizon)
-            for setting in self.results.settings()
-            for horizon in self.inside
-            if (best := self.best(setting, horizon)) is not None
-        ]
-
-    def tally(self) -> dict[str, int]:
-        """How the comparisons within the range came out: all, lower, and by outcome."""
-        pairs = self._pairs()
-        outcomes = [self.outcome(*pair) for pair in pairs]
-        lower = sum(self.is_lower(*pair) for pair in pairs)
-        return {"all": len(pairs), "lower": lower} | {
-            kind: outcomes.count(kind) for kind in ("better", "worse", "undecided")
-        }
-
-    def _within(self) -> str:
-        if not self.inside:
-            trained = f"{self.low:,.0f} to {self.high:,.0f} steps"
-            return f"None of the evaluated horizons is in the range of L3RS's meta-training, {trained}."
-        tally = self.tally()
-        settings = len(self.results.settings())
-        grid = words.counted(len(self.inside), "horizon")
-        if settings > 1:
-            grid = f"{settings} settings × {grid}"
-        if self.range_known:
-            where = f"Within the range of its meta-training, {self.low:,.0f} to {self.high:,.0f} steps,"
-        else:
-            steps = " to ".join(f"{h:,}" for h in dict.fromkeys((self.inside[0], self.inside[-1])))
-            where = f"At {steps} steps (the checkpoint does not name its range)"
-        return (
-            f"{where} L3RS has a lower test loss than the best baseline in {tally['lower']} of "
-            f"{words.counted(tally['all'], 'comparison')} ({grid})."
-        )
-
-    def _chance(self) -> str:
-        if not self.inside:
-            return ""
-        if self.results.seeds() < 2:
-            return "One seed gives no interval, so how much of this is chance cannot be said."
-        tally = self.tally()
-        return (
-            f"By the paired {statistics.LEVEL:.0%} interval it is better in {tally['better']}, worse in "
-            f"{tally['worse']} and not distinguishable in {tally['undecided']}.".replace("%", " %")
-        )
-
     def median_speedup(self) -> float | None:
-        """Of F over the quickest baseline, over all comparisons within the range."""
-        pairs = [(setting, horizon) for setting in self.results.settings() for horizon in self.inside]
-        found = [f for pair in pairs if (f := self.least_speedup(*pair)) is not None]
+        """The median of `least_speedup` over all settings and horizons within the range."""
+        cases = [(setting, horizon) for setting in self.results.settings() for horizon in self.inside]
+        found = [f for case in cases if (f := self.least_speedup(*case)) is not None]
         return plain_statistics.median_low(found) if found else None
 
-    def _speed(self) -> str:
-        median = self.median_speedup()
-        if median is None:
-            return ""
-        if math.isinf(median):
-            return "The median speed-up in steps is ∞: no baseline has its accuracy within the longest horizon."
-        return f"The median speed-up in steps is {words.ratio(median)} over the quickest baseline."
+    def _steps_to(self, setting: str, optimizer: str, accuracy: float) -> float:
+        """The horizon that an optimizer, tuned for each, needs for a mean test accuracy; may be infinite."""
+        curve = self.results.accuracy_curve(setting, optimizer).mean(0).tolist()
+        return statistics.steps_to_reach(self.results.horizons(), curve, accuracy)
 
-    def _outside(self) -> str:
-        """One sentence for all horizons beyond the range: in which settings better, worse, undecided."""
-        settings = self.results.settings()
-        if not self.beyond:
-            return ""
-        clauses = []
-        for horizon in self.beyond:
-            groups: dict[Outcome, list[str]] = {}
-            for setting in settings:
-                rival, _ = self.rival_beyond(setting, horizon)
-                groups.setdefault(self.outcome(setting, rival, horizon), []).append(setting)
-            clauses.append(f"at {horizon:,} steps {self._grouped(groups, horizon)}")
-        name = self.rival_beyond(settings[0], self.beyond[0])[1]
-        return f"Beyond the range, compared with {name}, it is {'; '.join(clauses)}."
+    def to_target(self, setting: str, optimizer: str, horizon: int) -> tuple[float, float]:
+        """Steps, and seconds, that an optimizer needs for the best baseline's accuracy at a horizon.
 
-    def _grouped(self, groups: dict[Outcome, list[str]], horizon: int) -> str:
-        phrases: dict[Outcome, str] = {
-            "better": "better", "worse": "worse", "undecided": "not distinguishable",
-        }  # fmt: skip
-        parts = []
-        for outcome, phrase in phrases.items():
-            members = groups.get(outcome, [])
-            if not members:
-                continue
-            if len(self.results.settings()) == 1:
-                rival, _ = self.rival_beyond(members[0], horizon)
-                losses = (words.number(self.mean(members[0], label, horizon)) for label in (L3RS, rival))
-                return f"{phrase} ({' against '.join(losses)})"
-            everywhere = len(members) == len(self.results.settings())
-            parts.append(f"{phrase} in {'all settings' if everywhere else words.listed([*map(words.short, members)])}")
-        return words.listed(parts)
+        Without baselines it is the accuracy of L3RS. Steps may be infinite, seconds also NaN if they were not measured.
+        """
+        target = self.highest_accuracy(setting, horizon, self.results.baselines())
+        steps = self.steps_to(setting, optimizer, target)
+        return steps, steps * self.seconds_a_step(optimizer)
 
-    def payback(self) -> list[Payback]:
-        """One a setting; empty where steps were not timed or nothing is known of the meta-training."""
-        spent = self.results.meta_training.get("seconds")
-        if not spent or not self.inside:
-            return []
-        found = [self._payback(setting, float(spent)) for setting in self.results.settings()]
-        return [p for p in found if p is not None]
+    @functools.cached_property
+    def profile(self) -> dict[str, list[float]]:
+        """Performance profile over all (setting, horizon) pairs: a problem is to reach the best baseline's
+        mean test accuracy at that horizon; the cost is the number of steps. See `statistics.performance_profile`."""
+        results = self.results
+        costs: dict[str, list[float]] = {label: [] for label in results.optimizers()}
+        for setting in results.settings():
+            for horizon in results.horizons():
+                reached = [self.mean(setting, label, horizon, "accuracy") for label in results.baselines()]
+                target = max((a for a in reached if math.isfinite(a)), default=math.inf)
+                for label, row in costs.items():
+                    row.append(self.steps_to(setting, label, target))
+        return statistics.performance_profile(costs)
 
-    def _payback(self, setting: str, spent: float) -> Payback | None:
-        results, horizon = self.results, self.inside[-1]
-        own_seconds = results.seconds_a_step(L3RS) * horizon
-        target = self.mean(setting, L3RS, horizon, "accuracy")
-        timed = {label: results.seconds_a_step(label) for label in results.baselines()}
-        needs = {
-            label: (results.steps_to(setting, label, target), seconds)
-            for label, seconds in timed.items()
-            if math.isfinite(seconds)
+    # Costs and tuning
+
+    def seconds_a_step(self, optimizer: str) -> float:
+        """Measured seconds of one training step, NaN where they were not measured."""
+        return next((cost.seconds_a_step for cost in self.results.costs if cost.optimizer == optimizer), math.nan)
+
+    def relative_costs(self) -> list[RelativeCost]:
+        """L3RS and one schedule of each family, because schedules cost nothing; empty if nothing was measured."""
+        costs = {cost.optimizer: cost for cost in self.results.costs}
+        labels = [label for label in [L3RS, *self.strongest(len(costs))] if label in costs]
+        units: dict[str, float] = {}
+        for cost in costs.values():
+            if (name := family(cost.optimizer)) in ("sgd", "sgdm", "adam") and cost.seconds_a_step > 0:
+                units.setdefault(name, cost.seconds_a_step)
+        units = {name: units[name] for name in ("sgd", "sgdm", "adam") if name in units}
+        longest = max((costs[label].seconds_a_step for label in labels), default=math.nan)
+        return [
+            RelativeCost(
+                label,
+                costs[label],
+                costs[label].seconds_a_step / longest,
+                {name: costs[label].seconds_a_step / seconds for name, seconds in units.items()},
+            )
+            for label in labels
+        ]
+
+    def grids(self, setting: str) -> dict[str, dict[int, GridSummary]]:
+        """{baseline: {horizon: how its learning rate was tuned}}, the strongest baseline first."""
+        grids = self.results.tuning.get(setting) or {}
+        smallest = min((len(grid["inner_valid_loss"]) for of in grids.values() for grid in of.values()), default=0)
+
+        def summary(grid: dict) -> GridSummary:
+            tried = len(grid["inner_valid_loss"])
+            return GridSummary(grid["chosen"], tried, tried > smallest, grid["at_edge"])
+
+        return {
+            label: {int(horizon): summary(grid) for horizon, grid in grids[label].items()}
+            for label in self.ranked_in(setting)
+            if label in grids
         }
-        if not needs or not math.isfinite(own_seconds) or not math.isfinite(target):
-            return None
-        longest = results.horizons()[-1]
-        # Where none gets there, the cheapest one at the longest horizon is the lower bound.
-        best = min(needs, key=lambda label: (needs[label][0] * needs[label][1], longest * needs[label][1]))
-        steps, seconds = needs[best]
-        spent_there = min(steps, longest) * seconds
-        runs = self._tuning_runs(setting, best, steps)
-        saved = spent_there - own_seconds
-        saved_tuned = runs * spent_there + saved
-        return Payback(
-            setting=setting,
-            steps=horizon,
-            seconds=own_seconds,
-            baseline=best,
-            baseline_steps=steps,
-            saved=saved,
-            fine_tunings=_times(spent, saved),
-            runs=runs,
-            saved_tuned=saved_tuned,
-            fine_tunings_tuned=_times(spent, saved_tuned),
-        )
-
-    def _tuning_runs(self, setting: str, baseline: str, steps: float) -> int:
-        """Grid values × seeds at the evaluated horizon nearest to `steps`."""
-        grids = self.results.tuning.get(setting, {}).get(baseline, {})
-        if not grids:
-            return 0
-        nearest = min(grids, key=lambda h: abs(math.log(int(h) / min(steps, self.results.horizons()[-1]))))
-        return len(grids[nearest]["inner_valid_loss"]) * int(grids[nearest].get("seeds", 1))
 
 
-def _times(spent: float, saved: float) -> float:
-    return float(math.ceil(spent / saved)) if saved > 0 else math.inf
+def speedups(records: RecordTable) -> list[Speedup]:
+    """Of L3RS over every baseline, from their test accuracies at the evaluated horizons, linear in log steps between
+    them; empty without L3RS."""
+    if L3RS not in records.optimizers():
+        return []
+    horizons = records.horizons()
+    found = []
+    for setting in records.settings():
+        ours = records.accuracy_curve(setting, L3RS)
+        for baseline in records.baselines():
+            theirs = records.accuracy_curve(setting, baseline)
+            for at, horizon in enumerate(horizons):
+                ratio = statistics.speedup(horizons, ours, theirs, at)
+                found.append(Speedup(setting, baseline, horizon, *(x if math.isfinite(x) else None for x in ratio)))
+    return found
 
 
-def _by_rank(results: Results, labels: Sequence[str], settings: Sequence[str]) -> list[str]:
-    places = [(setting, horizon) for setting in settings for horizon in results.horizons()]
-    losses = np.array([[worst_if_no_number(results.mean(s, label, h)) for label in labels] for s, h in places])
-    # Ties, such as several that diverged, share a rank.
-    ranks = (losses[:, None, :] < losses[:, :, None]).sum(2).mean(0)
-    return [label for _, label in sorted(zip(ranks.tolist(), labels, strict=True), key=lambda pair: pair[0])]
+def _is_adam(label: str) -> bool:
+    return family(label) == "adam"

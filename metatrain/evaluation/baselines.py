@@ -28,15 +28,15 @@ class Baseline(NamedTuple):
 
     make: Callable[..., optax.GradientTransformation]  # of a learning rate or schedule
     learning_rate: float  # where the search begins
-    schedules: Sequence[str] = SCHEDULES  # that make sense with it
-    knows_horizon: bool = False  # `make` wants `total_steps`, too
-    knows_peak: bool = False  # `make` wants `peak`, the learning rate without its schedule, too
-    tuned: bool = True  # else its learning rate is the one that was given
+    schedules: Sequence[str] = SCHEDULES  # the schedules that suit it
+    knows_horizon: bool = False  # `make` also takes `total_steps`
+    knows_peak: bool = False  # `make` also takes `peak`, the learning rate without its schedule
+    tuned: bool = True  # False: the learning rate was given and is used as it is
 
 
 def _learning(own: Callable[..., optax.GradientTransformation]) -> Callable[..., optax.GradientTransformation]:
-    """MADA and HyperAdam learn from step 50 on, so that in fewer steps they would be plain Adam. Here it is from
-    a tenth of the horizon on where that is earlier, but not before the second step; `start_step` decides otherwise."""
+    """MADA and HyperAdam start to learn at step 50, so that in fewer steps they would be plain Adam. Here they start
+    at a tenth of the horizon if that is earlier, but not before the second step. `start_step` overrides this."""
 
     @functools.wraps(own)
     def make(
@@ -48,7 +48,7 @@ def _learning(own: Callable[..., optax.GradientTransformation]) -> Callable[...,
 
 
 def _bounded(own: Callable[..., optax.GradientTransformation]) -> Callable[..., optax.GradientTransformation]:
-    """The bounds of AdaBound are a share of the learning rate's peak: a schedule that warms up begins far below it."""
+    """AdaBound's bounds are a share of the learning rate's peak: a schedule with a warm-up starts far below it."""
 
     @functools.wraps(own)
     def make(
@@ -77,7 +77,7 @@ BASELINES = {
     "yogi": Baseline(optax.yogi, 2.0**-7),
     "schedule_free": Baseline(_schedule_free, 2.0**-8, ("constant",)),
     "prodigy": Baseline(optax.contrib.prodigy, 1.0),
-    # The systems of l3rs.baselines. Those that schedule themselves, or rest on a constant rate, get no other schedule.
+    # The systems of l3rs.baselines. Those with a schedule of their own, or that rely on a constant rate, have no other.
     "mada": Baseline(_learning(OWN["mada"]), 2.0**-9, knows_horizon=True),
     "hyper_adam": Baseline(_learning(OWN["hyper_adam"]), 2.0**-9, knows_horizon=True),
     "avgrad": Baseline(OWN["avgrad"], 2.0**-9),
@@ -89,10 +89,10 @@ BASELINES = {
 
 
 class Interleaved(NamedTuple):
-    """IOMT: a controller on the host chooses, every τ steps, which of five optimizers trains the next stage.
+    """IOMT: every τ steps, a controller on the host chooses which of five optimizers trains the next stage.
 
-    What is tuned is the middle of the three learning rates of its space, a factor 10 apart: the search
-    begins at the paper's .1, .01 and .001.
+    The tuned learning rate is the middle one of the three in its space, which are a factor 10 apart. The search
+    starts at the paper's .1, .01 and .001.
     """
 
     options: Mapping[str, Any]  # fields of `iomt.Options`
@@ -101,24 +101,24 @@ class Interleaved(NamedTuple):
     tuned: bool = True
 
     def at(self, horizon: int) -> iomt.Options:
-        """The options for so many steps, where they are not given: as the paper's from 1,250 steps on.
+        """The options for a horizon. Those not given equal the paper's from 1,250 steps on.
 
-        τ is 25, or a fiftieth of the horizon where that is less; the initial phase n_ini is 20 stages, or two
-        fifths of them where that is less.
+        τ is 25, or a fiftieth of the horizon if that is less; the initial phase n_ini is 20 stages, or two fifths of
+        the stages if that is less.
         """
         options = iomt.Options(**{"stage_steps": min(25, max(1, horizon // 50)), **self.options})
         initial = min(20, max(1, round(0.4 * math.ceil(horizon / options.stage_steps))))
         return dataclasses.replace(options, **{"initial_stages": initial, **self.options})
 
     def space(self, rate: float) -> iomt.Space:
-        """The optimizers, with learning rates around this one."""
+        """The optimizers that the controller chooses from, with learning rates around `rate`."""
         rates = (10 * rate, rate, rate / 10)
         return {name: optimizer._replace(hyperparameters={"learning_rate": rates}) for name, optimizer in _SPACE}
 
 
 _SPACE = tuple(iomt.SPACE.items())
 
-# The ablations of the paper's Tables 7 to 9. `transferability` is measured where it is not given.
+# IOMT, and the ablations of the paper's Tables 7 to 9. `transferability` is measured unless it is given.
 INTERLEAVED = {
     "iomt": Interleaved({}),
     "doit": Interleaved({"variant": "doit"}),
@@ -129,14 +129,14 @@ INTERLEAVED = {
     "iomt_unweighted": Interleaved({"start": "uniform"}),
 }
 
-ALL = (*BASELINES, "iomt", "doit")  # what "all" stands for: the ablations go by name
+ALL = (*BASELINES, "iomt", "doit")  # what "all" stands for; the ablations have to be named
 
 
 class Tuned(NamedTuple):
     """Hyper-parameters of a baseline, arrays so that a grid of them runs in one call."""
 
     learning_rate: jax.Array  # float32 []
-    schedule: jax.Array  # int32 [], its place in SCHEDULES
+    schedule: jax.Array  # int32 [], index into SCHEDULES
 
     @classmethod
     def grid(cls, rates: Sequence[float], schedule: str) -> Tuned:
@@ -147,10 +147,10 @@ class Tuned(NamedTuple):
 def make_baseline(
     baseline: str | Baseline, hyper: Tuned, horizon: int | jax.Array
 ) -> optax.GradientTransformationExtraArgs:
-    """A baseline, or the one of that name, at one learning rate and schedule; `horizon` may be traced.
+    """A baseline, given itself or by name, with one learning rate and schedule; `horizon` may be traced.
 
-    constant: the rate itself. cosine: decays to zero over the horizon. warmup_cosine: rises linearly
-    over the first tenth of it, at least one step, then decays to zero along a cosine.
+    constant: the learning rate itself. cosine: decays to zero over the horizon. warmup_cosine: rises linearly over the
+    first tenth of the horizon, at least one step, then decays to zero along a cosine.
     """
     warmup = jnp.maximum(jnp.round(_WARMUP * horizon), 1.0)
 
@@ -172,23 +172,23 @@ def make_baseline(
 
 
 class MissingBaselineError(UserError):
-    """A baseline of the user's whose package is not there."""
+    """The package of a user's own baseline is not installed."""
 
 
 def find_baseline(name: str, options: Mapping[str, Any] | None = None) -> Baseline | Interleaved:
-    """A baseline by name, or by `package.module:function` for a function of the user's own.
+    """Find a baseline by name, or by `package.module:function` for a user's own function.
 
-    The function takes a learning rate or an optax schedule, and `total_steps` if it has such a
-    parameter; it returns an optax transformation. The search begins at its attribute `learning_rate`.
+    The function takes a learning rate or an optax schedule, and `total_steps` if it has such a parameter; it returns
+    an optax transformation. The search for the learning rate starts at its attribute `learning_rate`.
 
     Args:
-      name: of `BASELINES` or `INTERLEAVED`, or a function's.
-      options: for the optimizer's constructor; for IOMT, fields of `l3rs.baselines.iomt.Options`. A
-        `learning_rate` is taken as it is, and not tuned.
+      name: a key of `BASELINES` or `INTERLEAVED`, or a function.
+      options: for the optimizer's constructor; for IOMT, fields of `l3rs.baselines.iomt.Options`. A `learning_rate`
+        is used as it is, and not tuned.
 
     Raises:
       MissingBaselineError: its module cannot be imported.
-      UserError: no such name or function, or an option that it does not have or refuses.
+      UserError: no such name or function, or an option that it does not have or does not accept.
     """
     found = INTERLEAVED[name] if name in INTERLEAVED else _named(name)
     options = dict(options or {})
@@ -209,7 +209,7 @@ def find_baseline(name: str, options: Mapping[str, Any] | None = None) -> Baseli
             found.at(1)
             return found
         bound = found._replace(make=functools.partial(found.make, **options))
-        if "learning_rate" in options.get("learned", ()):  # MADA's: it begins as a number
+        if "learning_rate" in options.get("learned", ()):  # an option of MADA, which starts from one number
             bound = bound._replace(schedules=("constant",))
         params = {"w": jnp.zeros((2, 2))}
         jax.eval_shape(lambda: make_baseline(bound, Tuned(jnp.float32(0.1), jnp.int32(0)), 10).init(params))
@@ -219,7 +219,7 @@ def find_baseline(name: str, options: Mapping[str, Any] | None = None) -> Baseli
 
 
 def _option_names(baseline: Baseline | Interleaved) -> list[str] | None:
-    """Of the options of its constructor; None where that takes any and says itself which it does not."""
+    """Options of the constructor; None where it takes `**options` and checks them itself."""
     if isinstance(baseline, Interleaved):
         return [field.name for field in dataclasses.fields(iomt.Options)]
     _, *parameters = inspect.signature(baseline.make).parameters.values()  # the first is the learning rate
@@ -229,7 +229,7 @@ def _option_names(baseline: Baseline | Interleaved) -> list[str] | None:
 
 
 def _named(name: str) -> Baseline:
-    """The baseline that a transformation of that name makes."""
+    """The baseline of `BASELINES`, or of a user's own function, with that name."""
     if name in BASELINES:
         return BASELINES[name]
     module_name, _, attribute = name.partition(":")
@@ -249,12 +249,12 @@ def _named(name: str) -> Baseline:
 def chosen_baselines(
     entries: Sequence[str | Mapping[str, Any]], schedules: Sequence[str]
 ) -> tuple[dict[str, Baseline | Interleaved], list[str]]:
-    """({label: baseline, with those of the schedules that make sense with it}, [why one of them is left out]).
+    """The baselines of a configuration: {label: baseline, with the schedules that suit it}, and why some are left out.
 
     Args:
       entries: names, or mappings of a name, options and a label: {name: mada, b1: 0.5, label: mada, poor β1}.
-        Without a label it is the name with the options: mada(b1=0.5). "all" stands for every baseline of
-        ours. They keep their order; an entry that comes again counts once.
+        Without a label it is the name with the options: mada(b1=0.5). "all" stands for every name of `ALL`. They
+        keep their order, and repeated entries count once.
       schedules: of the learning rate.
 
     Raises:
@@ -264,9 +264,9 @@ def chosen_baselines(
         raise UserError(f"no schedule {', '.join(unknown)}; allowed are {', '.join(SCHEDULES)}")
     parsed: dict[str, tuple[str, dict[str, Any]]] = {}
     for entry in (own for given in entries for own in (ALL if given == "all" else [given])):
-        label, name, options = _parse(entry)
+        label, name, options = parse_entry(entry)
         if parsed.setdefault(label, (name, options)) != (name, options):
-            raise UserError(f"two baselines are called {label!r}; give one of them another label")
+            raise UserError(f"two baselines have the label {label!r}; give one of them another label")
     chosen: dict[str, Baseline | Interleaved] = {}
     missing = []
     for label, (name, options) in parsed.items():
@@ -277,13 +277,19 @@ def chosen_baselines(
             continue
         chosen[label] = found._replace(schedules=[s for s in schedules if s in found.schedules])
         if not chosen[label].schedules:
-            missing.append(f"baseline {label} is left out: it goes with {', '.join(found.schedules)} only")
+            missing.append(
+                f"baseline {label} is left out: it only works with the schedules {', '.join(found.schedules)}"
+            )
             del chosen[label]
     return chosen, missing
 
 
-def _parse(entry: str | Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
-    """(label, name, options)"""
+def parse_entry(entry: str | Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
+    """(label, name, options) of a baseline in a configuration.
+
+    Raises:
+      UserError: an entry without a name, or a label that is not allowed.
+    """
     if isinstance(entry, str):
         return entry, entry, {}
     options = {key: value for key, value in entry.items() if key not in ("name", "label")}
@@ -293,5 +299,5 @@ def _parse(entry: str | Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
     shown = ", ".join(f"{key}={value}" for key, value in options.items())
     label = entry.get("label", f"{name}({shown})" if shown else name)
     if not isinstance(label, str) or not label or "/" in label or label == "l3rs":
-        raise UserError(f"baseline {name}: label is {label!r}; it must be a text without /, and not l3rs")
+        raise UserError(f"baseline {name}: label is {label!r}; it must be text without a slash, and not l3rs")
     return label, name, options

@@ -1,4 +1,4 @@
-"""Inner loops of IOMT, whose controller sits on the host, with the arguments and results of other rollouts."""
+"""Rollouts of IOMT, whose controller runs on the host. They have the arguments and results of other rollouts."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from metatrain.inner.rollout import Rollout, Score, evaluate_split, host_scorer
 from tasks import Task, TaskSample
 from tasks.base import Data, Params, Stats
 
-_PROBE = 256  # examples that the accuracy of an init is measured on
+_PROBE = 256  # examples on which the accuracy of an init is measured
 
 # (stage steps, moments) -> training of the task in such stages
 Trainers = Callable[[int, iomt.space.Moments], Callable[..., iomt.Result]]
 
 
 def trainers(task: Task, plan: Plan) -> Trainers:
-    """Compiled training for each τ, which all variants of IOMT share. The batches are those of other rollouts."""
+    """Compiled training for each τ, shared by all variants of IOMT. The batches are those of other rollouts."""
 
     def loss(params: Params, stats: Stats, batch: Any) -> tuple[jax.Array, Stats]:
         value, aux = task.loss(params, stats, batch, True)
@@ -37,7 +37,7 @@ def trainers(task: Task, plan: Plan) -> Trainers:
         key = jax.random.wrap_key_data(inputs["key"])
         return task.batch(inputs["data"], jax.random.fold_in(key, step))
 
-    # The surrogates silence it, too, but what one thread silences another one may hear.
+    # The surrogates silence this warning too, but warning filters are not safe between threads.
     warnings.filterwarnings("ignore", "The optimal value found", module=r"sklearn\.gaussian_process")
 
     @functools.cache
@@ -56,17 +56,16 @@ def interleaved_rollout(
 ) -> Rollout:
     """The inner loop of IOMT, driven from the host, stage by stage.
 
-    ω_t is what the entry says, else the accuracy of the init as it is on the first 256 examples of
-    inner_train: equation 6 with β = 1, because a task shows neither features nor source classes. The
-    controller's random choices follow from the sample's key. A run whose loss is not finite before
-    the first step has scores that are no numbers.
+    ω_t is the option `transferability`, or else the accuracy of the init on the first 256 examples of inner_train:
+    equation 6 with β = 1, because a task gives neither features nor source classes. The controller's random choices
+    follow from the sample's key. A run whose loss is not finite before the first step has scores of NaN.
 
     Args:
       task: what is trained.
       entry: which variant.
       plan: how a stage runs.
       trainer: of `trainers(task, plan)`.
-      watch: told, after each run that had a loss to begin with, its stages and its training losses [steps + 1].
+      watch: called with the stages and training losses [steps + 1] of each run that had a finite loss to begin with.
 
     Returns:
       (hyper: Tuned, data, task sample, horizon, splits, points) -> {split: Score}, as
@@ -106,7 +105,7 @@ def interleaved_rollout(
             result = train(params, stats, inputs, steps, controller=controller, after_stage=judge)
             if watch is not None:
                 watch(result.history, result.losses)
-        except L3RSError:  # no finite loss to begin with
+        except L3RSError:  # the loss was not finite before the first step
             found = {step: {split: np.full(2, np.nan) for split in splits} for step in wanted}
         if points is None:
             return {split: Score(*found[steps][split]) for split in splits}

@@ -1,8 +1,8 @@
-"""What can be said of a few seeds: paired intervals, win rates, speed-ups, performance profiles.
+"""Statistics of a few seeds: paired intervals, win rates, speed-ups, performance profiles.
 
 Seeds are resampled together for all optimizers, because all of them saw the same inits and batches.
-With few seeds the plain percentile interval is too narrow; its quantiles are moved outwards as far as
-Student's are from the normal's (the expanded percentile interval of T. Hesterberg, What Teachers
+With few seeds the plain percentile interval is too narrow, so its quantiles are moved outwards by the
+ratio of Student's quantiles to the normal's (the expanded percentile interval of T. Hesterberg, What Teachers
 Should Know About the Bootstrap, The American Statistician 69(4), 2015).
 """
 
@@ -20,7 +20,7 @@ _RESAMPLES = 4000
 
 
 class Interval(NamedTuple):
-    """An estimate and its confidence interval; the ends are infinite where one seed says nothing."""
+    """An estimate and its confidence interval; the ends are infinite with a single seed."""
 
     value: float
     low: float
@@ -32,18 +32,18 @@ class Interval(NamedTuple):
 
 
 def mean_interval(values: Sequence[float] | np.ndarray) -> Interval:
-    """The mean over seeds with its 95 % interval. Of differences between two optimizers on the same
+    """The mean over seeds with its 95 % interval. For differences between two optimizers on the same
     seeds it is the paired interval.
 
     Args:
-      values: one a seed [S].
+      values: one per seed [S].
     """
     array = np.asarray(values, float)
     return interval(lambda rows: array[rows].mean(-1), len(array))
 
 
 def interval(statistic: Callable[[np.ndarray], np.ndarray], seeds: int) -> Interval:
-    """The bootstrap interval of any statistic of the seeds.
+    """The bootstrap interval of a statistic of the seeds.
 
     Args:
       statistic: seed numbers int [B, S] -> its value on each of the B resamples [B]; may be infinite or NaN.
@@ -53,7 +53,7 @@ def interval(statistic: Callable[[np.ndarray], np.ndarray], seeds: int) -> Inter
     if seeds < 2:
         return Interval(value, -math.inf, math.inf)
     found = statistic(_resamples(seeds))
-    if np.isnan(found).any():  # a run that diverged is no number, and neither is what is made of it
+    if np.isnan(found).any():  # a run diverged, so there is no interval
         return Interval(value, math.nan, math.nan)
     # An order statistic: infinite values are not interpolated.
     low, high = np.quantile(found, _expanded(seeds), method="inverted_cdf")
@@ -67,7 +67,7 @@ def _resamples(seeds: int) -> np.ndarray:
 
 @functools.cache
 def _expanded(seeds: int) -> tuple[float, float]:
-    """The two quantiles: Φ(±√(S/(S-1)) t), t that of Student with S-1 degrees of freedom."""
+    """The two quantiles: Φ(±√(S/(S-1)) t), t the quantile of Student's distribution with S-1 degrees of freedom."""
     from scipy import stats
 
     tail = (1 - LEVEL) / 2
@@ -76,7 +76,7 @@ def _expanded(seeds: int) -> tuple[float, float]:
 
 
 def win_rate(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """The share of seeds whose loss is lower; a tie is half a win, a loss that is no number is infinite."""
+    """The share of seeds whose loss is lower; a tie is half a win, and a loss of NaN is infinite."""
     a, b = (np.nan_to_num(np.asarray(x, float), nan=np.inf, posinf=np.inf) for x in (ours, theirs))
     return float(np.mean((a < b) + 0.5 * (a == b)))
 
@@ -90,21 +90,21 @@ def steps_to_reach(horizons: Sequence[int], curve: Sequence[float], target: floa
       target: the accuracy to reach.
 
     Returns:
-      Steps; the first horizon if that is enough already; infinity if none is.
+      Steps; the first horizon if it reaches the target already; infinity if none does.
     """
     return float(_steps_to_reach(horizons, np.asarray(curve, float)[None], np.array([target], float))[0])
 
 
 def speedup(horizons: Sequence[int], ours: np.ndarray, theirs: np.ndarray, at: int) -> Interval:
-    """Steps that a baseline needs for the accuracy we have at a horizon, over that horizon.
+    """Steps that a baseline needs for the accuracy that L3RS has at a horizon, over that horizon.
 
     Args:
       horizons: increasing numbers of steps [H].
       ours, theirs: accuracies [S, H].
-      at: which horizon, its place in `horizons`.
+      at: index into `horizons`.
 
     Returns:
-      The ratio of the means over seeds, paired interval; infinite where the baseline never gets there.
+      The ratio of the means over seeds, paired interval; infinite where the baseline never reaches it.
     """
 
     def ratio(rows: np.ndarray) -> np.ndarray:
@@ -127,7 +127,7 @@ def _steps_to_reach(horizons: Sequence[int], curves: np.ndarray, targets: np.nda
 
 
 def area_under_curve(steps: Sequence[int], values: Sequence[float]) -> float:
-    """The mean of a curve over its steps: the trapezoids' area over the length; the value itself of one point."""
+    """The mean of a curve over its steps, by trapezoids; of a single point its value."""
     if len(steps) == 1:
         return float(values[0])
     return float(np.trapezoid(values, steps) / (steps[-1] - steps[0]))
@@ -137,14 +137,23 @@ def performance_profile(costs: Mapping[str, Sequence[float]]) -> dict[str, list[
     """For each optimizer and problem, its cost over the least cost of any (Dolan and Moré, 2002).
 
     Args:
-      costs: {optimizer: steps it needs on each problem}, infinite where it never gets there.
+      costs: {optimizer: steps it needs on each problem}, infinite where it never solves it.
 
     Returns:
-      {optimizer: ratios ≥ 1, increasing}: the share of problems solved within a factor τ of the best
-      is the share of ratios ≤ τ. Problems that nobody solves are left out.
+      {optimizer: ratios ≥ 1, increasing}. Problems that no optimizer solves are left out. See `share_within`.
     """
     table = np.array([list(row) for row in costs.values()], float)
     best = table.min(0)
     solved = np.isfinite(best)
     ratios = table[:, solved] / best[solved]
     return {name: sorted(row.tolist()) for name, row in zip(costs, ratios, strict=True)}
+
+
+def share_within(ratios: Sequence[float] | np.ndarray, factor: float) -> float:
+    """The share of problems solved with at most `factor` times the least cost; infinity: solved at all.
+
+    Args:
+      ratios: of one optimizer, from `performance_profile`.
+    """
+    array = np.asarray(ratios)
+    return float(np.mean(array <= factor if math.isfinite(factor) else np.isfinite(array)))

@@ -1,27 +1,22 @@
-"""What an evaluation shows a person: a verdict and tables in the terminal, one page, and figures as files."""
+"""The report of an evaluation: a verdict and tables in the terminal, a page, and figures as files."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from metatrain.evaluation.analysis import Findings
-from metatrain.evaluation.results import Results
-from metatrain.report.terminal import table
+from metatrain.evaluation.analysis import Analysis
+from metatrain.report.terminal import table, zoo_tables
+from metatrain.report.verdict import verdict
 
-__all__ = ["table", "verdict", "write"]
-
-
-def verdict(results: Results) -> str:
-    """Two or three sentences with numbers, also when it is bad news."""
-    return " ".join(Findings(results).verdict())
+__all__ = ["table", "verdict", "write", "zoo_tables"]
 
 
-def write(results: Results, folder: Path) -> Path:
-    """Write `report.html`, one page that needs nothing but itself, and its figures as PNG and SVG beside it.
+def write(analysis: Analysis, folder: Path) -> Path:
+    """Write `report.html`, one self-contained page, and its figures as PNG and SVG beside it.
 
     Returns:
       The page.
     """
-    from metatrain.report.page import write_report  # matplotlib takes a while to import, and only this needs it
+    from metatrain.report.page import write_report  # importing matplotlib takes a while, and only this needs it
 
-    return write_report(Findings(results), folder)
+    return write_report(analysis, folder)

@@ -1,4 +1,4 @@
-"""What MADA learned: its coefficients over a run."""
+"""The coefficients that MADA learned, over a run."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 
 from l3rs.baselines.mada import DOMAIN, SYMBOLS
-from metatrain.evaluation.results import CoefficientPath
-from metatrain.report import formatting as words
-from metatrain.report.figures import Panel, Plate, name_axis
+from metatrain.evaluation.records import CoefficientPath
+from metatrain.report import formatting
+from metatrain.report.plates import Panel, Plate, name_axis
 from metatrain.report.theme import MUTED, SERIES, Look
 
 _DASHES = ("-", "--", ":", "-.")
 
 
 def plate(paths: Sequence[CoefficientPath], name: str) -> Plate:
-    """A panel a coefficient, a line an optimizer; dotted lines are the edges of what a coefficient may be.
+    """A panel per coefficient, a line per optimizer; dotted lines are the bounds of a coefficient.
 
     Args:
       paths: of one setting.
       name: of the plate.
     """
     looks = [Look(SERIES[1 + i % 5], "", 1.6, _DASHES[i % len(_DASHES)]) for i in range(len(paths))]
-    where = words.short(paths[0].setting)
+    where = formatting.short(paths[0].setting)
     panels = [_panel(coefficient, paths, looks, where) for coefficient in paths[0].values]
-    return Plate(name, panels, [(words.optimizer(p.optimizer), look) for p, look in zip(paths, looks, strict=True)])
+    return Plate(
+        name, panels, [(formatting.optimizer(p.optimizer), look) for p, look in zip(paths, looks, strict=True)]
+    )
 
 
 def _panel(coefficient: str, paths: Sequence[CoefficientPath], looks: Sequence[Look], where: str) -> Panel:
@@ -37,5 +39,5 @@ def _panel(coefficient: str, paths: Sequence[CoefficientPath], looks: Sequence[L
         ax.set_ylim(-0.05, 1.05)
         name_axis(ax, x="step", y="")
 
-    ends = ", ".join(f"{words.optimizer(p.optimizer)} ends at {p.values[coefficient][-1]:.2f}" for p in paths)
+    ends = ", ".join(f"{formatting.optimizer(p.optimizer)} ends at {p.values[coefficient][-1]:.2f}" for p in paths)
     return Panel(f"{where}: {SYMBOLS[coefficient]}", f"{SYMBOLS[coefficient]} over the steps in {where}: {ends}.", draw)

@@ -1,18 +1,18 @@
-"""Numbers and names as a reader wants them."""
+"""Numbers and names, formatted for a reader."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from metatrain.evaluation.results import L3RS
+from metatrain.evaluation.records import L3RS
 from metatrain.evaluation.statistics import Interval
 
 MISSING = "–"
 
 
 def number(value: float) -> str:
-    """Three significant digits, but all of an integer part; a dash for what is no number."""
+    """Three significant digits, but all of an integer part; a dash for NaN."""
     if math.isnan(value):
         return MISSING
     if math.isinf(value):
@@ -29,7 +29,7 @@ def number(value: float) -> str:
 
 
 def tick(value: float) -> str:
-    """As short as it can be: the value is round."""
+    """A round value, as short as possible."""
     if 0 < abs(value) < 1e-3:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}".replace("-", "−")
@@ -37,12 +37,19 @@ def tick(value: float) -> str:
 
 
 def signed(value: float) -> str:
+    """`number` with a plus where it is positive."""
     text = number(value)
     return text if text.startswith(("−", MISSING)) or value == 0 else f"+{text}"
 
 
 def percent(share: float, digits: int = 1) -> str:
+    """A share as a percentage."""
     return MISSING if math.isnan(share) else f"{100 * share:.{digits}f}".replace("-", "−") + " %"
+
+
+def percent_change(change: float) -> str:
+    """A relative change as a percentage, with a plus where it is positive."""
+    return f"+{percent(change, 0)}" if change > 0 else percent(change, 0)
 
 
 def ratio(value: float) -> str:
@@ -53,6 +60,7 @@ def ratio(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
+    """A measured duration, in the unit that suits it."""
     if not math.isfinite(seconds):
         return number(seconds)
     for limit, unit, name in ((1e-3, 1e-6, "µs"), (1.0, 1e-3, "ms"), (120.0, 1.0, "s"), (7200.0, 60.0, "min")):
@@ -63,7 +71,7 @@ def duration(seconds: float) -> str:
 
 
 def about(seconds: float) -> str:
-    """A duration that is only reckoned."""
+    """A duration that is only an estimate."""
     for limit, unit, name in ((90.0, 1.0, "s"), (5400.0, 60.0, "min"), (172_800.0, 3600.0, "h")):
         if seconds < limit:
             return f"{max(seconds / unit, 1):.0f} {name}"
@@ -71,7 +79,7 @@ def about(seconds: float) -> str:
 
 
 def bounds(interval: Interval, kind: str = "number") -> str:
-    """The interval's ends, or nothing where there is no interval (a single seed, a run that diverged)."""
+    """The ends of an interval; empty where there is none (a single seed, a run that diverged)."""
     if math.isnan(interval.low) or math.isnan(interval.high) or interval.low == -math.inf:
         return ""
     if kind == "percent":
@@ -83,16 +91,12 @@ def bounds(interval: Interval, kind: str = "number") -> str:
 
 
 def optimizer(label: str) -> str:
+    """An optimizer's label as it is shown."""
     return "L3RS" if label == L3RS else label
 
 
-def family(label: str) -> str:
-    """`adam` of `adam/cosine`."""
-    return label.partition("/")[0]
-
-
 def short(setting: str) -> str:
-    """`A` of `A: resnet8(imagenet → places)`; the name itself where it has no such letter."""
+    """`A` of `A: resnet8(imagenet → places)`; the whole name where it has no such prefix."""
     return setting.partition(": ")[0] or "the task"
 
 
@@ -102,4 +106,5 @@ def listed(names: Sequence[str]) -> str:
 
 
 def counted(count: int, noun: str) -> str:
+    """1 step, 2 steps."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

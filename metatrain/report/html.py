@@ -1,4 +1,4 @@
-"""Pages from templates; they need nothing but themselves."""
+"""Self-contained pages from templates."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 
-from metatrain.evaluation.results import write_whole
+from l3rs.io.files import write_atomically
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("metatrain.report"),
@@ -19,5 +19,6 @@ _TEMPLATES = jinja2.Environment(
 
 
 def write_page(file: Path, template: str, **context: Any) -> Path:
-    """Fill a template and write it."""
-    return write_whole(file, _TEMPLATES.get_template(template).render(**context))
+    """Fill in a template and write the page, which is also the value returned."""
+    write_atomically(file, _TEMPLATES.get_template(template).render(**context))
+    return file

@@ -1,4 +1,4 @@
-"""What IOMT chose: its training loss in the colour of the optimizer that trains."""
+"""The optimizers that IOMT chose: its training loss, in the colour of the optimizer of each stage."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from l3rs.baselines.iomt import Stage
-from metatrain.evaluation.results import SwitchHistory
-from metatrain.report import formatting as words
-from metatrain.report.figures import Panel, Plate, name_axis
+from metatrain.evaluation.records import SwitchHistory
+from metatrain.report import formatting
+from metatrain.report.plates import Panel, Plate, name_axis
 from metatrain.report.theme import INK, MUTED, SERIES, Look
 
-_RUG = 0.06  # of a panel's height: the stages, below the loss
+_RUG = 0.06  # of a panel's height: the strip below the loss that shows the stages
 
 
 def plate(histories: Sequence[SwitchHistory], name: str) -> Plate:
-    """A panel a variant of IOMT; the dotted line is where the random start ends, a cross a stage that diverged.
+    """A panel per variant of IOMT. The dotted line is the end of the random start, a cross is a stage that diverged.
 
     Args:
       histories: of one setting.
@@ -36,7 +36,9 @@ def _panel(history: SwitchHistory, looks: dict[str, Look]) -> Panel:
 
     def draw(ax: Axes) -> None:
         shown = losses[np.isfinite(losses)]
-        for optimizer, group in itertools.groupby(stages, lambda stage: stage.optimizer):  # one piece: no seams
+        for optimizer, group in itertools.groupby(
+            stages, lambda stage: stage.optimizer
+        ):  # drawn in one piece, without seams
             first, *others = group
             last, colour = (others or [first])[-1], looks[optimizer].colour
             end = last.step + last.steps
@@ -50,18 +52,16 @@ def _panel(history: SwitchHistory, looks: dict[str, Look]) -> Panel:
             ax.axvline(start, color=MUTED, ls=":", lw=0.8)
         if len(shown) and shown.min() > 0:
             ax.set_yscale("log")
-            low, high = (
-                shown.min(),
-                min(shown.max(), 10 * float(np.median(shown))),
-            )  # a stage that diverged may leave it
+            low = shown.min()
+            high = min(shown.max(), 10 * float(np.median(shown)))  # a stage that diverged may leave the panel
             ax.set_ylim(low / (high / low) ** (2 * _RUG), 1.1 * high)
         name_axis(ax, x="step", y="training loss")
 
-    name = words.optimizer(history.optimizer)
+    name = formatting.optimizer(history.optimizer)
     counts = Counter(stage.optimizer for stage in stages).most_common()
     diverged = sum(stage.diverged for stage in stages)
-    message = f"{name} in {words.short(history.setting)}: {len(stages)} stages, " + ", ".join(
+    message = f"{name} in {formatting.short(history.setting)}: {len(stages)} stages, " + ", ".join(
         f"{count} of {optimizer}" for optimizer, count in counts
     )
-    title = f"{name} in {words.short(history.setting)}"
+    title = f"{name} in {formatting.short(history.setting)}"
     return Panel(title, f"{message}{f', {diverged} diverged' if diverged else ''}.", draw)

@@ -1,7 +1,7 @@
-"""One look for the page, its figures and the figures as files.
+"""The look of the page, of its figures and of the figures as files.
 
-Figures are drawn in the light page's colours. Inside the page each of these becomes the CSS variable of
-the same name in `templates/style.css`, so that a figure follows the reader's light or dark.
+Figures are drawn in the colours of the light page. Inside the page each colour becomes the CSS variable of the same
+name in `templates/style.css`, so that a figure follows the reader's choice of light or dark.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from matplotlib.markers import MarkerStyle
 from matplotlib.path import Path as Outline
 
 INK, MUTED, RULE, SHADE, PAPER = "#23211f", "#6d6a65", "#dcd9d2", "#f4f2ec", "#fffffe"
-# After Okabe and Ito: the colour-blind can tell them apart. The first is L3RS.
+# After Okabe and Ito, so that colour-blind readers can tell them apart. The first is L3RS.
 SERIES = ("#d55e00", "#0072b2", "#009e73", "#b0478f", "#a07800", "#7a7466")
 _VARIABLES = {
     INK: "ink", MUTED: "muted", RULE: "rule", SHADE: "shade", PAPER: "paper",
     **{colour: f"c{i}" for i, colour in enumerate(SERIES)},
 }  # fmt: skip
-MARKERS = "os^Dv*"  # for print in grey
+MARKERS = "os^Dv*"  # tell the series apart in greyscale prints
 FILE_DPI = 200
 
 STYLE: Any = {
@@ -64,7 +64,7 @@ class Look(NamedTuple):
 
 
 def look(rank: int) -> Look:
-    """Of L3RS (rank 0) and the baselines after it."""
+    """The look of L3RS (rank 0), or of one of the baselines after it."""
     return Look(SERIES[rank], MARKERS[rank], 1.9 if rank == 0 else 1.1)
 
 
@@ -72,7 +72,7 @@ _DASHES = {"-": "", "--": "5 3", ":": "1.2 2.4", "-.": "5 2 1.2 2"}
 
 
 def swatch(look: Look) -> str:
-    """A piece of line with its marker, for a legend in HTML."""
+    """An SVG element with a piece of the line and its marker, for a legend in HTML."""
     colour = f"var(--{_VARIABLES[look.colour]})"
     dash = f' stroke-dasharray="{_DASHES[look.dash]}"' if _DASHES[look.dash] else ""
     parts = _marker(look.marker, colour)
@@ -101,8 +101,8 @@ def inline_svg(figure: Figure, name: str, message: str) -> str:
 
     Args:
       figure: drawn in the colours above.
-      name: what its ids begin with; unique in the page.
-      message: what it shows, for those who cannot see it.
+      name: the prefix of its ids; unique in the page.
+      message: a description, for readers who cannot see it.
     """
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -115,7 +115,7 @@ def inline_svg(figure: Figure, name: str, message: str) -> str:
     kept = set(re.findall(r"""(?:href="|url\()#([^")]+)""", body))
     body = re.sub(r' id="([^"]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in kept else "", body)
     body = re.sub(r"""(?:xlink:)?(href="|url\()#""", rf"\1#{name}-", body)
-    # Hundredths of a point are fine enough; numbers between tags are what a reader reads.
+    # Round coordinates to hundredths of a point, but not the numbers between tags: those are labels.
     body = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), body)
     body = re.sub(r"font: ([\d.]+px) [^;\"]*|font-size: ([\d.]+px); font-family: [^;\"]*", r"font-size: \1\2", body)
     body = re.sub(r"#[0-9a-f]{6}\b", lambda m: f"var(--{_VARIABLES[m[0]]})" if m[0] in _VARIABLES else m[0], body)

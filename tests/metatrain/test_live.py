@@ -12,9 +12,10 @@ import pytest
 
 from metatrain.config import UserError, dump_config
 from metatrain.report import live
-from metatrain.report.live import History, Live, running_median
+from metatrain.report.history import History, running_median
+from metatrain.report.live import Live
 from tests.metatrain.common import small_config
-from tests.metatrain.test_report import check_in_a_browser, check_page, needs_browser
+from tests.metatrain.pages import check_in_a_browser, check_page, needs_browser
 
 
 def run_folder(folder: Path, generations: int, total: int = 1000, **more: Any) -> Path:
@@ -52,7 +53,7 @@ def test_page_of_a_run_that_has_ended(tmp_path: Path) -> None:
     finished = check_page(live.write(run_folder(tmp_path, 10, total=10)))
     assert "Finished: 10 generations in 6.00 s." in finished.text
     stopped = check_page(live.write(run_folder(tmp_path, 5, total=10), going=False))
-    assert "Stopped after 5 of 10 generations; `metatrain resume` goes on with it." in stopped.text
+    assert "Stopped after 5 of 10 generations; `metatrain resume` continues it." in stopped.text
     for page in (finished, stopped):
         assert all(attrs.get("http-equiv") != "refresh" for _, attrs in page.tags)
 
@@ -116,7 +117,7 @@ def test_a_failure_to_draw_is_one_sentence_and_stops_nothing(tmp_path: Path, cap
         drawn.tick()
         drawn.close()
     assert len(caplog.records) == 1
-    assert "has no page" in caplog.text
+    assert "the page of" in caplog.text
 
 
 def test_a_page_of_1000_generations_is_drawn_quickly(tmp_path: Path) -> None:

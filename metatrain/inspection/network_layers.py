@@ -1,4 +1,4 @@
-"""What the layers of a network are to an optimizer, for a network that a file names."""
+"""How a checkpoint maps the layers of a network, for a network given as a file."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from l3rs.layers import Match, depth_order
 from metatrain.config import UserError, load_config
 from tasks import make_task
 
-_TRAINED = ("F64", "F32", "F16", "BF16")  # of what is trained; others are buffers, such as position ids
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of BatchNorm: not parameters
+_TRAINED = ("F64", "F32", "F16", "BF16")  # data types of parameters; others are buffers, such as position ids
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # buffers of BatchNorm
 
 
-def matches(optimizer: str, network: Path, how: Mapping[str, Any]) -> list[tuple[str, tuple[Match, ...]]]:
-    """(name, what each of its layers is) of every network that `network` stands for.
+def network_matches(optimizer: str, network: Path, how: Mapping[str, Any]) -> list[tuple[str, tuple[Match, ...]]]:
+    """(name, how each of its layers is mapped) for every network that `network` stands for.
 
     Args:
-      optimizer: a checkpoint, as of `l3rs.load`.
-      network: a configuration, whose tasks' networks are meant, or a safetensors file with a PyTorch model's weights.
-        Such a file does not keep the order of its layers: they are taken as sorted by name, numbers as numbers.
+      optimizer: a checkpoint, as for `l3rs.load`.
+      network: a configuration, which stands for the networks of its tasks; or a safetensors file with the weights of
+        a PyTorch model. Such a file does not keep the order of the layers: they are sorted by name, numbers as numbers.
       how: rename, by and on_unknown of `l3rs.match_layers`.
 
     Raises:
-      UserError: no such file, one that cannot be read, or PyTorch is not installed.
+      UserError: the file is missing or cannot be read, or PyTorch is not installed.
       L3RSError: the optimizer does not fit the network in that way.
     """
     if network.suffix == ".safetensors":
@@ -39,7 +39,9 @@ def matches(optimizer: str, network: Path, how: Mapping[str, Any]) -> list[tuple
 
 def _of_weights(optimizer: str, file: Path, how: Mapping[str, Any]) -> tuple[Match, ...]:
     if importlib.util.find_spec("torch") is None:
-        raise UserError(f"{file} holds PyTorch's layers, which needs PyTorch: pip install 'l3rs[torch]'")
+        raise UserError(
+            f"{file} holds the weights of a PyTorch model, and reading it needs PyTorch: pip install 'l3rs[torch]'"
+        )
     import torch
 
     from l3rs.torch import match_layers
@@ -49,9 +51,9 @@ def _of_weights(optimizer: str, file: Path, how: Mapping[str, Any]) -> tuple[Mat
             slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
             shapes = {name: x.get_shape() for name, x in slices.items() if x.get_dtype() in _TRAINED}
     except FileNotFoundError:
-        raise UserError(f"{file}: there is no such file") from None
+        raise UserError(f"{file}: no such file") from None
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: not a readable safetensors file ({error})") from None
+        raise UserError(f"{file} is not a readable safetensors file: {error}") from None
     names = [name for name in shapes if not name.endswith(_STATISTICS)]
     ordered = [names[i] for i in depth_order(names)]
     return match_layers(optimizer, [(name, torch.empty(shapes[name], device="meta")) for name in ordered], **how)

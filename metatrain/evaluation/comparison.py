@@ -1,0 +1,246 @@
+"""The comparison of a meta-trained optimizer with tuned baselines.
+
+All optimizers see the same inits, which meta-training never used, and the same batches. A baseline's learning rate
+is tuned for each horizon on inner_valid; the test split is only read to judge the final runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import l3rs
+from l3rs import L3RSError
+from metatrain.config import Config, EvaluationConfig, UserError, check_section, portable
+from metatrain.evaluation.analysis import speedups
+from metatrain.evaluation.baselines import Baseline, Interleaved, Tuned, chosen_baselines
+from metatrain.evaluation.costs import measure_costs
+from metatrain.evaluation.environment import environment
+from metatrain.evaluation.interleaved import trainers
+from metatrain.evaluation.learned import LearnedOptimizer, restore_optimizer
+from metatrain.evaluation.multipliers import multiplier_grids
+from metatrain.evaluation.paths import baseline_path, decision_path, stage_notes, switch_history
+from metatrain.evaluation.records import (
+    L3RS,
+    CoefficientPath,
+    Cost,
+    Curve,
+    DecisionPath,
+    MultiplierGrid,
+    Record,
+    RecordTable,
+    Results,
+    SwitchHistory,
+)
+from metatrain.evaluation.runner import Conditions, Runner, held_out_samples, maker
+from metatrain.evaluation.tuning import edge_notes, search
+from metatrain.inner.plan import choose_plan
+from tasks import Task, make_task
+
+_log = logging.getLogger("metatrain")
+
+_META_TRAINING = ("horizon", "generations", "candidate_steps", "seconds")  # of a checkpoint's information
+
+
+def evaluate(
+    optimizer: str | Path,
+    config: Config,
+    settings: Sequence[str] | None = None,
+    log: Callable[[str], None] = _log.info,
+    **options: Any,
+) -> Results:
+    """Compare a meta-trained optimizer with tuned baselines in the configuration's settings.
+
+    Args:
+      optimizer: a checkpoint; or "-" for the baselines only.
+      config: its `evaluation` section says how; the settings are those of `evaluation.settings`, or the task
+        itself when there are none.
+      settings: names of the settings to evaluate; all when not given.
+      log: called with a line for each step of the evaluation.
+      **options: replace fields of `evaluation`, e.g. `horizons=(10, 100), seeds=3`.
+
+    Raises:
+      UserError, L3RSError, TaskError: bad input; an optimizer that fits the model of no setting; nothing to
+        compare.
+    """
+    began = time.perf_counter()
+    how = _options(config.evaluation, options)
+    config = config.model_copy(update={"evaluation": how})
+    rivals, notes = chosen_baselines(how.baselines, how.schedules)
+    ours, info = restore_optimizer(optimizer, how.make_guard())
+    if ours is None and not rivals:
+        raise UserError(f"there is nothing to compare: no optimizer and no baseline{''.join(f'; {n}' for n in notes)}")
+    if ours is not None and ours.guard:
+        notes.append(f"L3RS runs with its guard, which takes Adam steps while the loss rises: {ours.guard}")
+    all_parts = _Part()
+    costs: list[Cost] = []
+    refused: list[str] = []
+    for setting, task_options in _settings(config, settings).items():
+        task = make_task(*config.task.form(task_options))
+        label = f"{setting}: {task.name}" if setting else task.name
+        try:
+            if ours is not None:
+                l3rs.match_layers(ours.spec, task.params_shape())
+        except L3RSError as error:
+            refused.append(f"{label} is left out: {error}")
+            continue
+        conditions = _conditions(label, task, ours, config, log)
+        for part in _on_devices(_jobs(ours, rivals, how.multipliers, conditions)):
+            all_parts.add(part)
+        costs = costs or measure_costs(ours, rivals, conditions)
+    if not all_parts.records:
+        raise L3RSError(f"{optimizer} fits the model of no setting; {refused[0]}")
+    notes += refused + _divergence_notes(all_parts.records) + edge_notes(all_parts.tuning) + all_parts.notes
+    return Results(
+        optimizer=portable(str(optimizer)),
+        records=all_parts.records,
+        speedup=speedups(RecordTable(all_parts.records)),
+        tuning=all_parts.tuning,
+        curves=all_parts.curves,
+        paths=all_parts.paths,
+        coefficients=all_parts.coefficients,
+        switches=all_parts.switches,
+        costs=costs,
+        multipliers=all_parts.multipliers,
+        notes=notes,
+        meta_training={key: info[key] for key in _META_TRAINING if key in info},
+        environment={**environment(), "evaluation_seconds": round(time.perf_counter() - began, 1)},
+        config=portable(config.model_dump(mode="json")),
+    )
+
+
+def _options(section: EvaluationConfig, options: Mapping[str, Any]) -> EvaluationConfig:
+    data = {**section.model_dump(), **{key: value for key, value in options.items() if value is not None}}
+    return check_section(EvaluationConfig, data, "evaluation")
+
+
+def _settings(config: Config, chosen: Sequence[str] | None) -> dict[str, dict[str, Any]]:
+    """{setting: options that replace the task's}; {"": {}} when the configuration has no settings."""
+    known = config.evaluation.settings
+    if unknown := [name for name in chosen or () if name not in known]:
+        raise UserError(f"evaluation.settings has no {', '.join(unknown)}; allowed are {', '.join(known) or 'none'}")
+    return {name: known[name] for name in chosen or known} or {"": {}}
+
+
+def _conditions(
+    setting: str, task: Task, ours: LearnedOptimizer | None, config: Config, log: Callable[[str], None]
+) -> Conditions:
+    how, plan = config.evaluation, config.execution.plan
+    if plan == "auto":
+        plan = choose_plan([task], l3rs.Spec.create(task.params_shape()) if ours is None else ours.spec)
+    return Conditions(
+        setting=setting,
+        task=task,
+        samples=held_out_samples(task, config.seed, how.seeds),
+        horizons=sorted(how.horizons),
+        tuning_seeds=how.tuning_seeds or how.seeds,
+        points=how.curve_points,
+        plan=plan,
+        trainers=trainers(task, plan),
+        log=log,
+    )
+
+
+@dataclasses.dataclass
+class _Part:
+    """The results of one job, or of several."""
+
+    records: list[Record] = dataclasses.field(default_factory=list)
+    curves: list[Curve] = dataclasses.field(default_factory=list)
+    paths: list[DecisionPath] = dataclasses.field(default_factory=list)
+    coefficients: list[CoefficientPath] = dataclasses.field(default_factory=list)
+    switches: list[SwitchHistory] = dataclasses.field(default_factory=list)
+    multipliers: list[MultiplierGrid] = dataclasses.field(default_factory=list)
+    tuning: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # {setting: {label: …}}
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, other: _Part) -> None:
+        """Append the results of another job."""
+        for field in dataclasses.fields(self):
+            if field.name != "tuning":
+                getattr(self, field.name).extend(getattr(other, field.name))
+        for setting, grids in other.tuning.items():
+            self.tuning.setdefault(setting, {}).update(grids)
+
+
+_Job = Callable[[jax.Device], _Part]
+
+
+def _jobs(
+    ours: LearnedOptimizer | None,
+    rivals: Mapping[str, Baseline | Interleaved],
+    multipliers: Sequence[float],
+    conditions: Conditions,
+) -> list[_Job]:
+    jobs: list[_Job] = []
+    if ours is not None:
+        jobs.append(functools.partial(_run_learned, ours, conditions))
+    if ours is not None and multipliers:
+        jobs.append(lambda device: _Part(multipliers=multiplier_grids(ours, multipliers, conditions, device)))
+    return jobs + [functools.partial(_run_baseline, name, baseline, conditions) for name, baseline in rivals.items()]
+
+
+def _on_devices(jobs: Iterable[_Job]) -> list[_Part]:
+    """Run jobs side by side, one per device at a time; results in the jobs' order."""
+    devices = jax.local_devices()
+    with ThreadPoolExecutor(len(devices)) as pool:
+        futures = [pool.submit(job, devices[i % len(devices)]) for i, job in enumerate(jobs)]
+        return [future.result() for future in futures]
+
+
+def _run_learned(ours: LearnedOptimizer, conditions: Conditions, device: jax.Device) -> _Part:
+    run = Runner(conditions, ours.make, device)
+    part = _Part(tuning={conditions.setting: {}})
+    for horizon in conditions.horizons:
+        records, curve = run.judge(ours.rows, L3RS, horizon, {})
+        part.records += records
+        part.curves.append(curve)
+        conditions.log(f"{conditions.setting}: l3rs, {horizon} steps")
+    part.paths.append(decision_path(ours, conditions, device))
+    return part
+
+
+def _run_baseline(name: str, baseline: Baseline | Interleaved, conditions: Conditions, device: jax.Device) -> _Part:
+    """Tune a baseline for every schedule and horizon, and judge it with the learning rate that was best."""
+    run = Runner(conditions, maker(baseline), device)
+    part = _Part(tuning={conditions.setting: {}})
+    for schedule in baseline.schedules:
+        label = f"{name}/{schedule}"
+        where = f"{conditions.setting}: {label}"
+        grids = part.tuning[conditions.setting][label] = {}
+        for horizon in conditions.horizons:
+            grid = grids[str(horizon)] = search(run, baseline, schedule, horizon, conditions.tuning_seeds)
+            rate = grid["chosen"]
+            records, curve = run.judge(Tuned.grid([rate], schedule), label, horizon, {"learning_rate": rate})
+            part.records += records
+            part.curves.append(curve)
+            part.notes += stage_notes(f"{where}, {horizon} steps", run.stages)
+            conditions.log(f"{where}, {horizon} steps, best of {len(grid['learning_rate'])} learning rates")
+        if run.stages:
+            part.switches.append(switch_history(conditions.setting, label, run.stages))
+        if isinstance(baseline, Baseline):
+            path, note = baseline_path(label, baseline, rate, schedule, conditions, device)
+            part.coefficients += [] if path is None else [path]
+            part.notes += [] if note is None else [note]
+    return part
+
+
+def _divergence_notes(records: Sequence[Record]) -> list[str]:
+    """A sentence for each optimizer and horizon with runs whose test loss is NaN or infinite."""
+    found: dict[tuple[str, str, int], int] = {}
+    for r in records:
+        if not math.isfinite(r.loss):
+            found[r.setting, r.optimizer, r.horizon] = found.get((r.setting, r.optimizer, r.horizon), 0) + 1
+    return [
+        f"{setting}: {optimizer} has no finite test loss after {horizon} steps in {count} of its runs"
+        for (setting, optimizer, horizon), count in found.items()
+    ]

@@ -1,0 +1,62 @@
+"""Step multipliers: by which factor the updates of L3RS would have been best, a measure of their scale."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metatrain.evaluation.learned import LearnedOptimizer
+from metatrain.evaluation.records import L3RS, MultiplierGrid
+from metatrain.evaluation.runner import Conditions, Runner
+from metatrain.evaluation.tuning import PER_CALL, mean_or_inf
+
+
+def multiplier_grids(
+    ours: LearnedOptimizer, multipliers: Sequence[float], conditions: Conditions, device: jax.Device
+) -> list[MultiplierGrid]:
+    """For each horizon, the multiplier with the lowest mean inner_valid loss, and its mean test loss.
+
+    Args:
+      ours: the learned optimizer.
+      multipliers: factors of all its updates, such as (0.1, 0.3, 1, 3, 10).
+      conditions: of the setting; `tuning_seeds` samples choose the multiplier, all are judged on test.
+      device: where the runs take place.
+    """
+
+    def make(hyper: Any, horizon: jax.Array) -> optax.GradientTransformationExtraArgs:
+        theta, multiplier = hyper
+        return optax.with_extra_args_support(optax.chain(ours.make(theta, horizon), optax.scale(multiplier)))
+
+    def rows(chosen: Sequence[float]) -> Any:
+        theta = jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * len(chosen)), ours.theta)
+        return theta, jnp.asarray(chosen, jnp.float32)
+
+    run = Runner(conditions, make, device)
+    found = []
+    for horizon in conditions.horizons:
+        losses: dict[float, float] = {}
+        for first in range(0, len(multipliers), PER_CALL):
+            some = multipliers[first : first + PER_CALL]
+            scores, _ = run(rows(some), horizon, "inner_valid", conditions.tuning_seeds)
+            losses |= {factor: mean_or_inf(loss) for factor, loss in zip(some, scores.loss, strict=True)}
+        ordered = sorted(losses)
+        # Among equals, as where all diverged, the one nearest to 1.
+        best = min(ordered, key=lambda factor: (losses[factor], abs(math.log(factor))))
+        records, _ = run.judge(rows([best]), L3RS, horizon, {})
+        loss, accuracy = (
+            sum(values) / len(records) for values in zip(*((r.loss, r.accuracy) for r in records), strict=True)
+        )
+        found.append(
+            MultiplierGrid(
+                conditions.setting, horizon, ordered, [losses[factor] for factor in ordered], best, loss, accuracy
+            )
+        )
+        conditions.log(
+            f"{conditions.setting}: l3rs, {horizon} steps, best of {len(ordered)} step multipliers: {best:g}"
+        )
+    return found

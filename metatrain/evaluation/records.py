@@ -1,0 +1,279 @@
+"""The records of an evaluation: plain data, and the file that holds them, `results.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from l3rs.io.files import write_atomically
+from metatrain.config import UserError
+
+L3RS = "l3rs"
+NO_OPTIMIZER = "-"  # in place of a checkpoint: compare the baselines only
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One training run."""
+
+    setting: str
+    optimizer: str  # "l3rs", "adam/cosine", …
+    horizon: int  # inner steps
+    seed: int
+    loss: float  # on test
+    accuracy: float  # on test
+    seconds: float  # wall time of the compiled call that ran it, divided by the number of runs in that call
+    hparams: dict[str, float]
+    auc: float  # mean test loss along the run: the area under the curve over its length
+
+
+@dataclasses.dataclass(frozen=True)
+class Speedup:
+    """How many times L3RS's steps a baseline needs for the accuracy that L3RS has at `horizon`.
+
+    The ratio of means over seeds, and its paired 95 % interval. None means infinite: the baseline does not reach
+    that accuracy within the longest horizon.
+    """
+
+    setting: str
+    baseline: str
+    horizon: int
+    steps_ratio: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """Test loss and accuracy along a run, means over seeds; None where the value is NaN or infinite."""
+
+    setting: str
+    optimizer: str
+    horizon: int
+    steps: list[int]
+    loss: list[float | None]
+    accuracy: list[float | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecisionPath:
+    """The decisions of L3RS at every step of one run: mixing weights μ and step sizes λ."""
+
+    setting: str
+    horizon: int
+    layers: list[str]  # [L]
+    shapes: list[list[int]]  # [L]
+    directions: list[str]  # [P]
+    mix: list[list[list[float]]]  # [T][L][P]
+    step_rms: list[list[float]]  # [T][L]: λ / √n, the root mean square of a layer's update
+
+
+@dataclasses.dataclass(frozen=True)
+class CoefficientPath:
+    """The coefficients that MADA or HyperAdam learned in one run, at some of its steps."""
+
+    setting: str
+    optimizer: str
+    steps: list[int]  # [K]
+    values: dict[str, list[float]]  # {coefficient: [K]}
+
+
+@dataclasses.dataclass(frozen=True)
+class SwitchHistory:
+    """The stages of one run of IOMT, and its training loss."""
+
+    setting: str
+    optimizer: str
+    stages: list[dict[str, Any]]  # the fields of `l3rs.baselines.iomt.Stage`
+    losses: list[float | None]  # [steps + 1]: before the first step, and after each
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """The cost of a training step, measured with nothing else running."""
+
+    setting: str
+    optimizer: str
+    seconds_a_step: float  # of a whole training step: the gradient and the update
+    state_floats_a_parameter: float
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiplierGrid:
+    """L3RS with all its updates multiplied by a factor: which factor is best on inner_valid, and its test loss."""
+
+    setting: str
+    horizon: int
+    multipliers: list[float]  # [M]
+    inner_valid_loss: list[float | None]  # [M], mean over seeds; None where it is NaN or infinite
+    best: float  # the multiplier with the lowest inner_valid loss
+    loss: float  # mean over seeds, on test, with the best multiplier
+    accuracy: float
+
+
+class RecordTable:
+    """Records, looked up by setting, optimizer and horizon."""
+
+    records: Sequence[Record]
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self.records = records
+
+    def values(self, setting: str, optimizer: str, horizon: int, field: str = "loss") -> np.ndarray:
+        """`field` of each seed's record, float [S]; empty where there is no such run."""
+        return np.array([getattr(record, field) for record in self._index.get((setting, optimizer, horizon), [])])
+
+    def mean(self, setting: str, optimizer: str, horizon: int, field: str = "loss") -> float:
+        """Mean of `field` over seeds."""
+        return float(np.mean(self.values(setting, optimizer, horizon, field)))
+
+    def accuracy_curve(self, setting: str, optimizer: str) -> np.ndarray:
+        """Test accuracies [S, H] of the runs of each horizon."""
+        return np.stack([self.values(setting, optimizer, h, "accuracy") for h in self.horizons()], axis=1)
+
+    def optimizers(self) -> list[str]:
+        return self._names["optimizer"]
+
+    def baselines(self) -> list[str]:
+        return [label for label in self.optimizers() if label != L3RS]
+
+    def horizons(self) -> list[int]:
+        return sorted(self._names["horizon"])
+
+    def settings(self) -> list[str]:
+        return self._names["setting"]
+
+    def seeds(self) -> int:
+        """The number of seeds."""
+        return len(self._names["seed"])
+
+    @functools.cached_property
+    def _index(self) -> dict[tuple[str, str, int], list[Record]]:
+        found: dict[tuple[str, str, int], list[Record]] = {}
+        for record in self.records:
+            found.setdefault((record.setting, record.optimizer, record.horizon), []).append(record)
+        return found
+
+    @functools.cached_property
+    def _names(self) -> dict[str, list[Any]]:
+        fields = ("setting", "optimizer", "horizon", "seed")
+        return {field: list(dict.fromkeys(getattr(r, field) for r in self.records)) for field in fields}
+
+
+@dataclasses.dataclass(frozen=True)
+class Results(RecordTable):
+    """The result of `evaluate`; `results.json` holds its fields.
+
+    Attributes:
+      optimizer: the checkpoint, or "-" for baselines only.
+      records: every training run that was judged on test.
+      speedup: of L3RS over each baseline.
+      tuning: {setting: {baseline: {horizon: {learning_rate, inner_valid_loss, seeds, chosen, at_edge}}}}.
+      curves, paths, coefficients, switches, costs, multipliers: see their classes.
+      notes: sentences that a reader should know: what was left out, diverged, or has its best value at the edge of
+        the grid.
+      meta_training: how the checkpoint was made, as far as it says: seconds, candidate_steps, horizon, …
+      environment: versions, processor, devices.
+      config: the resolved configuration.
+    """
+
+    optimizer: str
+    records: list[Record]
+    speedup: list[Speedup]
+    tuning: dict[str, Any]
+    curves: list[Curve] = dataclasses.field(default_factory=list)
+    paths: list[DecisionPath] = dataclasses.field(default_factory=list)
+    coefficients: list[CoefficientPath] = dataclasses.field(default_factory=list)
+    switches: list[SwitchHistory] = dataclasses.field(default_factory=list)
+    costs: list[Cost] = dataclasses.field(default_factory=list)
+    multipliers: list[MultiplierGrid] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    meta_training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    environment: dict[str, Any] = dataclasses.field(default_factory=dict)
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        """{setting: {optimizer: {horizon: [mean test loss, mean test accuracy, seeds]}}}."""
+
+        def cell(setting: str, optimizer: str, horizon: int) -> list[float]:
+            means = [self.mean(setting, optimizer, horizon, field) for field in ("loss", "accuracy")]
+            return [*(round(mean, 4) for mean in means), len(self.values(setting, optimizer, horizon))]
+
+        return _finite(
+            {
+                setting: {
+                    optimizer: {str(horizon): cell(setting, optimizer, horizon) for horizon in self.horizons()}
+                    for optimizer in self.optimizers()
+                }
+                for setting in self.settings()
+            }
+        )
+
+    @classmethod
+    def load(cls, file: str | Path) -> Results:
+        """Read a `results.json`, also one that an older version wrote.
+
+        Raises:
+          UserError: the file cannot be read, or is not a `results.json`.
+        """
+        try:
+            data = json.loads(Path(file).read_text())
+            data["records"] = [Record(**_numbers(record)) for record in data["records"]]
+            for field, kind in _PARTS.items():
+                data[field] = [kind(**_numbers(part)) for part in data.get(field, ())]
+            return cls(**data)
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} is not a results.json: {error!r}") from None
+
+    def save(self, folder: Path) -> Path:
+        """Write `results.json`."""
+        text = json.dumps(_finite(dataclasses.asdict(self)), allow_nan=False) + "\n"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "results.json", text)
+        return folder / "results.json"
+
+
+_PARTS: dict[str, Any] = {
+    "speedup": Speedup,
+    "curves": Curve,
+    "paths": DecisionPath,
+    "coefficients": CoefficientPath,
+    "switches": SwitchHistory,
+    "costs": Cost,
+    "multipliers": MultiplierGrid,
+}
+
+
+def family(label: str) -> str:
+    """The optimizer's name in a label: `adam` in `adam/cosine`."""
+    return label.partition("/")[0]
+
+
+def nan_as_inf(loss: float) -> float:
+    """A loss that can be ordered: infinite where it is NaN."""
+    return math.inf if math.isnan(loss) else loss
+
+
+def _numbers(fields: dict[str, Any]) -> dict[str, Any]:
+    """JSON's null stands for NaN in these fields."""
+    return {
+        **fields, **{key: math.nan for key in ("loss", "accuracy", "auc") if key in fields and fields[key] is None}
+    }  # fmt: skip
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

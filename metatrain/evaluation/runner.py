@@ -1,0 +1,155 @@
+"""Training runs of an evaluation, and their scores on a split."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l3rs.baselines import iomt
+from metatrain.config import Plan
+from metatrain.evaluation.baselines import Baseline, Interleaved, make_baseline
+from metatrain.evaluation.interleaved import Trainers, interleaved_rollout
+from metatrain.evaluation.records import Curve, Record
+from metatrain.evaluation.statistics import area_under_curve
+from metatrain.inner.rollout import MakeOptimizer, Score, fused_rollout, stepwise_rollout
+from tasks import Task, TaskSample
+
+
+class Conditions(NamedTuple):
+    """What all optimizers of one setting share."""
+
+    setting: str
+    task: Task
+    samples: TaskSample  # one a seed, leading axis [S]
+    horizons: Sequence[int]  # increasing
+    tuning_seeds: int  # the first of the samples are those that tune
+    points: int  # how often a run is judged on test
+    plan: Plan
+    trainers: Trainers  # of IOMT
+    log: Callable[[str], None]
+
+
+def held_out_samples(task: Task, seed: int, count: int) -> TaskSample:
+    """`count` task samples with inits that meta-training never used; leading axis [count]."""
+    inits = task.pools["held_out"]
+    rows = np.array([inits[i % len(inits)] for i in range(count)], np.int32)
+    # 2**31 + i is never a generation's number, so these are never batches of meta-training.
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(
+        jnp.arange(count, dtype=jnp.uint32) + jnp.uint32(2**31)
+    )
+    return TaskSample(jnp.asarray(rows), jax.random.key_data(keys))
+
+
+def maker(baseline: Baseline | Interleaved) -> MakeOptimizer | Interleaved:
+    """A baseline as `Runner` takes it."""
+    return baseline if isinstance(baseline, Interleaved) else functools.partial(make_baseline, baseline)
+
+
+class Runner:
+    """Runs hyper-parameters on task samples on one device: all in one compiled call, or step by step.
+
+    Args:
+      conditions: of the setting.
+      make: the optimizer as a function of its hyper-parameters, or a variant of IOMT.
+      device: where the runs take place.
+
+    Attributes:
+      stages: (stages, training losses [steps + 1]) of each run of the last call; only IOMT has any.
+    """
+
+    def __init__(self, conditions: Conditions, make: MakeOptimizer | Interleaved, device: jax.Device) -> None:
+        self.stages: list[tuple[list[iomt.Stage], np.ndarray]] = []
+        self._conditions = conditions
+        self._interleaved = make if isinstance(make, Interleaved) else None
+        self._on_host = conditions.plan == "stepwise" or self._interleaved is not None
+        self._device = device
+        self._data, self._samples = jax.device_put((conditions.task.data, conditions.samples), device)
+        self._call = self._rollout(make)
+
+    def _rollout(self, make: MakeOptimizer | Interleaved) -> Callable[..., Any]:
+        task, plan = self._conditions.task, self._conditions.plan
+        if isinstance(make, Interleaved):
+            return interleaved_rollout(
+                task, make, plan, self._conditions.trainers, lambda *run: self.stages.append(run)
+            )
+        if plan == "stepwise":
+            return stepwise_rollout(task, make, ())
+        rollout = fused_rollout(task, make, ())
+
+        def grid(
+            hyper: Any, data: Any, samples: TaskSample, steps: jax.Array, splits: tuple[str, ...], points: Any
+        ) -> Any:
+            one = functools.partial(rollout, splits=splits, points=points)
+            return jax.vmap(jax.vmap(one, (None, None, 0, None)), (0, None, None, None))(hyper, data, samples, steps)
+
+        return jax.jit(grid, static_argnums=4)
+
+    def __call__(
+        self, hyper: Any, horizon: int, split: str, seeds: int | None = None, points: Sequence[int] | None = None
+    ) -> tuple[Score, float]:
+        """Train, and judge on a split.
+
+        Args:
+          hyper: hyper-parameters, leading axis [H].
+          horizon: steps of each run.
+          split: where runs are judged.
+          seeds: run on the first S samples; on all when not given.
+          points: numbers of steps after which each run is judged, [K]; only at its end when not given.
+
+        Returns:
+          Scores [H, S], with `points` [H, S, K]; and wall-clock seconds per run.
+        """
+        began = time.perf_counter()
+        self.stages.clear()
+        samples = jax.tree.map(lambda x: x[:seeds], self._samples)
+        at = None if points is None else np.asarray(points, np.int32)
+        hyper, steps, at = jax.device_put((hyper, np.int32(horizon), at), self._device)
+        if self._on_host:
+            runs = [[self._call(h, self._data, s, steps, (split,), at) for s in _rows(samples)] for h in _rows(hyper)]
+            scores = _stack([_stack(row) for row in runs])[split]
+        else:
+            scores = jax.tree.map(np.asarray, self._call(hyper, self._data, samples, steps, (split,), at)[split])
+        return scores, (time.perf_counter() - began) / math.prod(scores.loss.shape[:2])
+
+    def judge(self, hyper: Any, label: str, horizon: int, hparams: dict[str, float]) -> tuple[list[Record], Curve]:
+        """Run one hyper-parameter, leading axis [1], on all samples, and judge it on test along the way."""
+        setting = self._conditions.setting
+        stage = self._interleaved.at(horizon).stage_steps if self._interleaved else 1
+        points = _points(horizon, self._conditions.points, stage)
+        scores, seconds = self(hyper, horizon, "test", points=points)
+        steps, kept = np.unique(points, return_index=True)
+        loss, accuracy = (np.asarray(score[0], float)[:, kept] for score in scores)  # [S, K]
+        records = [
+            Record(setting, label, horizon, seed, losses[-1], accuracies[-1], seconds, dict(hparams),
+                   area_under_curve(steps.tolist(), losses))
+            for seed, (losses, accuracies) in enumerate(zip(loss.tolist(), accuracy.tolist(), strict=True))
+        ]  # fmt: skip
+        means = [four_digits(values.mean(0)).tolist() for values in (loss, accuracy)]
+        return records, Curve(setting, label, horizon, steps.tolist(), *means)
+
+
+def four_digits(x: np.ndarray) -> np.ndarray:
+    """Values rounded to four significant digits, which keeps the file of results short."""
+    return np.array([float(f"{value:.4g}") for value in x.ravel()]).reshape(x.shape)
+
+
+def _points(horizon: int, count: int, stage: int) -> list[int]:
+    """Where a run is judged: at the start, and after `count` numbers of steps, denser at the beginning, each the end
+    of a stage. Short horizons repeat some, so that one compiled program serves all horizons."""
+    steps = [math.ceil(horizon * (k / count) ** 2) for k in range(count + 1)]
+    return [min(-(-step // stage) * stage, horizon) for step in steps]
+
+
+def _rows(tree: Any) -> list[Any]:
+    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(jax.tree.leaves(tree)[0].shape[0])]
+
+
+def _stack(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *trees)

@@ -1,0 +1,1 @@
+"""`metatrain inspect`: what a checkpoint is, and how it maps the layers of a network."""
