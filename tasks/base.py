@@ -1,8 +1,7 @@
-"""What gets optimized: types only.
+"""The types of a training problem.
 
-A task is a set of pure functions over arrays. Its data has four splits that are never mixed:
-inner_train gives gradients, inner_valid tunes baselines, outer_valid is the meta-loss, test is
-for reports.
+A task is a set of pure functions over arrays. Its data has four splits that are never mixed: gradients are computed
+on inner_train, baselines tuned on inner_valid, the meta-loss computed on outer_valid, and reports made on test.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ POOLS = ("meta_train", "held_out")
 Params = Any  # a pytree of float arrays
 Stats = Any  # a pytree of model state that has no gradient (batch-norm statistics), maybe empty
 Batch = Any  # a pytree of arrays with a leading batch axis
-Data = Mapping[str, Any]  # {split: Batch of all its examples}, and whatever `init` needs
+Data = Mapping[str, Any]  # {split: Batch of all its examples}, and whatever else `init` reads
 
 
 class TaskError(ValueError):
@@ -28,14 +27,14 @@ class TaskError(ValueError):
 
 
 class TaskSample(NamedTuple):
-    """What one inner training run starts from; the members of a generation share it."""
+    """The start and the batches of one inner training run; all members of a generation share them."""
 
-    init: jax.Array  # int32 [], which member of the init distribution
+    init: jax.Array  # int32 [], an index into the init distribution
     key: jax.Array  # uint32 [2], decides the batches
 
 
 class Aux(NamedTuple):
-    """What a loss returns beside the loss."""
+    """What a loss function returns in addition to the loss."""
 
     stats: Stats  # the model's state after this batch
     accuracy: jax.Array  # float32 [], the mean over the batch
@@ -43,15 +42,15 @@ class Aux(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
-    """A training problem: data, a model's loss, and where its parameters start.
+    """A training problem: data, a model's loss, and a distribution of inits.
 
     Attributes:
-      name: for people.
-      data: the four splits and whatever else the functions below read; numpy arrays.
+      name: for display.
+      data: the four splits and whatever else the functions below read, as numpy arrays.
       init: (data, init index) -> (params, stats).
       batch: (data, key) -> one training batch, drawn from inner_train.
       loss: (params, stats, batch, train) -> (mean loss over the batch, Aux).
-      pools: init indices for meta-training, and others that it never uses.
+      pools: init indices, "meta_train" for meta-training and "held_out" for evaluation.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Fine-tuning a small network on handwritten digits: a task that needs no download."""
+"""Fine-tuning a small network on handwritten digits, without a download."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tasks.data import digits as digits_data
 from tasks.data.cache import cached
 from tasks.data.splits import cut
 from tasks.models import MODELS, make_model
-from tasks.pretrained import cached_inits, pretrain
+from tasks.pretrained import cached_inits, pretrain, pretraining_model
+from tasks.trainable import TRAIN_MODES, Init, train_only
 
 Start = Literal["pretrained", "warm", "random"]
 
@@ -28,55 +29,64 @@ def digits(
     held_out_inits: int = 6,
     pretrain_steps: tuple[int, int] = (150, 600),
     starts: Sequence[Start] = ("pretrained",),
+    train: Literal["all", "head", "lora"] = "all",
 ) -> Task:
     """Fine-tune a small network on 14 × 14 handwritten digits.
 
     Args:
       target: the digits to fine-tune on.
-      init: the digits that the networks were pretrained on, or random initialization.
-      model: a name of `tasks.models`, or a mapping of it and its options, e.g. {name: mlp, hidden: [64, 64]}.
+      init: the digits that the networks are pretrained on, or "random" for random initialization.
+      model: a name of `tasks.models.MODELS`, or a mapping with options, e.g. {name: mlp, hidden: [64, 64]}.
       batch_size: examples a step.
-      inits: pretrained networks for meta-training; they differ in seed and in training length.
-      held_out_inits: further ones, never used in meta-training.
-      pretrain_steps: the shortest and the longest pretraining.
-      starts: where meta-training starts from, `inits` networks of each kind: pretrained ones; "warm" ones, which
-        are these after 10 to 1,000 steps of fine-tuning, with little left to learn; random ones. Held-out inits
-        are pretrained ones in any case.
+      inits: the number of pretrained networks for meta-training; they differ in seed and in pretraining steps.
+      held_out_inits: the number of further networks, never used in meta-training.
+      pretrain_steps: the smallest and the largest number of pretraining steps.
+      starts: the kinds of inits in meta-training, `inits` of each: "pretrained"; "warm", which are pretrained
+        networks after 10 to 1,000 steps of fine-tuning, with little left to learn; "random". Held-out inits are
+        always pretrained.
+      train: all parameters, the head alone, or low-rank adapters (LoRA) and the head.
     """
-    _check(target, init, starts, {"batch_size": batch_size, "inits": inits, "held_out_inits": held_out_inits})
+    _check(target, init, starts, train, {"batch_size": batch_size, "inits": inits, "held_out_inits": held_out_inits})
     splits = _digits_splits(target)
     if batch_size > len(splits["inner_train"]["label"]):
         raise TaskError(f"task.batch_size is {batch_size}; {target} has {len(splits['inner_train']['label'])} examples")
 
     form = {"name": model} if isinstance(model, str) else dict(model)
     if "name" not in form:
-        raise TaskError(f"task.model is {form}; it needs a name, one of {', '.join(MODELS)}")
+        raise TaskError(f"task.model is {form}; it must have a name, one of {', '.join(MODELS)}")
     network = make_model(image_shape=splits["test"]["image"].shape[1:], classes=10, **form)
     loss = classification_loss(network)
     name = f"digits({init} → {target})"
-    batch = uniform_batches(batch_size)
+
+    def task(data: Data, start: Init, pools: Mapping[str, Sequence[int]]) -> Task:
+        parts = (start, loss) if train == "all" else train_only(train, start, loss)
+        return Task(name, data, parts[0], uniform_batches(batch_size), parts[1], pools)
 
     if init == "random":
-        return Task(name, splits, lambda _, i: network.init(jax.random.key(i)), batch, loss, RANDOM_POOLS)
+        return task(splits, lambda _, i: network.init(jax.random.key(i)), RANDOM_POOLS)
 
+    # Frozen batch norm needs statistics: these networks are pretrained with batch norm in training mode.
+    form = pretraining_model(form)
+    donor = make_model(image_shape=splits["test"]["image"].shape[1:], classes=10, **form)
+    donor_loss = classification_loss(donor)
     count = inits + held_out_inits
-    # Interleaved, so that both pools hold short and long pretrainings.
+    # Interleaved, so that both pools contain short and long pretrainings.
     low, high = pretrain_steps
     steps = [low + (high - low) * (i * 7 % count) // max(count - 1, 1) for i in range(count)]
     key = {"digits": init, "model": form, "steps": steps, "batch_size": 64}
-    shape = jax.eval_shape(network.init, jax.random.key(0))
+    shape = jax.eval_shape(donor.init, jax.random.key(0))
 
-    def train(data: Data, lengths: Sequence[int], start: Any = None) -> tuple[Params, Stats]:
-        return pretrain(network, loss, data, range(len(lengths)), lengths, 64, start)
+    def pretrain_on(data: Data, lengths: Sequence[int], start: Any = None) -> tuple[Params, Stats]:
+        return pretrain(donor, donor_loss, data, range(len(lengths)), lengths, 64, start)
 
-    stacked = cached_inits(key, shape, lambda: train(_digits_splits(init), steps))
+    stacked = cached_inits(key, shape, lambda: pretrain_on(_digits_splits(init), steps))
     pools: dict[str, list[int]] = {"meta_train": [], "held_out": list(range(inits, count))}
     if "pretrained" in starts:
         pools["meta_train"] += range(inits)
     if "warm" in starts:
         lengths = np.geomspace(10, 1000, inits).round().astype(int).tolist()
         cold = jax.tree.map(lambda x: x[:inits], stacked)
-        warm = cached_inits({**key, "warm": [target, lengths]}, shape, lambda: train(splits, lengths, cold))
+        warm = cached_inits({**key, "warm": [target, lengths]}, shape, lambda: pretrain_on(splits, lengths, cold))
         stacked = _append(stacked, warm, pools["meta_train"])
     if "random" in starts:
         keys = jax.random.split(jax.random.key(0), inits)
@@ -85,11 +95,16 @@ def digits(
     def pretrained(data: Data, i: jax.Array) -> tuple[Params, Stats]:
         return jax.tree.map(lambda x: x[i], data["inits"])
 
-    return Task(name, {**splits, "inits": stacked}, pretrained, batch, loss, pools)
+    return task({**splits, "inits": stacked}, pretrained, pools)
 
 
-def _check(target: str, init: str, starts: Sequence[str], numbers: Mapping[str, int]) -> None:
-    for name, value, allowed in (("target", target, ("mnist", "uci")), ("init", init, ("mnist", "uci", "random"))):
+def _check(target: str, init: str, starts: Sequence[str], train: str, numbers: Mapping[str, int]) -> None:
+    choices = (
+        ("target", target, ("mnist", "uci")),
+        ("init", init, ("mnist", "uci", "random")),
+        ("train", train, TRAIN_MODES),
+    )
+    for name, value, allowed in choices:
         if value not in allowed:
             raise TaskError(f"task.{name} is {value!r}; allowed are {', '.join(allowed)}")
     for name, number in numbers.items():
@@ -98,12 +113,12 @@ def _check(target: str, init: str, starts: Sequence[str], numbers: Mapping[str, 
     kinds = get_args(Start)
     if not starts or isinstance(starts, str) or set(starts) - set(kinds) or (init == "random" and "warm" in starts):
         raise TaskError(
-            f"task.starts is {starts!r}; it must be a list of {', '.join(kinds)} (init: random has no warm)"
+            f"task.starts is {starts!r}; it must be a list of {', '.join(kinds)}; warm needs pretrained inits"
         )
 
 
 def _append(stacked: Any, more: Any, pool: list[int]) -> Any:
-    """Inits behind the others, their rows in the pool."""
+    """Append inits to the stacked ones, and their indices to the pool."""
     first, count = (jax.tree.leaves(tree)[0].shape[0] for tree in (stacked, more))
     pool += range(first, first + count)
     return jax.tree.map(lambda *x: np.concatenate(x), stacked, more)

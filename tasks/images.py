@@ -1,4 +1,4 @@
-"""Fine-tuning a network on photographs: any data set of TFDS or of folders, any model, any init."""
+"""Fine-tuning a network on photographs from TensorFlow Datasets or from folders."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from tasks.data.crop_flip import random_crop_flip
 from tasks.data.images import Classes, choose_classes, load_images
 from tasks.data.sources import ImageFolder, Source, Tfds, prepare
 from tasks.models import Model, make_model
-from tasks.pretrained import Schedule, cached_inits, pretrain_stepwise
+from tasks.pretrained import Schedule, cached_inits, pretrain_stepwise, pretraining_model
 from tasks.trainable import TRAIN_MODES, train_only
 from tasks.weights import load_weights
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """Labelled images at one size, by configuration.
+    """The configuration of a set of labelled images; exactly one of tfds, directory and folder is given.
 
     Attributes:
-      tfds: a TFDS builder's name; or
-      directory: of one prepared TFDS version; or
-      folder: with one sub-folder a class.
-      data_dir: where `tfds` is prepared, when not in TFDS's own place.
-      classes: names, or {count, seed}; all when not given.
-      on_corrupt: "error" or "skip".
+      tfds: a TFDS builder's name.
+      directory: the folder of one prepared TFDS version.
+      folder: a folder with one sub-folder per class.
+      data_dir: where `tfds` is prepared, if not in TFDS's default folder.
+      classes: names, or {count, seed} for a random choice; all classes when not given.
+      on_corrupt: "error" or "skip", for images that cannot be decoded.
     """
 
     tfds: str | None = None
@@ -66,7 +66,7 @@ class ImageSet:
         return load_images(self.source(), self.classes, size, on_corrupt=self.on_corrupt)
 
     def identity(self) -> dict[str, Any]:
-        """What its images depend on, as JSON."""
+        """Everything that the images depend on, as JSON."""
         return {**dataclasses.asdict(self), "source": dict(self.source().open().identity)}
 
 
@@ -86,12 +86,12 @@ def images(
       target: the images to fine-tune on, see `ImageSet`: {tfds | directory | folder, classes, …}.
       size: height and width in pixels.
       model: {name: one of `tasks.models.MODELS`, and its options}; resnet8 with group norm when not given.
-      init: "random"; {weights: a safetensors file or hf://owner/name}; or {source: an image set to
-        pretrain on, seeds, held_out_seeds, epochs: [..], batch_size, learning_rate}.
+      init: "random"; {weights: a safetensors file or hf://owner/name}; or {source: an image set to pretrain on,
+        seeds, held_out_seeds, epochs: [..], batch_size, learning_rate}.
       batch_size: examples a step.
       crop_flip: whether training images are cropped at random and mirrored.
       train: all parameters, the head alone, or low-rank adapters (LoRA) and the head.
-      outer_examples: how many of outer_valid the meta-loss reads; 0 for all.
+      outer_examples: the number of examples of outer_valid that the meta-loss uses; 0 for all.
     """
     if batch_size < 1 or outer_examples < 0:
         raise TaskError(
@@ -130,7 +130,7 @@ def images(
 
 
 def prepare_images(target: Mapping[str, Any], init: Mapping[str, Any] | str = "random", **_: Any) -> list[str]:
-    """Download and prepare the image sets that `images` would read; returns where each of them is."""
+    """Download and prepare the image sets that `images` would read; returns their locations."""
     sets = [ImageSet.parse(target, "task.target")]
     if isinstance(init, Mapping) and "source" in init:
         sets.append(ImageSet.parse(init["source"], "task.init.source"))
@@ -150,7 +150,7 @@ def _short(image_set: ImageSet) -> str:
 
 
 def _inits(init: Mapping[str, Any] | str, options: Mapping[str, Any], network: Model, size: int) -> tuple[Any, ...]:
-    """(init function, pools, stacked arrays for the task's data or None, a word for the task's name)."""
+    """(init function, pools, stacked inits for the task's data or None, the init's part of the task's name)."""
     if init == "random":
         return (lambda _, i: network.init(jax.random.key(i))), RANDOM_POOLS, None, "random"
     if not isinstance(init, Mapping) or ("weights" in init) == ("source" in init):
@@ -161,9 +161,9 @@ def _inits(init: Mapping[str, Any] | str, options: Mapping[str, Any], network: M
 
     if "weights" in init:
         if set(init) != {"weights"}:
-            raise TaskError(f"task.init.weights stands alone, found also {', '.join(set(init) - {'weights'})}")
+            raise TaskError(f"task.init.weights allows no other keys, found also {', '.join(set(init) - {'weights'})}")
         loaded = load_weights(init["weights"], options["name"], *network.init(jax.random.key(0)))
-        # One body; the index decides the new head.
+        # All inits have the same body; the index seeds the new head.
         return (
             (lambda data, i: (fresh_head(data["inits"][0], i), data["inits"][1])),
             RANDOM_POOLS,
@@ -173,8 +173,9 @@ def _inits(init: Mapping[str, Any] | str, options: Mapping[str, Any], network: M
 
     source = ImageSet.parse(init["source"], "task.init.source")
     schedule = Schedule.parse({key: value for key, value in init.items() if key != "source"}, "task.init")
+    options = pretraining_model(options)
     donor = _network(options, size, source.count())
-    key = {"source": source.identity(), "size": size, "model": dict(options), **dataclasses.asdict(schedule)}
+    key = {"source": source.identity(), "size": size, "model": options, **dataclasses.asdict(schedule)}
     shape = jax.eval_shape(donor.init, jax.random.key(0))
     stacked = cached_inits(
         key,

@@ -1,4 +1,4 @@
-"""Init distributions: networks that were trained on another data set before."""
+"""Init distributions: networks pretrained on another data set."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tasks.models.functional import Model
 _log = logging.getLogger(__name__)
 
 Loss = Callable[[Params, Stats, Batch, bool], tuple[jax.Array, Aux]]
-_Carry = tuple[Params, Stats, Any]  # and the optimizer's state
+_Carry = tuple[Params, Stats, Any]  # with the optimizer's state
 
 
 def pretrain(
@@ -37,12 +37,12 @@ def pretrain(
     """Train one network per seed with Adam (learning rate 1e-3) on inner_train of `data`.
 
     Args:
-      model, loss: the network, and its loss.
-      data: the source data; only its inner_train is read.
-      seeds: one network each [N]; decides initialization and batches.
-      steps: how long each of them trains [N].
-      batch_size: examples a step.
-      start: (params, stats) to begin with, leading axis [N]; fresh ones when not given.
+      model, loss: the network and its loss.
+      data: the source data, of which only inner_train is used.
+      seeds: one per network [N], for its initialization and batches.
+      steps: training steps of each network [N].
+      batch_size: examples per step.
+      start: (params, stats) to start from, with a leading axis [N]; random initialization when not given.
 
     Returns:
       (params, stats), every array with a leading axis [N].
@@ -64,7 +64,7 @@ def pretrain(
 def _training_step(
     loss: Loss, tx: optax.GradientTransformation, draw: Callable[[Data, jax.Array], Batch]
 ) -> Callable[[_Carry, Data, jax.Array, jax.Array], _Carry]:
-    """(carry, data, key, i) -> the carry after step i."""
+    """A function (carry, data, key, i) -> the carry after step i."""
 
     def step(carry: _Carry, source: Data, key: jax.Array, i: jax.Array) -> _Carry:
         params, stats, state = carry
@@ -78,13 +78,14 @@ def _training_step(
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How an init distribution is pretrained: every seed, as it was after each of the `epochs`.
+    """How an init distribution is pretrained: for every seed, the network after each of the `epochs` is an init.
 
     Attributes:
-      seeds: networks for meta-training.
-      held_out_seeds: further networks, never used in meta-training.
-      epochs: when a network is taken, increasing.
-      batch_size, learning_rate: of Adam; the rate decays to zero along a cosine.
+      seeds: the number of networks for meta-training.
+      held_out_seeds: the number of further networks, never used in meta-training.
+      epochs: when a copy of the network is kept, increasing.
+      batch_size: examples per step.
+      learning_rate: Adam's, which decays to zero along a cosine.
     """
 
     seeds: int = 4
@@ -99,7 +100,7 @@ class Schedule:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in options:
             if key not in known:
-                raise TaskError(f"{where}.{key} is not a key of a pretraining; allowed are source, {', '.join(known)}")
+                raise TaskError(f"{where}.{key} is not a pretraining option; allowed are source, {', '.join(known)}")
         epochs = tuple(options.get("epochs", cls.epochs))
         schedule = cls(**{**options, "epochs": epochs})
         if min(schedule.seeds, schedule.held_out_seeds, schedule.batch_size, len(epochs), *epochs) < 1:
@@ -110,16 +111,16 @@ class Schedule:
 
 
 def pretrain_stepwise(model: Model, loss: Loss, data: Data, schedule: Schedule, padding: int) -> tuple[Params, Stats]:
-    """Train networks on inner_train of `data`, augmented, driven from the host: for convolutional networks.
+    """Train networks on random crops of inner_train of `data`, one jitted step at a time, as suits convolutions.
 
     Args:
-      model, loss: the network, and its loss.
-      data: the source images; only inner_train is trained on. inner_valid is reported.
+      model, loss: the network and its loss.
+      data: the source images; inner_train for training, inner_valid for the accuracy in the log.
       schedule: seeds, epochs and the optimizer.
-      padding: pixels, of the random crop.
+      padding: of the random crop, in pixels.
 
     Returns:
-      (params, stats), every array with a leading axis [seeds · epochs], a seed's epochs together.
+      (params, stats), every array with a leading axis [seeds · epochs], grouped by seed.
     """
     count = size(data["inner_train"])
     per_epoch = max(count // schedule.batch_size, 1)
@@ -167,10 +168,16 @@ def pretrain_stepwise(model: Model, loss: Loss, data: Data, schedule: Schedule, 
     return jax.tree.map(lambda *arrays: np.stack(arrays), *networks)
 
 
+def pretraining_model(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's options in pretraining: norm "frozen" is "batch" there, whose statistics the network then keeps."""
+    frozen = options.get("norm") == "frozen"
+    return {**options, "norm": "batch"} if frozen else dict(options)
+
+
 def cached_inits(
     key: Mapping[str, Any], shape: tuple[Params, Stats], build: Callable[[], tuple[Params, Stats]]
 ) -> tuple[Params, Stats]:
-    """Stacked inits through the resident cache; `shape` gives the pytree's structure."""
+    """Stacked inits from the resident cache; `shape` gives the pytree's structure."""
     treedef = jax.tree.structure(shape)
 
     def arrays() -> dict[str, np.ndarray]:

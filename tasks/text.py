@@ -1,4 +1,4 @@
-"""A character language model: a small GPT on a text of one's own, or on Shakespeare's."""
+"""A character language model: a small GPT on a text file or a text of TensorFlow Datasets."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def text(
 ) -> Task:
     """Train a small GPT from scratch to predict the next character of a text.
 
-    Accuracy is the share of characters that it would have guessed, the loss their mean cross-entropy in nats.
+    The loss is the mean cross-entropy per character in nats, and the accuracy the share of characters predicted right.
 
     Args:
       source: the text: {file: PATH} or {tfds: tiny_shakespeare}, see `TextSource`.
       model: n_layer, n_head and width of the GPT.
-      context: characters that it reads at once.
-      batch_size: windows of so many characters a step, from anywhere in inner_train.
-      evaluation_windows: how many of inner_valid, outer_valid and test are read, evenly spread; 0 for all.
+      context: the number of characters that the model reads at once.
+      batch_size: windows per step, from anywhere in inner_train.
+      evaluation_windows: the number of windows of each other split that is used, evenly spread; 0 for all.
     """
     for name, value, least in (("context", context, 1), ("batch_size", batch_size, 1)):
         if type(value) is not int or value < least:
-            raise TaskError(f"task.{name} is {value!r}; it must be a whole number ≥ {least}")
+            raise TaskError(f"task.{name} is {value!r}; it must be an integer ≥ {least}")
     if type(evaluation_windows) is not int or evaluation_windows < 0:
-        raise TaskError(f"task.evaluation_windows is {evaluation_windows!r}; it must be a whole number ≥ 0")
+        raise TaskError(f"task.evaluation_windows is {evaluation_windows!r}; it must be an integer ≥ 0")
     options = dict(model or {})
     for option in options:
         if option not in _MODEL:
@@ -54,12 +54,12 @@ def text(
     network = gpt(vocabulary, context, **options)
 
     def batch(data: Data, key: jax.Array) -> Batch:
-        windows = data["inner_train"]["text"]  # they tile the text: a place in it is a row and a column
+        windows = data["inner_train"]["text"]  # they tile the text, so a position is a row and a column
         first = jax.random.randint(key, (batch_size, 1), 0, (len(windows) - 1) * context + 1)
-        places = first + jnp.arange(context + 1)
-        # The very last character has no window that begins with it: it ends the last one.
-        row = jnp.minimum(places // context, len(windows) - 1)
-        return {"text": windows[row, places - row * context]}
+        positions = first + jnp.arange(context + 1)
+        # No window begins with the last character of the text, which is the end of the last window.
+        row = jnp.minimum(positions // context, len(windows) - 1)
+        return {"text": windows[row, positions - row * context]}
 
     def loss(params: Params, stats: Stats, batch: Batch, train: bool) -> tuple[jax.Array, Aux]:
         characters = batch["text"].astype(jnp.int32)
@@ -74,12 +74,12 @@ def text(
 
 
 def prepare_text(source: Mapping[str, Any], **_: Any) -> list[str]:
-    """Download and prepare the text that `text` would read; returns where it is."""
+    """Download and prepare the text that `text` would read; returns its location."""
     return [TextSource.parse(source, "task.source").prepare()]
 
 
 def _spread(windows: np.ndarray, count: int) -> np.ndarray:
-    """`count` rows, evenly spread; all where 0 or there are no more."""
+    """`count` evenly spread rows; all of them when count is 0 or too large."""
     if not count or count >= len(windows):
         return windows
     return np.asarray(windows[np.linspace(0, len(windows) - 1, count).round().astype(int)])

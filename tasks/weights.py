@@ -1,4 +1,4 @@
-"""Weights of published PyTorch networks, from safetensors files into our parameters and statistics."""
+"""Load the weights of published PyTorch networks from safetensors files."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from safetensors import SafetensorError, safe_open
 from tasks.base import Params, Stats, TaskError
 
 Keys = tuple[Any, ...]  # the path of one of our arrays
-Naming = Callable[[Keys], list[str]]  # the PyTorch tensors that hold it; several are joined on their first axis
+Naming = Callable[[Keys], list[str]]  # the PyTorch tensors that hold it; several are concatenated on their first axis
 
 
 def load_weights(source: str | Path, model_name: str, params: Params, stats: Stats) -> tuple[Params, Stats]:
-    """Replace a network's arrays by those of a file.
+    """Replace a network's arrays with those of a file.
 
-    The names of torchvision, timm, transformers and akamaster/pytorch_resnet_cifar10 are understood. A head for
-    another number of classes is not read: `params` keeps its own.
+    Reads the tensor names of torchvision, timm, transformers and akamaster/pytorch_resnet_cifar10. A head for another
+    number of classes is not loaded; `params` keeps its own.
 
     Args:
       source: a safetensors file, or `hf://owner/name[/file]` on the Hugging Face Hub (file: model.safetensors).
@@ -34,7 +34,7 @@ def load_weights(source: str | Path, model_name: str, params: Params, stats: Sta
       (params, stats), float32.
 
     Raises:
-      TaskError: no such file, one that is not safetensors, or tensors that are not those of this network.
+      TaskError: the file is missing or not safetensors, or its tensors do not fit this network.
     """
     namings = next((namings for prefix, namings in _NAMINGS.items() if model_name.startswith(prefix)), None)
     if namings is None:
@@ -43,7 +43,7 @@ def load_weights(source: str | Path, model_name: str, params: Params, stats: Sta
     tensors = _read(source)
     flat_params, flat_stats = traverse_util.flatten_dict(params), traverse_util.flatten_dict(stats)
     arrays = {**flat_params, **flat_stats}  # the two name their leaves differently, so no path is in both
-    # A file follows the naming that explains most of its tensors.
+    # The naming scheme that matches most tensors is the file's.
     names = max(
         ({keys: naming(keys) for keys in arrays} for naming in namings),
         key=lambda names: sum(name in tensors for group in names.values() for name in group),
@@ -61,7 +61,7 @@ def load_weights(source: str | Path, model_name: str, params: Params, stats: Sta
 def _converted(
     arrays: Mapping[Keys, jax.Array], names: Mapping[Keys, Sequence[str]], tensors: Mapping[str, np.ndarray]
 ) -> dict[Keys, jax.Array]:
-    """The tensors as our arrays; a head for other classes as it is in `arrays`."""
+    """The tensors in our layout; a head for another number of classes is kept from `arrays`."""
     bias = tensors.get(names["head", "bias"][0])
     other_classes = bias is not None and bias.shape != arrays["head", "bias"].shape
     loaded = {}
@@ -71,7 +71,7 @@ def _converted(
         for name in names[keys]:
             if name not in tensors:
                 raise TaskError(f"tensor {name!r} of shape {list(shape)} is missing")
-            # Of a head that is kept, the number of classes may differ, the features may not.
+            # A head that is kept may differ in the number of classes, but not in the number of features.
             if tensors[name].shape[kept:] != shape[kept:]:
                 raise TaskError(f"tensor {name!r} has shape {list(tensors[name].shape)}, the model's is {list(shape)}")
         loaded[keys] = array if kept else _our_layout(np.concatenate([tensors[name] for name in names[keys]]))
@@ -81,7 +81,7 @@ def _converted(
 
 
 def _torch_shape(shape: Sequence[int], parts: int) -> tuple[int, ...]:
-    """The shape in PyTorch's layout of each of the `parts` tensors that make one array of ours."""
+    """The shape, in PyTorch's layout, of each of the `parts` tensors that form one of our arrays."""
     axes = {4: (3, 2, 0, 1), 2: (1, 0)}.get(len(shape), range(len(shape)))
     rows, *rest = (shape[axis] for axis in axes)
     return (rows // parts, *rest)
@@ -96,10 +96,12 @@ def _our_layout(tensor: np.ndarray) -> jax.Array:
 def _read(source: str | Path) -> dict[str, np.ndarray]:
     """The floating-point tensors of a safetensors file, by name."""
     path = _download(source) if str(source).startswith("hf://") else Path(source).expanduser()
+    if path.exists() and not path.is_file():
+        raise TaskError(f"weights {source}: not a regular file")
     try:
         # The flax framework, because numpy has no bfloat16.
         with safe_open(path, framework="flax") as file:
-            # Counts of batches are no weights, and 64-bit integers are no arrays of jax.
+            # Counts of batches are not weights, and JAX has no 64-bit integers by default.
             names = [name for name in file.keys() if not name.endswith("num_batches_tracked")]  # noqa: SIM118
             tensors = {name: np.asarray(file.get_tensor(name)) for name in names}
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Augmentation of image batches inside a training step."""
+"""Random crops and mirrored images inside a training step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def random_crop_flip(key: jax.Array, images: jax.Array, padding: int = 4) -> jax.Array:
-    """Pad each image with zeros, cut its size out at a random place, mirror every second one on average.
+    """Pad each image with zeros, crop it to its size at a random position, and mirror it with probability 1/2.
 
     Args:
       key: a PRNG key.
@@ -24,7 +24,7 @@ def random_crop_flip(key: jax.Array, images: jax.Array, padding: int = 4) -> jax
     rows = top + jnp.arange(height)  # [B, H]
     columns = left + jnp.where(mirrored, jnp.arange(width)[::-1], jnp.arange(width))  # [B, W]
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    # One gather with its bounds promised. On XLA:CPU it costs the same inside a loop as outside, about
+    # One gather with indices promised to be in bounds. On XLA:CPU it costs the same inside a loop as outside, about
     # .07 ms for 32 × 32 × 32 × 3; `vmap` of `dynamic_slice` takes 30 times that inside a loop.
     batch = jnp.arange(count)[:, None, None]
     return padded.at[batch, rows[:, :, None], columns[:, None, :]].get(mode="promise_in_bounds")

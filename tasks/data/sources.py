@@ -1,7 +1,6 @@
-"""Where labelled images come from: TensorFlow Datasets and folders.
+"""Sources of labelled images: TensorFlow Datasets (`Tfds`) and folders (`ImageFolder`).
 
-A source says where: `Tfds` (a data set of TensorFlow Datasets) or `ImageFolder` (a folder per class).
-Reading needs no TensorFlow; preparing a TFDS data set, once, does.
+Preparing a TFDS data set needs TensorFlow; reading a prepared one does not.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from tasks.base import TaskError
 from tasks.data.cache import cached
 from tasks.data.tfds_folder import read_metadata
 
-_LABELS_VERSION = 1  # a change of how labels are read is a new version
-TEST_NAMES = ("test", "validation", "valid", "val")  # the official split that becomes test: the first there is
+_LABELS_VERSION = 1  # increase it when the way labels are read changes
+TEST_NAMES = ("test", "validation", "valid", "val")  # the first of these that exists becomes test
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 _CHUNK = 1024  # records in flight
 _MOST_CLASSES = 10_000_000
@@ -42,14 +41,14 @@ class UnreadableImageError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Catalog:
-    """What a source holds, opened.
+    """The contents of a source.
 
     Attributes:
-      where: for messages.
-      identity: what the images depend on, as JSON.
-      classes: names; the position is the class id.
+      where: the location, for messages.
+      identity: everything the images depend on, as JSON.
+      classes: names, in the order of the class ids.
       splits: the official splits that have images.
-      labelled: split -> whether its labels are published.
+      labelled: split -> whether it has labels.
       labels: split -> class ids, int32 [n].
       read: (split, row) -> the record's name, and the encoded image; raises UnreadableImageError.
     """
@@ -64,10 +63,10 @@ class Catalog:
 
 
 class Source(Protocol):
-    """Where labelled images come from."""
+    """A source of labelled images."""
 
     def open(self) -> Catalog:
-        """Look at what is there; reads no image. Raises TaskError when nothing is."""
+        """List the contents without reading images. Raises TaskError when there are none."""
         ...
 
 
@@ -76,9 +75,9 @@ class Tfds:
     """A prepared image-classification data set of TensorFlow Datasets, in the array_record format.
 
     Attributes:
-      name: a builder, `name[/config][:version]`, e.g. "imagenet_resized/64x64"; else give `directory`.
-      data_dir: where builders are prepared; `$TFDS_DATA_DIR`, else ~/tensorflow_datasets, when not given.
-      directory: of one prepared version, which holds its dataset_info.json.
+      name: a builder, `name[/config][:version]`, e.g. "imagenet_resized/64x64"; or give `directory`.
+      data_dir: where builders are prepared; by default `$TFDS_DATA_DIR`, else ~/tensorflow_datasets.
+      directory: the folder of one prepared version, which contains its dataset_info.json.
     """
 
     name: str | None = None
@@ -94,7 +93,7 @@ class Tfds:
             raise TaskError(f"{self.name!r} is not the name of a TFDS builder; write name, name/config or name:1.2.3")
 
     def folder(self) -> Path:
-        """Where the prepared data set is: of a name without a version, the newest prepared one."""
+        """The folder of the prepared data set; for a name without a version, of the newest prepared version."""
         if self.directory is not None:
             folder = Path(self.directory).expanduser()
             if (folder / "dataset_info.json").is_file():
@@ -106,23 +105,23 @@ class Tfds:
         root = self.root() / base
         versions = _versions(root)
         if not versions and "/" not in base:
-            with contextlib.suppress(OSError, ValueError, KeyError):  # TFDS notes the default config here
+            with contextlib.suppress(OSError, ValueError, KeyError):  # TFDS writes the default config here
                 config = str(json.loads((root / ".config" / "metadata.json").read_text())["default_config_name"])
                 versions = _versions(root / config) if re.fullmatch(r"[\w+-][\w.+-]*", config) else []
         found = [folder for folder in versions if version in ("", folder.name)]
         if not found:
             raise TaskError(
                 f"the TFDS data set {self.name!r} is not prepared in {self.root()}; "
-                "run `metatrain prepare CONFIG`, or give the data_dir where it is"
+                "run `metatrain prepare CONFIG`, or set data_dir to the folder that has it"
             )
         return found[-1]
 
     def root(self) -> Path:
-        """The folder that all data sets of `data_dir` share."""
+        """The folder with all data sets of `data_dir`."""
         return Path(self.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
     def open(self) -> Catalog:
-        """Look at what is there, without importing TFDS: that alone takes a second."""
+        """List the contents without importing TFDS, which would take a second."""
         folder = self.folder()
         text, info, features, splits = read_metadata(folder)
         if "array_record" not in (info.get("fileFormat"), *info.get("alternativeFileFormats", ())):
@@ -144,7 +143,7 @@ class Tfds:
                 found = in_parallel(lambda row: record(row)[label], count, f"reading the labels of {folder} ({split})")
                 return {"labels": np.fromiter(found, np.int32, count)}
 
-            # An entry of its own: other classes and sizes need the same labels, and a big set is long to read.
+            # A cache entry of its own: all choices of classes and sizes share the labels, which take long to read.
             return cached({"labels": _LABELS_VERSION, "source": identity, "split": split}, build)["labels"]
 
         def read(split: str, row: int) -> tuple[str, bytes]:
@@ -205,11 +204,11 @@ class ImageFolder:
 
 
 def prepare(source: Source) -> str:
-    """Download and prepare what is named and not there yet; says where it is.
+    """Download and prepare a source if it is missing; returns its location.
 
     Raises:
-      TaskError: no TensorFlow, no such builder, a download to be made by hand, or a directory
-        that holds no data set.
+      TaskError: TensorFlow is missing, there is no such builder, the data must be downloaded by hand, or the
+        directory has no data set.
     """
     if isinstance(source, Tfds):
         prepared(source)
@@ -217,7 +216,7 @@ def prepare(source: Source) -> str:
 
 
 def prepared(source: Tfds) -> Path:
-    """Where a TFDS data set is, which is downloaded and prepared first if it is named and not there yet.
+    """The folder of a TFDS data set, which is downloaded and prepared if it is missing and has a name.
 
     Raises:
       TaskError: as `prepare`.
@@ -232,7 +231,7 @@ def prepared(source: Tfds) -> Path:
 
 @contextlib.contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """Turns what TFDS raises of a folder that it cannot read into a `TaskError`."""
+    """Turn what TFDS raises for a folder that it cannot read into a `TaskError`."""
     try:
         yield
     except (OSError, ValueError, NotImplementedError, RuntimeError) as error:
@@ -240,7 +239,7 @@ def reading(folder: Path) -> Iterator[None]:
 
 
 def _tfds_records(folder: Path, image: str, split: str) -> tuple[int, Callable[[int], dict[str, Any]]]:
-    """How many records a TFDS split has, and the record of a row; its image is left encoded, for `decode`."""
+    """(the number of records of a TFDS split, row -> record with its image still encoded)."""
     import tensorflow_datasets as tfds
 
     with reading(folder):
@@ -250,7 +249,7 @@ def _tfds_records(folder: Path, image: str, split: str) -> tuple[int, Callable[[
     def record(row: int) -> dict[str, Any]:
         try:
             return source[row]
-        except Exception as error:  # array_record's and protobuf's, when a file is missing, cut short or changed
+        except Exception as error:  # of array_record and protobuf, when a file is missing, truncated or changed
             raise TaskError(f"the TFDS data set in {folder} is damaged at {split}[{row}] ({error})") from error
 
     return len(source), record
@@ -268,8 +267,8 @@ def _download_and_prepare(name: str, root: Path) -> None:
         raise TaskError(f"TFDS has no builder {name!r}{similar(name, names)}") from None
     try:
         builder.download_and_prepare()
-    except AssertionError as error:  # how TFDS asks for files that only a person may download
-        raise TaskError(f"TFDS cannot download {name!r} by itself: {error}") from error
+    except AssertionError as error:  # how TFDS asks for files that must be downloaded by hand
+        raise TaskError(f"TFDS cannot download {name!r} automatically: {error}") from error
 
 
 def _versions(folder: Path) -> list[Path]:
@@ -279,7 +278,7 @@ def _versions(folder: Path) -> list[Path]:
 
 
 def _feature(features: Mapping[str, Any], kind: str, preferred: Sequence[str], folder: Path) -> str:
-    """The feature of a kind that is meant: one of the supervised keys, else the only one."""
+    """The name of the feature of a kind: a supervised key if there is one, else the only feature of that kind."""
     found = [key for key, feature in features.items() if feature.get("pythonClassName", "").endswith(kind)]
     named = [key for key in found if key in preferred]
     if len(named or found) != 1:
@@ -327,7 +326,7 @@ def _labelled_files(parent: Path, classes: Sequence[str]) -> Iterator[tuple[Path
 
 
 def in_parallel(work: Callable[[int], _T], count: int, description: str) -> Iterator[_T]:
-    """The results of work(0 … count - 1) in that order, from a thread per core; a bar on a terminal."""
+    """The results of work(0), …, work(count - 1) in order, from a thread per core; a progress bar on a terminal."""
     from rich.console import Console
     from rich.progress import track
 
@@ -347,7 +346,7 @@ def in_parallel(work: Callable[[int], _T], count: int, description: str) -> Iter
 
 
 def similar(name: str, names: Iterable[str]) -> str:
-    """The end of a sentence about a name that does not exist."""
+    """Suggestions for a misspelled name, as the end of a sentence."""
     by_lower = {other.lower(): other for other in names}
     close = [by_lower[other] for other in difflib.get_close_matches(name.lower(), by_lower)]
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else f"; there are {len(by_lower)} others"

@@ -1,4 +1,4 @@
-"""Cutting one set of examples into the four splits, always the same way."""
+"""Deterministic division of one set of examples into the four splits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from tasks.base import SPLITS
 
 FRACTIONS = {"inner_train": 0.4, "inner_valid": 0.1, "outer_valid": 0.2, "test": 0.3}
-TRAIN_FRACTIONS = {"inner_train": 0.7, "inner_valid": 0.1, "outer_valid": 0.2}  # where the test set is given
+TRAIN_FRACTIONS = {"inner_train": 0.7, "inner_valid": 0.1, "outer_valid": 0.2}  # when there is an official test set
 
 
 def cut(
@@ -35,18 +35,18 @@ def cut(
 
 
 def stratified(labels: np.ndarray, fractions: Mapping[str, float]) -> dict[str, np.ndarray]:
-    """Shuffle with a fixed seed and cut so that every part has the classes in the same proportions.
+    """Shuffle with a fixed seed and cut such that every part has the classes in the same proportions.
 
     Args:
       labels: integers [N], from 0.
       fractions: {part: its share}; they sum to one.
 
     Returns:
-      {part: rows, integers [n]}. Classes take turns, so that a part's beginning is balanced too; a
-      part's size and a class's share of it are within one example of exact.
+      {part: rows, integers [n]}. Classes are interleaved, so that the beginning of a part is balanced too. A part's
+      size and each class's share of it are within one example of the exact fraction.
     """
     rng = np.random.default_rng(0)
-    # An example's place in its class's shuffled queue, as a fraction; queues are walked in step.
+    # An example's position in its class's shuffled queue, as a fraction; sorting by it interleaves the queues.
     place = np.empty(len(labels))
     for label in np.unique(labels):
         rows = rng.permutation(np.flatnonzero(labels == label))

@@ -1,4 +1,4 @@
-"""Text as characters, cut into windows: a file, or a text data set of TensorFlow Datasets."""
+"""Text as windows of characters, from a file or a text data set of TensorFlow Datasets."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from tasks.data.sources import Tfds, prepared, reading
 from tasks.data.tfds_folder import read_metadata
 
 _VERSION = 1  # a change of how text becomes windows is a new version
-# The last tenth is test, as is usual for Shakespeare; each split is one block of the text.
+# Each split is one block of the text; the last tenth is test, as is usual for Shakespeare.
 FRACTIONS = {"inner_train": 0.8, "inner_valid": 0.05, "outer_valid": 0.05, "test": 0.1}
-_MOST = 256  # distinct characters: they are kept as bytes
+_MOST = 256  # distinct characters, because they are stored as bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class TextSource:
-    """A text, by configuration.
+    """The configuration of a text; exactly one of file and tfds is given.
 
     Attributes:
-      file: UTF-8; or
+      file: a UTF-8 file.
       tfds: a TFDS builder with one feature "text", such as tiny_shakespeare.
-      data_dir: where `tfds` is prepared, when not in TFDS's own place.
+      data_dir: where `tfds` is prepared, if not in TFDS's default folder.
     """
 
     file: str | None = None
@@ -57,11 +57,14 @@ class TextSource:
         """The whole text.
 
         Raises:
-          TaskError: it is not there, or not text.
+          TaskError: the text is missing, is not UTF-8, or is not a regular file.
         """
         if self.file is not None:
+            path = Path(self.file).expanduser()
             try:
-                return Path(self.file).expanduser().read_bytes().decode()
+                if path.exists() and not path.is_file():
+                    raise TaskError(f"the text {self.file} is not a regular file")
+                return path.read_bytes().decode()
             except OSError as error:
                 raise TaskError(f"the text {self.file} cannot be read ({error.strerror})") from None
             except UnicodeDecodeError as error:
@@ -69,12 +72,12 @@ class TextSource:
         return _tfds_text(Tfds(self.tfds, self.data_dir).folder())
 
     def prepare(self) -> str:
-        """Download and prepare what is named and not there yet; says where it is."""
+        """Download and prepare the text if it is missing; returns its location."""
         return str(self.file if self.tfds is None else prepared(Tfds(self.tfds, self.data_dir)))
 
 
 def _tfds_text(folder: Path) -> str:
-    """All records of all splits, in the order train, validation, test: a text that TFDS cut is whole again."""
+    """All records of all splits, in the order train, validation, test, which joins a text that TFDS has divided."""
     import tensorflow_datasets as tfds
 
     read_metadata(folder)
@@ -85,24 +88,24 @@ def _tfds_text(folder: Path) -> str:
             names = [name for name in ("train", "validation", "test") if name in found]
             parts = [record["text"] for name in names for record in builder.as_data_source(name)]
     except KeyError:
-        raise TaskError(f"the TFDS data set in {folder} is no text: its records have no feature 'text'") from None
+        raise TaskError(f"the TFDS data set in {folder} is not a text: its records have no feature 'text'") from None
     return b"".join(part if isinstance(part, bytes) else str(part).encode() for part in parts).decode()
 
 
 def load_text(source: TextSource, context: int) -> tuple[dict[str, dict[str, np.ndarray]], int]:
     """The four splits as windows, and the number of distinct characters.
 
-    A split is a block of the text, and its windows tile it: a window's first `context` characters are
-    read, its last `context` predicted, and the next one begins with the character that ends it. So no
-    character is predicted in two splits, and none is read in one and predicted in another.
+    A split is a block of the text, and its windows tile it: a window's first `context` characters are the input, its
+    last `context` the targets, and the next window begins with its last character. So no character is a target in two
+    splits, or an input in one and a target in another.
 
     Args:
-      source: of the text.
-      context: characters that are read at once.
+      source: where the text is.
+      context: the number of characters that the model reads at once.
 
     Returns:
-      {split: {"text": uint8 [n, context + 1]}}, characters numbered in their order; and how many
-      there are.
+      {split: {"text": uint8 [n, context + 1]}}, characters numbered in code-point order; and the number of distinct
+      characters.
 
     Raises:
       TaskError: the text is missing, too short, or has too many characters.
@@ -114,13 +117,13 @@ def load_text(source: TextSource, context: int) -> tuple[dict[str, dict[str, np.
         codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         characters, numbers = np.unique(codes, return_inverse=True)
         if len(characters) > _MOST:
-            raise TaskError(f"{source.name} has {len(characters)} distinct characters; {_MOST} is the most")
+            raise TaskError(f"{source.name} has {len(characters)} distinct characters; at most {_MOST} are allowed")
         ends = np.rint(np.cumsum([FRACTIONS[split] for split in SPLITS]) * len(numbers)).astype(int)
         blocks = zip(SPLITS, np.split(numbers.astype(np.uint8), ends[:-1]), strict=True)
         arrays = {split: _windows(block, context) for split, block in blocks}
         if short := [split for split, windows in arrays.items() if not len(windows)]:
             raise TaskError(
-                f"{source.name} has {len(numbers)} characters: none of {context + 1} are left for {short[0]}; "
+                f"{source.name} has {len(numbers)} characters, too few for a window of {context + 1} in {short[0]}; "
                 "use a longer text or a smaller task.context"
             )
         return {**arrays, "vocabulary": np.asarray(len(characters))}
@@ -130,6 +133,6 @@ def load_text(source: TextSource, context: int) -> tuple[dict[str, dict[str, np.
 
 
 def _windows(block: np.ndarray, context: int) -> np.ndarray:
-    """[n, context + 1], one character of overlap; what is left at the end is dropped."""
+    """[n, context + 1], overlapping by one character; characters left over at the end are dropped."""
     count = max(len(block) - 1, 0) // context
     return np.stack([block[i * context : (i + 1) * context + 1] for i in range(count)]) if count else block[:0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from flax import nnx
 
@@ -18,13 +18,22 @@ from tasks.models.vit import vit
 
 __all__ = ["MODELS", "Model", "make_model"]
 
-_GIVEN = ("image_shape", "classes", "rngs")  # what a builder gets from make_model, not from its options
+_GIVEN = ("image_shape", "classes", "rngs")  # arguments that make_model passes itself
 
 
-def _mlp(image_shape: Sequence[int], classes: int, *, hidden: Sequence[int] = (64, 64), rngs: nnx.Rngs) -> MLP:
+def _mlp(
+    image_shape: Sequence[int],
+    classes: int,
+    *,
+    hidden: Sequence[int] = (64, 64),
+    norm: Literal["none", "layer"] = "none",
+    rngs: nnx.Rngs,
+) -> MLP:
     for width in hidden:
         _check_number("each of hidden", width, 1)
-    return MLP(image_shape, hidden, classes, rngs=rngs)
+    if norm not in ("none", "layer"):
+        raise TaskError(f"norm is {norm!r}; allowed are none, layer")
+    return MLP(image_shape, hidden, classes, norm=norm, rngs=rngs)
 
 
 def _cnn(image_shape: Sequence[int], classes: int, *, widths: Sequence[int] = (8, 16), rngs: nnx.Rngs) -> CNN:
@@ -54,7 +63,7 @@ def make_model(name: str, image_shape: Sequence[int], classes: int, **options: A
       options: keyword arguments of its builder in `MODELS`.
 
     Raises:
-      TaskError: no such model, an option it does not have, or a value that it refuses.
+      TaskError: an unknown model, an unknown option, or a value that the model rejects.
     """
     if name not in MODELS:
         raise TaskError(f"unknown model {name!r}; allowed are {', '.join(MODELS)}")
@@ -74,7 +83,7 @@ def make_model(name: str, image_shape: Sequence[int], classes: int, **options: A
 
 
 def _check_number(key: str, value: Any, default: Any) -> None:
-    """An option whose default is a number must be a positive one of its kind."""
+    """Check that an option whose default is a number is a positive number of the same type."""
     if not isinstance(default, int | float):
         return
     integer = isinstance(default, int)

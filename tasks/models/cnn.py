@@ -13,7 +13,7 @@ class Conv(nnx.Module):
     """A 3 × 3 convolution of stride 2 with zero padding, as nine shifted slices and one matrix product.
 
     XLA runs a convolution on a CPU ten times slower inside a loop than outside, and several times
-    slower again when every candidate has weights of its own; a matrix product costs what it costs.
+    slower again when every candidate has its own weights. A matrix product is as fast inside a loop as outside.
     """
 
     def __init__(self, channels: int, features: int, *, rngs: nnx.Rngs) -> None:
@@ -31,7 +31,7 @@ class Conv(nnx.Module):
 
 
 class CNN(nnx.Module):
-    """Convolutions of stride 2 with ReLU, then a linear head on all that is left; [B, H, W, C] -> [B, classes]."""
+    """Convolutions of stride 2 with ReLU, then a linear head on all pixels; [B, H, W, C] -> [B, classes]."""
 
     def __init__(self, image_shape: Sequence[int], widths: Sequence[int], classes: int, *, rngs: nnx.Rngs) -> None:
         height, width, channels = image_shape

@@ -1,4 +1,4 @@
-"""Flax NNX modules as pure functions over plain dictionaries."""
+"""Flax NNX modules as pure functions over nested dictionaries."""
 
 from __future__ import annotations
 

@@ -27,13 +27,13 @@ _MOMENTUM = 0.1  # the weight of the newest batch in the running statistics
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """What the layers of a network share.
+    """The options that all layers of a network share.
 
     Attributes:
-      norm: "batch"; "group"; "frozen", batch normalization by stored statistics that never change (scale and bias
-        do train); or "none", where convolutions have a bias and a block starts as its shortcut.
-      groups: of norm "group".
-      shortcut: where a block changes shape: "pad", every second pixel and zero channels (option A of the paper),
+      norm: "batch"; "group"; "frozen", batch normalization with stored statistics that never change (scale and
+        bias are trained); or "none", where convolutions have a bias and each block is initialized to its shortcut.
+      groups: the number of groups of norm "group".
+      shortcut: of blocks that change the shape: "pad", every second pixel and zero channels (option A of the paper),
         or "projection", a 1 × 1 convolution (option B).
       bottleneck: blocks of 1 × 1, 3 × 3 and 1 × 1, four times as wide outside, instead of two 3 × 3.
     """
@@ -66,7 +66,7 @@ def cifar_resnet(
       rngs: random streams.
 
     Raises:
-      TaskError: an option that is not allowed.
+      TaskError: an option has a value that is not allowed.
     """
     style = _checked(Style(norm, groups, shortcut, bottleneck=False), width)
     return ResNet(image_shape[-1], width, [(depth - 2) // 6] * 3, classes, style, imagenet_stem=False, rngs=rngs)
@@ -93,7 +93,7 @@ def imagenet_resnet(
       rngs: random streams.
 
     Raises:
-      TaskError: an option that is not allowed.
+      TaskError: an option has a value that is not allowed.
     """
     style = _checked(Style(norm, groups, "projection", bottleneck=depth >= 50), width)
     return ResNet(image_shape[-1], width, _IMAGENET_BLOCKS[depth], classes, style, imagenet_stem=True, rngs=rngs)
@@ -156,7 +156,7 @@ class Block(nnx.Module):
         if not style.bottleneck:
             plan = [(before, after, 3, stride), (after, after, 3, 1)]
         self.layers = nnx.List([Convolution(*layer, style, rngs=rngs) for layer in plan])
-        if style.norm == "none":  # or activations would grow from block to block
+        if style.norm == "none":  # otherwise activations would grow from block to block
             kernel = self.layers[-1].conv.kernel
             kernel[...] = jnp.zeros_like(kernel[...])
         project = style.shortcut == "projection" and (stride > 1 or before != after)
@@ -177,7 +177,7 @@ class Block(nnx.Module):
 
 
 class Convolution(nnx.Module):
-    """A convolution, padded alike on both sides, and its normalization."""
+    """A convolution with the same padding on both sides, and its normalization."""
 
     def __init__(self, before: int, after: int, kernel: int, stride: int, style: Style, *, rngs: nnx.Rngs) -> None:
         self.conv = nnx.Conv(
@@ -185,7 +185,7 @@ class Convolution(nnx.Module):
             after,
             (kernel, kernel),
             stride,
-            padding=kernel // 2,  # "SAME" pads only one side where the stride is 2
+            padding=kernel // 2,  # "SAME" pads only one side when the stride is 2
             use_bias=style.norm == "none",
             kernel_init=_he_normal,
             rngs=rngs,
@@ -213,7 +213,7 @@ def _norm(channels: int, style: Style) -> BatchNorm | GroupNorm | None:
 
 
 class BatchNorm(nnx.Module):
-    """Batch normalization; its running statistics follow the batches as PyTorch's do, or are frozen."""
+    """Batch normalization; its running statistics are updated as in PyTorch, or are frozen."""
 
     def __init__(self, channels: int, *, frozen: bool) -> None:
         self.scale = nnx.Param(jnp.ones(channels))
@@ -244,7 +244,7 @@ class GroupNorm(nnx.Module):
         self.groups = groups
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # Over pixels first, over groups after: XLA on a CPU takes twice as long when x itself is split into groups.
+        # First over pixels, then over groups: splitting x itself into groups takes XLA twice as long on a CPU.
         mean, square = (self._over_group(moment) for moment in _moments(x))
         return _normalized(x, mean, jnp.maximum(square - mean**2, 0), self.scale[...], self.bias[...])
 

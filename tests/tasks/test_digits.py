@@ -148,3 +148,37 @@ def test_other_starts_are_only_for_meta_training(digits: Task) -> None:
     for starts in ([], "warm", ["hot"]):
         with pytest.raises(TaskError, match=r"task\.starts is .*; it must be a list of pretrained, warm, random"):
             make_task("digits", {"starts": starts})
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"name": "mlp", "hidden": [8, 12]},
+        {"name": "mlp", "hidden": [8], "norm": "layer"},
+        {"name": "vit_tiny", "patch_size": 7, "dim": 12, "heads": 2, "depth": 1},
+    ],
+)
+@pytest.mark.parametrize("mode", ["head", "lora"])
+def test_a_part_is_trained_from_the_whole_networks_loss(model: dict, mode: str) -> None:
+    whole = make_task("digits", {"init": "random", "model": model})
+    part = make_task("digits", {"init": "random", "model": model, "train": mode})
+    i, batch = jnp.int32(1), whole.batch(whole.data, jax.random.key(0))
+    params, stats = part.init(part.data, i)
+    assert set(params) == ({"head"} if mode == "head" else {"head", "lora"})
+    assert params["head"]["kernel"].shape[-1] == 10
+    (found, _), grads = jax.value_and_grad(part.loss, has_aux=True)(params, stats, batch, True)
+    np.testing.assert_allclose(found, whole.loss(*whole.init(whole.data, i), batch, True)[0], rtol=1e-6)
+    assert float(jnp.abs(grads["head"]["kernel"]).max()) > 0
+    if mode == "lora":
+        assert all(float(jnp.abs(adapter["b"]).max()) > 0 for adapter in grads["lora"].values())
+        assert all(float(jnp.abs(adapter["a"]).max()) == 0 for adapter in grads["lora"].values())
+
+
+def test_unknown_parts_and_norms_are_refused() -> None:
+    for options, facts in (
+        ({"train": "body"}, ["task.train", "'body'", "all, head, lora"]),
+        ({"model": {"name": "mlp", "norm": "batch"}}, ["'mlp'", "norm", "'batch'", "none, layer"]),
+    ):
+        with pytest.raises(TaskError) as error:
+            make_task("digits", options)
+        assert all(fact in str(error.value) for fact in facts), error.value

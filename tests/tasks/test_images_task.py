@@ -74,6 +74,19 @@ def test_an_init_distribution_is_pretrained_once_with_heads_for_the_target(
     jax.tree.map(np.testing.assert_array_equal, again.data["inits"], task.data["inits"])
 
 
+def test_frozen_batch_norm_keeps_the_statistics_of_a_pretraining_in_train_mode(folder: Path) -> None:
+    model = {"name": "resnet8", "width": 2}
+    init = pretrained(folder, seeds=1, epochs=[1])
+    frozen, moving = (images(folder, model={**model, "norm": norm}, init=init) for norm in ("frozen", "batch"))
+    (params, stats), other = (task.init(task.data, jnp.int32(0)) for task in (frozen, moving))
+    jax.tree.map(np.testing.assert_array_equal, (params, stats), other)
+    assert any(float(jnp.abs(x).max()) > 0 for x in jax.tree.leaves(stats))
+    batch = frozen.batch(frozen.data, jax.random.key(0))
+    kept, moved = (task.loss(params, stats, batch, True)[1].stats for task in (frozen, moving))
+    jax.tree.map(np.testing.assert_array_equal, kept, stats)
+    assert any(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(stats), strict=True))
+
+
 @pytest.mark.slow
 def test_pretraining_learns_the_source(folder: Path) -> None:
     from tasks.classification import classification_loss
@@ -125,7 +138,7 @@ def test_training_a_part_starts_at_the_whole_and_leaves_the_rest(folder: Path, m
         ({"model": {"width": 4}}, "task.model needs a name"),
         ({"model": {"name": "resnet9"}}, "unknown model 'resnet9'"),
         ({"init": "imagenet"}, "task.init is 'imagenet'"),
-        ({"init": {"weights": "x", "seeds": 1}}, "stands alone, found also seeds"),
+        ({"init": {"weights": "x", "seeds": 1}}, "found also seeds"),
         ({"init": {"weights": "/no/such/file.safetensors"}}, "/no/such/file.safetensors"),
         ({"train": "body"}, "task.train is 'body'; allowed are all, head, lora"),
         ({"batch_size": 0}, "task.batch_size is 0"),
@@ -145,7 +158,7 @@ def test_bad_input_is_one_sentence(folder: Path, options: dict, words: str) -> N
     [
         ({"seeds": 0}, "must all be ≥ 1"),
         ({"epochs": [3, 1]}, "task.init.epochs is [3, 1]; it must increase"),
-        ({"epoch": [1]}, "task.init.epoch is not a key of a pretraining"),
+        ({"epoch": [1]}, "task.init.epoch is not"),
     ],
 )
 def test_bad_pretraining_is_one_sentence(folder: Path, change: dict, words: str) -> None:

@@ -173,7 +173,7 @@ def test_a_tfds_text_is_whole_again(tmp_path: Path, file: Path) -> None:
         np.testing.assert_array_equal(task.data[split]["text"], same.data[split]["text"])
     assert prepare_task("text", {"source": source}) == [str(tmp_path / "tfds" / "tiny_shakespeare" / "1.0.0")]
     write_tfds(tmp_path / "tfds" / "images" / "1.0.0", {"train": "x"}, "caption")
-    with pytest.raises(TaskError, match="is no text: its records have no feature 'text'"):
+    with pytest.raises(TaskError, match="is not a text: its records have no feature 'text'"):
         make_task("text", {"source": {**source, "tfds": "images"}})
 
 
@@ -196,7 +196,7 @@ def test_a_text_is_cut_once(file: Path) -> None:
         ({"source": "a.txt"}, "task.source is 'a.txt'; it must be"),
         ({"source": {"tfds": "tiny_shakespeare", "data_dir": "/none"}}, "is not prepared in /none"),
         ({"context": 0}, "task.context is 0; .*≥ 1"),
-        ({"context": 300}, "story has 2000 characters: none of 301 are left for inner_valid"),
+        ({"context": 300}, "story has 2000 characters.* 301 .*inner_valid"),
         ({"batch_size": 1.5}, "task.batch_size is 1.5"),
         ({"evaluation_windows": -1}, "task.evaluation_windows is -1"),
         ({"model": {"depth": 3}}, "task.model.depth is not an option of the GPT; allowed are n_layer, n_head, width"),
@@ -214,7 +214,7 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"bytes\.txt is not UTF-8 \(invalid start byte at byte 3\)"):
         TextSource(file=str(tmp_path / "bytes.txt")).read()
     (tmp_path / "many.txt").write_text("".join(chr(0x4E00 + i) for i in range(300)))
-    with pytest.raises(TaskError, match="many has 300 distinct characters; 256 is the most"):
+    with pytest.raises(TaskError, match=r"many has 300 distinct characters.*256"):
         text(tmp_path / "many.txt")
 
 
