@@ -1,9 +1,9 @@
 #!/bin/bash
-# A meta-training run on a Slurm cluster: one Ray node a Slurm node, one worker a CPU.
+# A meta-training run on a Slurm cluster: one Ray node per Slurm node, one worker per CPU.
 #
 #   sbatch configs/cluster/slurm.sh configs/resnet8-imagenet25.yaml
 #
-# Submit it again, or let Slurm requeue it: it goes on from the newest checkpoint. Needs a file system that all
+# When submitted again or requeued by Slurm, it continues from the newest checkpoint. It needs a file system that all
 # nodes share (the folder it is submitted from), and an environment with l3rs[metatrain] in .venv.
 #SBATCH --job-name=l3rs
 #SBATCH --nodes=4
@@ -12,7 +12,7 @@
 #SBATCH --time=08:00:00
 #SBATCH --requeue
 #SBATCH --signal=B:TERM@120
-# Two minutes before the time is over, this script gets SIGTERM and passes it on: the driver saves and ends.
+# Two minutes before the time limit, this script gets SIGTERM and passes it on; the driver saves and exits.
 set -euo pipefail
 
 config=${1:?usage: sbatch slurm.sh CONFIG.yaml [key=value …]}
@@ -20,7 +20,7 @@ shift
 name=$(basename "$config" .yaml)
 source .venv/bin/activate
 
-# Whoever reaches the head could run code on it: this run's nodes share a token that nobody else can read.
+# Anyone who reaches the head could run code on it, so this run's nodes share a token that only this user can read.
 umask 077
 mkdir -p "runs/.tokens"
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$PWD/runs/.tokens/$SLURM_JOB_ID"
@@ -37,7 +37,7 @@ srun --nodes=1 --ntasks=1 --nodelist="$head" \
   --include-dashboard=false --block &
 sleep 20
 if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
-  # A node that fails takes its own task with it, not the others.
+  # A node that fails ends only its own Slurm task.
   srun --nodes=$((SLURM_JOB_NUM_NODES - 1)) --ntasks=$((SLURM_JOB_NUM_NODES - 1)) --exclude="$head" --no-kill \
     ray start --address="$head_ip:$port" --num-cpus="$SLURM_CPUS_PER_TASK" --block &
 fi

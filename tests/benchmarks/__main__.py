@@ -1,4 +1,4 @@
-"""`make bench`: what speed costs, as ratios measured in one run (a machine's own speed drifts)."""
+"""`make bench`: running times as ratios measured in one run, because the speed of a machine drifts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def main() -> None:
     if len(sys.argv) > 1:
         importlib.import_module(f"tests.benchmarks.{sys.argv[1]}").main()
         return
-    for name in BENCHMARKS:  # a process each: JAX's devices and threads are fixed once it has started
+    for name in BENCHMARKS:  # one process each, because JAX's devices and threads are fixed once it has started
         if name == "update_torch" and importlib.util.find_spec("torch") is None:
             print("update in PyTorch: not measured, torch is not installed")
             continue

@@ -75,7 +75,7 @@ def _overhead() -> None:
 
 
 def _constants(remote: RayEvaluator, state: Any, spec: GenerationSpec) -> None:
-    """What tests/metatrain/simulation.py assumes."""
+    """Measure what tests/metatrain/simulation.py assumes."""
     began = time.process_time()
     for _ in range(5):
         remote.evaluate(state, spec)
@@ -115,7 +115,7 @@ def _scaling() -> None:
 
 
 class _Plain:
-    """A process that evaluates half of the population when told."""
+    """A process that evaluates half of the population on request."""
 
     def __init__(self) -> None:
         command = [sys.executable, "-m", "tests.benchmarks.cluster", "half"]

@@ -1,4 +1,4 @@
-"""`import l3rs` against `import optax`, each in new processes."""
+"""The time of `import l3rs` against `import optax`, each in new processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What IOMT costs beside the training: its controller's seconds over those of the training, ResNet-8.
+"""The overhead of IOMT: the seconds of its controller over those of the training of a ResNet-8.
 
 Group norm, 32 × 32, batch 32, stepwise, τ = 25 and n_ini = 20, one core. The controller compresses key
 parameters, fits five Gaussian processes and asks them; the paper counts 1 % of the operations. What
@@ -19,7 +19,7 @@ from metatrain.evaluation.interleaved import trainers
 from tasks import sample
 from tests.benchmarks.stepwise import resnet8
 
-STAGES = 44  # 20 of them of the initial phase
+STAGES = 44  # 20 of them belong to the initial phase
 
 
 def main() -> None:

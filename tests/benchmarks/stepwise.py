@@ -25,7 +25,7 @@ STEPS = 20  # a timing
 
 
 def resnet8() -> Task:
-    """Made-up images; their content does not matter to the clock."""
+    """Made-up images; their content does not change the running time."""
     rng = np.random.default_rng(0)
     sizes = {"inner_train": 512, "inner_valid": 8, "outer_valid": 8, "test": 8}
     data = {

@@ -1,4 +1,4 @@
-"""Timing of two or more things in turn, so that drift of the machine falls on all of them alike."""
+"""Timing of several functions in turn, so that drift of the machine affects all of them equally."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-_PAUSE = 0.2  # XLA gives large scratch memory back late
+_PAUSE = 0.2  # XLA frees large scratch memory late
 
 
 def in_turn(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:

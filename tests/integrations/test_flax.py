@@ -1,4 +1,4 @@
-"""Flax NNX: the loop of its own documentation, with `nnx.Optimizer`."""
+"""Flax NNX: the training loop of its documentation, with `nnx.Optimizer`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Net(nnx.Module):
 
 
 def test_nnx_optimizer():
-    """`update` hands `value=` on; batch statistics are no parameters; the state lives in the optimizer."""
+    """`update` passes `value=` on; batch statistics are not parameters; the state is kept in the optimizer."""
     model = Net(nnx.Rngs(0))
     theta, spec = untrained(nnx.state(model, nnx.Param))
     assert [layer.path for layer in spec.layers][:2] == ["head/bias", "head/kernel"]

@@ -1,4 +1,4 @@
-"""Lightning: it calls `step(closure)`, so the loss arrives by itself."""
+"""Lightning calls `step(closure)`, which gives the optimizer the loss."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_automatic_optimization():
 
 
 class Observing(Classifier):
-    """Says its losses itself: with accumulation, Lightning's closure returns the last one, divided by their number."""
+    """Reports its losses itself: with accumulation, Lightning's closure returns only the last one, scaled down."""
 
     def training_step(self, batch):
         loss = super().training_step(batch)
@@ -77,7 +77,7 @@ def test_accumulated_batches():
 
 
 class Skipping(Classifier):
-    """Leaves out every other batch, as Lightning allows."""
+    """Skips every other batch, as Lightning allows."""
 
     def training_step(self, batch, index):
         return super().training_step(batch) if index % 2 else None
@@ -89,7 +89,7 @@ def test_batches_that_are_skipped():
 
 
 def test_resuming(tmp_path):
-    """Two epochs, a checkpoint of Lightning, and two more from it are four, bit for bit."""
+    """Two epochs, a Lightning checkpoint and two more epochs equal four epochs, bit for bit."""
     whole, shared = fit(Classifier(), max_epochs=4)
     saving = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, save_last=True)
     fit(Classifier(), max_epochs=2, enable_checkpointing=True, callbacks=[saving])
@@ -100,7 +100,7 @@ def test_resuming(tmp_path):
 
 
 def test_half_precision():
-    """With a scaler, Lightning calls the closure itself, and the optimizer sees only losses it is told."""
+    """With a gradient scaler, Lightning calls the closure itself, and the optimizer sees only reported losses."""
     from lightning.pytorch.plugins.precision import MixedPrecision
 
     def half(model):

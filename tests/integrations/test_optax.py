@@ -1,4 +1,4 @@
-"""Among optax's transformations and wrappers, in a real training loop."""
+"""Combined with optax's transformations and wrappers, in a real training loop."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def batch(i, size=32):
 
 
 def train(tx, steps=30, batches=batch):
-    """(losses, params, state) of a loop that knows nothing of L3RS but `value`."""
+    """(losses, params, state) of a loop whose only special argument is `value`."""
 
     @jax.jit
     def step(params, state, x, y):
@@ -59,7 +59,7 @@ def test_chain():
 
 
 def test_multi_steps():
-    """Two halves of a batch: its gradient; the loss that is seen is that of the last half."""
+    """Two halves of a batch give its gradient; the optimizer sees the loss of the second half."""
     whole, params, state = train(l3rs.learned_optimizer(THETA, SPEC, 30), steps=5)
     multi = optax.MultiSteps(l3rs.learned_optimizer(THETA, SPEC, 30), every_k_schedule=2).gradient_transformation()
 
@@ -71,12 +71,12 @@ def test_multi_steps():
     assert int(multi_state.inner_opt_state.count) == int(state.count) == 5
     assert float(multi_state.inner_opt_state.loss.first) == pytest.approx(losses[1])
     assert whole[0] == pytest.approx((losses[0] + losses[1]) / 2, rel=1e-5)
-    # the same gradients, other losses to look at
+    # the same gradients with other losses
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.05), multi_params, params)
 
 
 def test_inject_hyperparams():
-    """The horizon as a hyperparameter in the state: changed between steps, nothing is compiled again."""
+    """The horizon as a hyperparameter in the state can change between steps without a new compilation."""
 
     def make(total_steps):
         return l3rs.learned_optimizer(THETA, SPEC, jnp.asarray(total_steps, jnp.int32))
@@ -96,7 +96,7 @@ def test_inject_hyperparams():
 
 
 def test_apply_if_finite():
-    """A step that is thrown away leaves the state as it was."""
+    """A rejected step leaves the state unchanged."""
     tx = optax.apply_if_finite(l3rs.learned_optimizer(THETA, SPEC, 30), max_consecutive_errors=3)
     state = tx.init(PARAMS)
     bad = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), PARAMS)

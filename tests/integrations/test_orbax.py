@@ -1,4 +1,4 @@
-"""Orbax: a training that is saved in the middle and continued is the one that was never interrupted."""
+"""Orbax: a training that is saved and continued equals an uninterrupted one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One optimizer, two frameworks: a ResNet-20 goes down the same loss curve in PyTorch and in Flax."""
+"""One optimizer, two frameworks: a ResNet-20 has the same loss curve in PyTorch and in Flax."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ class ResNet20(torch.nn.Module):
 
 
 def batches() -> list[tuple[np.ndarray, np.ndarray]]:
-    """Pixels and labels at random, NHWC float32 and int64; the same ones every step, so that the loss comes down."""
+    """Random pixels and labels, NHWC float32 and int64, the same in every step, so that the loss falls."""
     rng = np.random.default_rng(0)
     return [(rng.normal(size=(BATCH, 32, 32, 3)).astype(np.float32), rng.integers(10, size=BATCH))] * STEPS
 
 
 def in_flax(weights: Path, make: Callable[[Any], Optimizer], lr: float) -> tuple[list[float], Optimizer]:
-    """Losses, and the optimizer that `make` makes for the params."""
+    """The losses, and the optimizer that `make` returns for the params."""
     model = make_model("resnet20", (32, 32, 3), 10, norm="frozen")
     params, stats = load_weights(weights, "resnet20", *model.init(jax.random.key(0)))
     optimizer = make(params)
@@ -111,7 +111,7 @@ def in_torch(weights: Path, optimizer: Optimizer | str, lr: float) -> tuple[list
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """The published ones where they are; elsewhere a random start in the same form."""
+    """The published weights if they are available, otherwise random weights of the same shapes."""
     if PUBLISHED.is_file():
         return PUBLISHED
     torch.manual_seed(0)
@@ -120,12 +120,12 @@ def weights(tmp_path_factory) -> Path:
     return file
 
 
-pytestmark = pytest.mark.slow  # twice a compilation of a ResNet-20
+pytestmark = pytest.mark.slow  # compiles a ResNet-20 twice
 
 
 def test_the_shipped_optimizer_takes_the_same_curve(weights):
-    """`universal`, at a hundredth of its step: within 1e-3 over 15 steps. The frameworks'
-    convolutions round differently, and that is fed back; with longer steps the curve is chaotic, and tells nothing."""
+    """`universal` at a hundredth of its step agrees within 1e-3 over 15 steps. The frameworks' convolutions round
+    differently; with longer steps the curve is chaotic, and a comparison would be meaningless."""
     expected, _ = in_flax(weights, lambda _: l3rs.restore("universal")[:2], lr=0.01)
     losses, _ = in_torch(weights, "universal", lr=0.01)
     assert expected[-1] < 0.95 * expected[0]
@@ -133,7 +133,7 @@ def test_the_shipped_optimizer_takes_the_same_curve(weights):
 
 
 def test_layers_are_found_by_order(weights):
-    """An optimizer with a table for the Flax network: the names are another author's."""
+    """An optimizer with an embedding table for the Flax network, matched to the names of another implementation."""
 
     def make(params):
         spec = l3rs.Spec.create(params, hidden=(16,), step_scale=1.5e-4)

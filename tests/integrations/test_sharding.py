@@ -1,4 +1,4 @@
-"""Parameters sharded over devices: state and updates stay sharded as they are, norms are those of whole layers."""
+"""Parameters sharded over devices: state and updates keep the sharding, and norms are those of whole layers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def near(a, b):
 jax.tree.map(near, two, one)
 assert "all-reduce" in hlo  # of norms and inner products
 large = [line for line in hlo.splitlines() if "all-gather" in line and "512,300" in line]
-assert not large, large  # no layer is put together
+assert not large, large  # no layer is gathered on one device
 print("same")
 """
 

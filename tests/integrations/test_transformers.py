@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer: a BERT learns to tell paraphrases, with the optimizer seeing every loss."""
+"""Hugging Face's Trainer: a BERT learns to recognise paraphrases, and the optimizer sees every loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WORDS, LENGTH = 512, 48
 
 
 def sentence_pairs(n: int) -> list[tuple[int, str, str]]:
-    """(paraphrase?, a sentence, another): Microsoft's paraphrase corpus, else made up."""
+    """(is a paraphrase, sentence, sentence) from Microsoft's paraphrase corpus if available, otherwise made up."""
     if MRPC.is_file():
         header, *lines = MRPC.read_text(encoding="utf-8").splitlines()
         columns = [header.lstrip("\ufeff").split("\t").index(name) for name in ("Quality", "#1 String", "#2 String")]
@@ -65,7 +65,7 @@ def bert() -> torch.nn.Module:
 
 
 def optimizer(model: torch.nn.Module, steps: int) -> L3RS:
-    """With descriptor embeddings: no network is unknown."""
+    """With descriptor embeddings, which fit any network."""
     return L3RS(
         model.named_parameters(),
         untrained({"any": {"kernel": torch.zeros(2, 2)}}, embedding="descriptor"),
@@ -93,7 +93,7 @@ def losses_of(run: object) -> list[float]:
 
 
 def test_fine_tuning(tmp_path):
-    """Sixty steps: the loss falls, and the optimizer saw what the Trainer logs."""
+    """In sixty steps the loss falls, and the optimizer sees the losses that the Trainer logs."""
     model = bert()
     opt = optimizer(model, 60)
     run = observe_trainer(trainer(model, opt, tmp_path, max_steps=60, per_device_train_batch_size=32))
@@ -107,7 +107,7 @@ def test_fine_tuning(tmp_path):
 
 
 def test_gradient_accumulation(tmp_path):
-    """Two micro-batches of 16 are the batch of 32: the same losses reach the optimizer, the same steps are taken."""
+    """Two micro-batches of 16 equal a batch of 32: the same losses reach the optimizer, which takes the same steps."""
     found = []
     for size, micro_batches in ((32, 1), (16, 2)):
         model = bert()
@@ -130,7 +130,7 @@ def test_gradient_accumulation(tmp_path):
 
 
 def test_resuming(tmp_path):
-    """Two steps, a checkpoint of the Trainer, and two more from it are four steps, bit for bit."""
+    """Two steps, a Trainer checkpoint and two more steps equal four steps, bit for bit."""
     finals = []
     for stops in (False, True):
         folder = tmp_path / str(stops)
@@ -173,7 +173,7 @@ def test_another_optimizer(tmp_path):
 
 
 def test_without_observing(tmp_path):
-    """The Trainer itself passes no loss: that is said at the first step."""
+    """The Trainer itself passes no loss, which the first step reports."""
     model = bert()
     run = trainer(model, optimizer(model, 1), tmp_path, max_steps=1, per_device_train_batch_size=8)
     with pytest.raises(l3rs.L3RSError, match=r"^L3RS needs the loss"):
