@@ -1,6 +1,5 @@
 """Sources of images, and their four splits. Classes are colours, so that labels can be checked by eye."""
 
-import json
 import logging
 import os
 import sys
@@ -16,8 +15,8 @@ from tasks.data import images, sources
 from tasks.data.images import choose_classes, decode, load_images
 from tasks.data.sources import ImageFolder, Tfds, prepare
 from tasks.data.splits import stratified
+from tests.tasks.pictures import COLOURS, check, picture, write_folder, write_tfds
 
-COLOURS = {"blue": (0, 0, 200), "green": (0, 200, 0), "red": (200, 0, 0)}  # in alphabetical order
 SHARED = Path(os.environ.get("L3RS_SHARED") or Path(__file__).resolve().parents[3] / "shared") / "data" / "tfds"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no real data sets: $L3RS_SHARED/data/tfds is not there")
 
@@ -25,79 +24,6 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no real data sets
 @pytest.fixture(autouse=True)
 def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("L3RS_CACHE", str(tmp_path / "cache"))
-
-
-def picture(colour, number):
-    """Pixels [8, 12, 3] of one colour with a little of the number in them; every number differs."""
-    noise = np.random.default_rng(number).integers(0, 40, (8, 12, 3))
-    return Image.fromarray((np.array(COLOURS[colour]) + noise).astype(np.uint8))
-
-
-def write_folder(root, counts, first=0):
-    for colour, count in counts.items():
-        (root / colour).mkdir(parents=True)
-        for i in range(first, first + count):
-            suffix = (".png", ".jpg", ".bmp", ".webp", ".JPEG")[i % 5]
-            picture(colour, i + 1000 * list(COLOURS).index(colour)).save(root / colour / f"{i:03d}{suffix}")
-    return ImageFolder(root)
-
-
-def write_tfds(folder, splits, labels=None, corrupt=()):
-    """A TFDS data set without TensorFlow: {split: number of images}, classes in turn.
-
-    Args:
-      labels: split -> label of all its images, where it is not the class.
-      corrupt: (split, row) of images whose bytes are cut.
-    """
-    import tensorflow_datasets as tfds
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    folder.mkdir(parents=True)
-    features = tfds.features.FeaturesDict(
-        {
-            "id": tfds.features.Text(),
-            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
-            "label": tfds.features.ClassLabel(names=list(COLOURS)),
-            "coarse": tfds.features.ClassLabel(num_classes=2),
-        }
-    )
-    name = folder.parent.name
-    infos = []
-    for number, (split, count) in enumerate(splits.items()):
-        writer = ArrayRecordWriter(str(folder / f"{name}-{split}.array_record-00000-of-00001"), "group_size:1")
-        for row in range(count):
-            buffer = BytesIO()
-            picture(list(COLOURS)[row % 3], 10_000 * number + row).save(buffer, "PNG")
-            data = buffer.getvalue()[: 150 if (split, row) in corrupt else None]
-            label = (labels or {}).get(split, row % 3)
-            example = {"id": f"{split}-{row}.png", "image": BytesIO(data), "label": label, "coarse": 0}
-            writer.write(features.serialize_example(example))
-        writer.close()
-        template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-        infos.append({"name": split, "filepathTemplate": template, "shardLengths": [str(count)], "numBytes": "1"})
-    features.save_config(folder)
-    keys = [{"featureKey": "image"}, {"featureKey": "label"}]
-    info = {"name": name, "version": folder.name, "fileFormat": "array_record", "splits": infos}
-    (folder / "dataset_info.json").write_text(json.dumps({**info, "supervisedKeys": {"tuple": {"items": keys}}}))
-    return Tfds(directory=folder)
-
-
-def check(splits, labels=COLOURS):
-    """Shapes, dtypes, labels that fit the pixels, and no image in two splits."""
-    assert tuple(splits) == SPLITS
-    names = list(COLOURS)
-    seen = set()
-    for split in splits.values():
-        assert split["image"].dtype == np.uint8
-        assert split["label"].dtype == np.int32
-        assert len(split["image"]) == len(split["label"])
-        channels = [2, 1, 0]  # blue, green, red
-        want = [channels[names.index(list(labels)[label])] for label in split["label"]]
-        assert split["image"].astype(int).sum((1, 2)).argmax(-1).tolist() == want
-        digests = {image.tobytes() for image in split["image"]}
-        assert not digests & seen
-        seen |= digests
-    return {name: len(split["label"]) for name, split in splits.items()}
 
 
 # Folders
@@ -438,99 +364,3 @@ def test_real_images_without_a_train_set_agree_with_tfds():
     for split in SPLITS:
         for image, label in zip(splits[split]["image"], splits[split]["label"], strict=True):
             assert want[image.tobytes()] == ("ship", "cat")[label]
-
-
-# Files that are not what they seem
-
-
-def test_gif_folders_are_read(tmp_path):
-    for label, colour in enumerate(COLOURS):
-        (tmp_path / "set" / colour).mkdir(parents=True)
-        for i in range(10):
-            picture(colour, 1000 * label + i).quantize(64).save(tmp_path / "set" / colour / f"{i}.gif")
-        (tmp_path / "set" / colour / "folder.gif").mkdir()
-    assert sum(check(load_images(ImageFolder(tmp_path / "set"), size=4)).values()) == 30
-
-
-def test_a_dangling_link_is_named_or_skipped(tmp_path, caplog):
-    source = write_folder(tmp_path / "set", dict.fromkeys(COLOURS, 10))
-    (tmp_path / "set" / "red" / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    (tmp_path / "set" / "red" / "loop.png").symlink_to(tmp_path / "set" / "red" / "loop.png")
-    with pytest.raises(TaskError, match=r"red/(gone|loop)\.png .*on_corrupt"):
-        load_images(source, size=4)
-    with caplog.at_level(logging.WARNING):
-        assert sum(check(load_images(source, size=4, on_corrupt="skip")).values()) == 30
-    assert "red/gone.png" in caplog.text
-    assert "red/loop.png" in caplog.text
-
-
-def test_a_pipe_among_the_images_is_refused(tmp_path):
-    source = write_folder(tmp_path / "set", dict.fromkeys(COLOURS, 10))
-    os.mkfifo(tmp_path / "set" / "red" / "pipe.png")
-    with pytest.raises(TaskError, match=r"red/pipe\.png is not a regular file"):
-        load_images(source, size=4)
-
-
-@pytest.mark.parametrize("folder", ["a\0b", "x" * 5000])
-def test_paths_that_no_file_can_have(folder):
-    with pytest.raises(TaskError, match="image folder"):
-        load_images(ImageFolder(folder))
-
-
-def change(file, old, new):
-    text = file.read_text()
-    assert old in text
-    file.write_text(text.replace(old, new))
-
-
-@pytest.mark.parametrize(
-    ("file", "old", "new", "fact"),
-    [
-        ("features.json", "tensorflow_datasets.core.features.text_feature.T", "evil_module.T", "evil_module.T"),
-        ("features.json", "tensorflow_datasets.core.features.features_dict.F", "evil_module.X", "_module.X"),
-        ("dataset_info.json", '"name": "train"', '"name": "../../train"', "'../../train'"),
-        ("dataset_info.json", "{DATASET}-{SPLIT}", "/etc/{DATASET}-{SPLIT}", "/etc/"),
-        ("dataset_info.json", '"name": "set"', '"name": ".."', "'..'"),
-        ("dataset_info.json", '["30"]', '["3000000000000"]', "3000000000000"),
-        ("features.json", '"numClasses": "2"', '"numClasses": "2", "type": "evil_module.Y"', "evil_module.Y"),
-    ],
-)  # fmt: skip
-def test_tfds_metadata_is_data(tmp_path, monkeypatch, file, old, new, fact):
-    (tmp_path / "evil_module.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    source = write_tfds(tmp_path / "set" / "1.0.0", {"train": 30})
-    change(tmp_path / "set" / "1.0.0" / file, old, new)
-    with pytest.raises(TaskError) as error:
-        load_images(source, size=4)
-    assert fact in str(error.value)
-    assert not (tmp_path / "marker").exists()
-
-
-def test_tfds_folders_have_no_links_devices_or_pipes(tmp_path):
-    source = write_tfds(tmp_path / "set" / "1.0.0", {"train": 30})
-    (tmp_path / "elsewhere.txt").write_text("a\nb\nc\n")
-    info = tmp_path / "set" / "1.0.0" / "dataset_info.json"
-    for make, fact in (
-        (lambda file: file.symlink_to(tmp_path / "elsewhere.txt"), "link"),
-        (lambda file: file.symlink_to("/dev/zero"), "link"),
-        (os.mkfifo, "regular file"),
-    ):
-        extra = info.parent / "label.labels.txt"
-        extra.unlink(missing_ok=True)
-        make(extra)
-        with pytest.raises(TaskError, match=f"label.labels.txt is .*{fact}"):
-            load_images(source, size=4)
-
-
-@pytest.mark.parametrize("name", ["set/..", "set/.", "../set", "/etc"])
-def test_tfds_names_are_not_paths(name):
-    with pytest.raises(TaskError, match="not the name of a TFDS builder"):
-        Tfds(name)
-
-
-def test_a_tfds_default_config_is_not_a_path(tmp_path):
-    write_tfds(tmp_path / "outside" / "1.0.0", {"train": 30})
-    (tmp_path / "data" / "set" / ".config").mkdir(parents=True)
-    (tmp_path / "data" / "set" / ".config" / "metadata.json").write_text('{"default_config_name": "../../outside"}')
-    with pytest.raises(TaskError, match="not prepared"):
-        load_images(Tfds("set", data_dir=tmp_path / "data"), size=4)
