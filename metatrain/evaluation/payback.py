@@ -10,7 +10,7 @@ from metatrain.evaluation.records import L3RS
 
 
 class Payback(NamedTuple):
-    """What one fine-tuning in a setting saves, and after how many of them meta-training has paid for itself.
+    """The time that a fine-tuning saves in one setting, and after how many of them meta-training has paid for itself.
 
     A baseline that never reaches L3RS's accuracy is counted with the steps of the longest evaluated horizon.
     Because it needs more than that, the savings are a lower bound and the fine-tunings an upper bound.

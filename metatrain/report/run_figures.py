@@ -88,8 +88,8 @@ def _chart(
 ) -> Chart:
     """Args: see `Chart`; `zero`: whether the vertical axis starts at 0."""
     ends = [y[np.isfinite(y)] for _, y, _, dots in series if not dots]
-    told = "; ".join(f"from {formatting.number(y[0])} to {formatting.number(y[-1])}" for y in ends if len(y))
-    message = f"{title} over generations: {told}." if told else f"{title} over generations."
+    change = "; ".join(f"from {formatting.number(y[0])} to {formatting.number(y[-1])}" for y in ends if len(y))
+    message = f"{title} over generations: {change}." if change else f"{title} over generations."
     return Chart(Panel(title, message, functools.partial(_draw, series, zero)), caption, legend or [])
 
 
