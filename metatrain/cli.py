@@ -140,7 +140,7 @@ def run(
 def resume(
     folder: Annotated[str, typer.Argument(help="Folder or URL of the run.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="New values of the section execution, e.g. execution.workers=8.")
+        list[str] | None, typer.Argument(help="New values in the sections execution, checkpoint or logging.")
     ] = None,
 ) -> None:
     """Resume an interrupted run."""

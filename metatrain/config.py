@@ -246,6 +246,23 @@ def dump_config(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(_each_text(data, lambda text: text.replace("${", "\\${"))))
 
 
+def differences(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
+    """{dotted key: (value before, value after)} of the values in which two configurations differ.
+
+    A value that one of them lacks is None there.
+    """
+    left, right = (_flat(config.model_dump(mode="python")) for config in (before, after))
+    keys = dict.fromkeys([*left, *right])
+    return {key: (left.get(key), right.get(key)) for key in keys if left.get(key) != right.get(key)}
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
 def portable(value: Any) -> Any:
     """Shorten absolute paths to their last two parts: a checkpoint is published, this machine's folders are not."""
     return _each_text(value, lambda text: "…/" + "/".join(Path(text).parts[-2:]) if text.startswith("/") else text)

@@ -25,7 +25,7 @@ import numpy as np
 import optax
 
 import l3rs
-from metatrain.config import Config, UserError, dump_config, load_config, portable
+from metatrain.config import Config, UserError, differences, dump_config, load_config, portable
 from metatrain.inner.population import Evaluator
 from metatrain.outer.lock import BusyError, run_lock
 from metatrain.outer.metrics import Metrics
@@ -35,6 +35,8 @@ from metatrain.outer.signals import Interrupts
 from metatrain.outer.state import Progress, StateStore
 from metatrain.outer.store import RunFolder, run_folder
 from metatrain.report.live import Live
+
+_CHANGEABLE = ("execution", "checkpoint", "logging")  # sections that do not change what a run computes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,8 @@ def run(config: Config, out: str | Path | None = None, *, resume_run: bool = Fal
     Args:
       config: the run's configuration, from `load_config`.
       out: the run's folder, or a URL of an object store; `runs/NAME` by default.
-      resume_run: resume the folder's run if there is one. The section `execution` may differ then.
+      resume_run: resume the folder's run if there is one. The sections `execution`, `checkpoint` and
+        `logging` may differ then.
 
     Raises:
       UserError: the folder exists, or holds another run; or the configuration cannot be run here.
@@ -85,7 +88,8 @@ def resume(folder: str | Path, overrides: Sequence[str] = ()) -> Run:
 
     Args:
       folder: the run; a folder or a URL.
-      overrides: of `execution`, e.g. `execution.workers=8`. They change where the run computes, not what.
+      overrides: of `execution`, `checkpoint` or `logging`, e.g. `execution.workers=8`. They do not change
+        what the run computes.
 
     Raises:
       UserError: not a run's folder, no checkpoint can be read, or an override would change the run.
@@ -130,19 +134,31 @@ def _create(folder: RunFolder, config: Config) -> None:
 
 
 def _resume(folder: RunFolder, wanted: Config) -> Run:
-    """Resume the saved run with the section `execution` of `wanted`."""
+    """Resume the saved run with the sections of `wanted` that may change."""
     saved = _run_config(folder)
     # How candidates are grouped decides the last bits, so it stays as it was.
     kept = {key: getattr(saved.execution, key) for key in ("plan", "members_per_call")}
     asked = {key: getattr(wanted.execution, key) for key in kept}
     if any(value not in ("auto", kept[key]) for key, value in asked.items()):
         raise UserError(f"{folder.name} was started with {kept}; that cannot be changed to {asked}")
-    config = saved.model_copy(update={"execution": wanted.execution.model_copy(update=kept)})
-    if wanted.model_copy(update={"execution": config.execution}) != config:
-        different = [name for name in Config.model_fields if getattr(wanted, name) != getattr(config, name)]
-        different = [name for name in different if name != "execution"]
-        raise UserError(f"{folder.name} holds a run with another {', '.join(different)}; only execution may change")
+    changed = {name: getattr(wanted, name) for name in _CHANGEABLE}
+    config = saved.model_copy(update={**changed, "execution": wanted.execution.model_copy(update=kept)})
+    different = [
+        f"{key} was {_shown(before)} and would become {_shown(after)}"
+        for key, (before, after) in differences(config, wanted).items()
+        if not key.startswith("execution.")
+    ]
+    if different:
+        raise UserError(
+            f"{folder.name} holds another run: {'; '.join(different)}; on resume only the sections "
+            f"{', '.join(_CHANGEABLE)} may change"
+        )
     return _train(folder, Setup.build(config))
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def _run_config(folder: RunFolder) -> Config:

@@ -26,6 +26,7 @@ from typing import Any
 
 from l3rs.io.files import first_line
 from metatrain.config import Config, UserError, dump_config, load_config
+from metatrain.outer.metrics import read_metrics
 from metatrain.ray.connection import is_loopback, probe, require_token, split_address
 
 CLIENT = "L3RS_CLIENT"  # environment variable: the versions on the submitting machine, as JSON
@@ -34,6 +35,7 @@ _START_SECONDS = 180.0
 _STOP_SECONDS = 120
 _AGENT_SECONDS = 60.0
 _MODULE_BYTES = 50 * 2**20
+_PROGRESS = {"seconds", "meta_loss_mean", "candidate_steps_per_s", "workers"}  # keys of a line that a status shows
 _OURS = ("l3rs", "tasks", "metatrain")
 
 
@@ -180,11 +182,9 @@ def find(jobs: Any, name: str) -> Job:
 
 def status(jobs: Any, job: Job) -> str:
     """A run's progress, from its metrics if its folder can be read here, else from its driver's output."""
-    file = Path(job.folder) / "metrics.jsonl"
-    if file.is_file():
-        lines = [line for line in file.read_text().splitlines() if line.endswith("}")]
-        if lines:
-            return _progress(json.loads(lines[-1]), [json.loads(line)["seconds"] for line in lines[-20:]], job)
+    lines = [line for line in read_metrics(Path(job.folder) / "metrics.jsonl") if set(line) >= _PROGRESS]
+    if lines:
+        return _progress(lines[-1], [line["seconds"] for line in lines[-20:]], job)
     printed = [line for line in jobs.get_job_logs(job.id).splitlines() if line.startswith("generation ")]
     return f"{job.name}: {job.status.lower()}, {printed[-1] if printed else 'nothing computed yet'}"
 

@@ -71,7 +71,7 @@ def test_submit_status_logs_stop_resume(tmp_path: Path) -> None:
         code, _, err = metatrain("submit", config, "--out", folder)
         assert (code, "was submitted before; resume it with --resume" in err) == (2, True), err
         code, _, err = metatrain("submit", config, "task.seconds=0.0", "--out", folder, "--resume")
-        assert (code, "with another task; only execution may change" in err) == (2, True), err
+        assert (code, "task.seconds was 0.2 and would become 0.0" in err) == (2, True), err
         code, out, err = metatrain("submit", config, "--out", folder, "--resume")
         assert (code, "job small-3" in out) == (0, True), err
         code, out, err = metatrain("logs", "small", "-f")

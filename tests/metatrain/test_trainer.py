@@ -20,6 +20,7 @@ import l3rs
 from metatrain.config import UserError, dump_config, portable
 from metatrain.inner.population import LocalEvaluator
 from metatrain.outer import loop as trainer
+from metatrain.outer.metrics import read_metrics
 from metatrain.outer.setup import Setup
 from tests.metatrain.common import REGRESSION, assert_same_theta, metrics, small_config
 
@@ -205,6 +206,33 @@ def test_when_no_checkpoint_can_be_read_nothing_is_overwritten(tmp_path: Path) -
     with pytest.raises(UserError, match=r"none of the \d+ checkpoints can be read"):
         trainer.resume(tmp_path / "run")
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == lines
+
+
+def test_a_damaged_log_stops_no_resume(quiet: Path, tmp_path: Path) -> None:
+    stopped_at(3, tmp_path / "run")
+    file = tmp_path / "run" / "metrics.jsonl"
+    whole = file.read_bytes()
+    damaged = b"\xff\xfe\x00\n[1, 2]\nnull\n" + b'{"generation": "two"}\n{"horizon": 3}\n' + b"[" * 100_000 + b"\n"
+    file.write_bytes(damaged + whole)
+    assert [line["generation"] for line in read_metrics(file)] == [0, 1, 2]
+    trainer.resume(tmp_path / "run")
+    assert metrics(tmp_path / "run") == metrics(quiet)
+
+
+def test_the_old_name_of_a_metric_is_read(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"generation": 0, "psi_norm": 2.5}\n')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"generation": 0, "theta_norm": 2.5}]
+    assert read_metrics(tmp_path / "none.jsonl") == []
+
+
+def test_what_may_change_on_resume(quiet: Path, tmp_path: Path) -> None:
+    stopped_at(3, tmp_path / "run")
+    with pytest.raises(UserError) as refused:
+        trainer.run(small_config(seed=7, outer={"sigma": 0.25}), tmp_path / "run", resume_run=True)
+    for fact in ("seed was 0 and would become 7", "outer.sigma was 0.05 and would become 0.25", "checkpoint"):
+        assert fact in str(refused.value)
+    assert trainer.resume(tmp_path / "run", ["checkpoint.every=2", "checkpoint.keep=5"]).finished
+    assert_same_theta(tmp_path / "run" / "optimizer", quiet / "optimizer")
 
 
 def test_a_half_written_line_of_metrics_is_written_again(quiet: Path, tmp_path: Path) -> None:
