@@ -7,7 +7,7 @@ Per layer l with directions d_p, and (μ, λ) from one MLP over the layer's feat
     λ_l     = step_scale · √n_l · exp(step_gain · out)
 
 The norm of the mixture needs no pass of its own: with the Gram matrix G_pq = ⟨d_p, d_q⟩ it is √(aᵀGa). So an
-optimizer makes one pass of reductions over the parameters (`measure`), calls `decide`, and makes one pass that
+optimizer makes one pass of reductions over the parameters (`measure`), calls `decide.decide`, and makes one pass that
 updates the parameters.
 
 All functions are pure. They take the array library as `xp`, `jax.numpy` or `numpy`: the optax and the PyTorch
@@ -21,12 +21,15 @@ features is this project's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from l3rs.guard import Guard, GuardState, adam_share, advance
+from l3rs.guard import GuardState
 from l3rs.spec import L3RSError, Spec, Theta
+
+if TYPE_CHECKING:
+    from l3rs.scale_free import LayerMemory
 
 FRACTION_CENTERS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
 ABSOLUTE_SCALES = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
@@ -55,6 +58,7 @@ class Memory(NamedTuple):
     loss: LossState
     log_norms: Any  # float32 [2, L, S], fast and slow EMAs of the log norms, not bias-corrected
     guard: GuardState | None = None  # None: no guard
+    layers: LayerMemory | None = None  # of form 2; None: form 1
 
 
 class Statistics(NamedTuple):
@@ -117,49 +121,6 @@ def measure(
     gram = xp.where(moves[:, None, None], gram, 0.0)
     direction_norm = xp.sqrt(xp.diagonal(gram, axis1=1, axis2=2))
     return Statistics(loss, steps, root_n, gradient_norm, parameter_norm, direction_norm, gram, moves)
-
-
-def decide(
-    theta: Theta,
-    spec: Spec,
-    memory: Memory,
-    measured: Statistics,
-    embedding: Any,
-    total_steps: Any,
-    guard: Guard | None,
-    xp: Any,
-) -> tuple[Decision, Memory]:
-    """Choose a step for every layer.
-
-    Args:
-      theta: the meta-parameters.
-      spec: the spec of `theta`.
-      memory: before this step; with a guard's state if there is a `guard`.
-      measured: the statistics of this step.
-      embedding: float32 [L, E], embeddings of the layers.
-      total_steps: int32 [], the horizon T.
-      guard: the rules by which Adam takes over, or None.
-      xp: `jax.numpy` or `numpy`.
-
-    Returns:
-      The decision, and the memory after this step.
-    """
-    log_norms = layer_log_norms(measured, xp)
-    memory = Memory(
-        step=memory.step + 1,
-        log_norms=update_log_norms(memory.log_norms, log_norms, spec.norm_decays, xp),
-        loss=update_loss(memory.loss, measured.loss, spec.loss_decays, xp),
-        guard=memory.guard,
-    )
-    shared, per_layer = features(spec, memory, measured, log_norms, embedding, total_steps, xp)
-    mix, log_step = network(theta, spec, shared, per_layer, xp)
-    step_norm = spec.step_scale * base_norm(spec, measured, xp) * xp.exp(log_step)
-    decision = Decision(mixture_coefficients(mix, step_norm, measured, xp), mix, step_norm)
-    if guard is not None and memory.guard is not None:
-        watched = _watch(guard, memory.guard, memory.loss, measured.loss, spec, xp)
-        memory = memory._replace(guard=watched)
-        decision = _take_over(guard, watched.left > 0, decision, measured.direction_norm, spec, xp)
-    return decision, memory
 
 
 # Features, version 1: what the network reads of a layer at a step
@@ -271,16 +232,21 @@ def norm_features(log_norms: Any, ema: Any, steps: Any, decays: Sequence[float],
     Returns:
       float32 [L, 2S]: the log norms (in ±4), then fast minus slow EMA (in ±3).
     """
+    return xp.concatenate([log_norms / LOG_SCALE, norm_changes(ema, steps, decays, xp)], axis=1)
+
+
+def norm_changes(ema: Any, steps: Any, decays: Sequence[float], xp: Any) -> Any:
+    """Fast minus slow EMA of the log norms, bias-corrected, in ±3: [2, L, S] to float32 [L, S]; see `norm_features`."""
     decay = np.asarray(decays, np.float32).reshape(2, *[1] * steps.ndim)
     weight = xp.maximum(1 - decay ** steps.astype(xp.float32), 1e-8).reshape(2, -1, 1)
     fast, slow = ema / weight
-    return xp.concatenate([log_norms / LOG_SCALE, xp.clip(fast - slow, -RATIO_LIMIT, RATIO_LIMIT)], axis=1)
+    return xp.clip(fast - slow, -RATIO_LIMIT, RATIO_LIMIT)
 
 
 # The network and the step
 
 
-def network(theta: Theta, spec: Spec, shared: Any, per_layer: Any, xp: Any) -> tuple[Any, Any]:
+def network(theta: Theta, spec: Spec, shared: Any, per_layer: Any, xp: Any) -> tuple[Any, Any, Any]:
     """The MLP, one forward pass for all layers.
 
     Args:
@@ -291,7 +257,8 @@ def network(theta: Theta, spec: Spec, shared: Any, per_layer: Any, xp: Any) -> t
       xp: `jax.numpy` or `numpy`.
 
     Returns:
-      μ, weights of the directions on the simplex, float32 [L, P]; log of λ over its base, float32 [L].
+      μ, weights of the directions on the simplex, float32 [L, P]; log of λ over its base, float32 [L]; and where the
+      spec has an adaptation, the output that drives it, float32 [L], else None.
     """
     x = xp.concatenate([xp.broadcast_to(shared, (per_layer.shape[0], shared.shape[0])), per_layer], axis=1)
     for i in range(len(spec.hidden) + 1):
@@ -299,11 +266,17 @@ def network(theta: Theta, spec: Spec, shared: Any, per_layer: Any, xp: Any) -> t
         x = x @ dense["kernel"] + dense["bias"]
         if i < len(spec.hidden):
             x = xp.tanh(x)
-    bias = spec.mix_bias * np.where(np.arange(len(spec.directions)) == 0, 1.0, -1.0).astype(np.float32)
-    log_step = xp.clip(spec.step_gain * x[:, -1], -STEP_LOG_LIMIT, STEP_LOG_LIMIT)
-    logits = x[:, :-1] + bias
+    n = len(spec.directions)
+    bias = spec.mix_bias * np.where(np.arange(n) == 0, 1.0, -1.0).astype(np.float32)
+    log_step = xp.clip(spec.step_gain * x[:, n], -STEP_LOG_LIMIT, STEP_LOG_LIMIT)
+    logits = x[:, :n] + bias
     odds = xp.exp(logits - logits.max(axis=1, keepdims=True))
-    return odds / odds.sum(axis=1, keepdims=True), log_step
+    return odds / odds.sum(axis=1, keepdims=True), log_step, x[:, n + 1] if n_outputs(spec) > n + 1 else None
+
+
+def n_outputs(spec: Spec) -> int:
+    """Outputs of the MLP: logits of μ, log of λ, and in form 2 the change of a layer's adaptation."""
+    return len(spec.directions) + 1 + (spec.form == 2 and spec.adaptation > 0)
 
 
 def base_norm(spec: Spec, measured: Statistics, xp: Any) -> Any:
@@ -318,27 +291,17 @@ def mixture_coefficients(mix: Any, step_norm: Any, measured: Statistics, xp: Any
 
     A direction of norm 0 has no unit vector: its coefficient is 0.
     """
-    norm, gram = measured.direction_norm, measured.gram
-    inverse = xp.where(norm > 0, 1.0 / xp.where(norm > 0, norm, 1.0), 0.0)
-    cosine = gram * inverse[:, :, None] * inverse[:, None, :]
-    mixed_norm = xp.sqrt(xp.maximum(xp.einsum("lp,lpq,lq->l", mix, cosine, mix), 0.0))
-    return mix * inverse * (step_norm / xp.maximum(mixed_norm, MIN_MIX_NORM))[:, None]
+    mixed_norm = xp.sqrt(xp.maximum(xp.einsum("lp,lpq,lq->l", mix, cosines(measured, xp), mix), 0.0))
+    shares = mix * inverse(measured.direction_norm, xp)
+    return shares * (step_norm / xp.maximum(mixed_norm, MIN_MIX_NORM))[:, None]
 
 
-# The guard
+def cosines(measured: Statistics, xp: Any) -> Any:
+    """Between all directions, float32 [L, P, P]; 0 for a direction of norm 0."""
+    scale = inverse(measured.direction_norm, xp)
+    return measured.gram * scale[:, :, None] * scale[:, None, :]
 
 
-def _watch(guard: Guard, state: GuardState, loss: LossState, value: Any, spec: Spec, xp: Any) -> GuardState:
-    """Advance the guard by the fastest EMA of the loss, bias-corrected: NaN before the first finite loss."""
-    weight = 1 - np.float32(spec.loss_decays[0]) ** loss.observed.astype(xp.float32)
-    return advance(guard, state, xp.asarray(value, xp.float32), loss.ema[0] / weight, loss.first, xp)
-
-
-def _take_over(guard: Guard, active: Any, decision: Decision, direction_norm: Any, spec: Spec, xp: Any) -> Decision:
-    """Where `active`, a bool [], plain Adam's step in place of the decision."""
-    adam = xp.broadcast_to(adam_share(spec), decision.mix.shape)
-    return Decision(
-        coefficients=xp.where(active, guard.learning_rate * adam, decision.coefficients),
-        mix=xp.where(active, adam, decision.mix),
-        step_norm=xp.where(active, guard.learning_rate * (adam * direction_norm).sum(1), decision.step_norm),
-    )
+def inverse(x: Any, xp: Any) -> Any:
+    """1/x where x > 0, else 0."""
+    return xp.where(x > 0, 1.0 / xp.where(x > 0, x, 1.0), 0.0)

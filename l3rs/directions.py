@@ -6,12 +6,15 @@ PyTorch by `l3rs.torch.directions`. This module holds what both share: names, op
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from l3rs.spec import Direction, L3RSError
 
 Options = dict[str, float | bool]
 
 OPTIONS: dict[str, Options] = {
     "adam": {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "eps_root": 0.0},  # m̂ / (√(v̂ + eps_root) + eps)
+    "first_moment": {},  # m̂, the average of gradients that Adam keeps anyway: no moments of its own
     "sgd": {},  # the gradient
     "momentum": {"decay": 0.9, "nesterov": False},  # the heavy-ball trace of the gradients
     "lion": {"b1": 0.9, "b2": 0.99},  # the sign of Lion's interpolated momentum
@@ -37,3 +40,8 @@ def direction_options(direction: Direction) -> Options:
                 f"direction {direction.name!r} has no option {option!r}; allowed are {', '.join(defaults) or 'none'}"
             )
     return {**defaults, **dict(direction.options)}
+
+
+def adam_options(directions: Sequence[Direction]) -> Options:
+    """The options of the Adam whose moments other directions read: the first."""
+    return direction_options(next(direction for direction in directions if direction.name == "adam"))

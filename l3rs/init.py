@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l3rs.core import feature_sizes
-from l3rs.layers import N_DESCRIPTORS
+from l3rs.core import n_outputs
+from l3rs.decide import feature_sizes
+from l3rs.descriptors import n_descriptors
 from l3rs.spec import Spec, Theta
 
 _OUTPUT_SCALE = 1e-2  # an output layer near zero: an untrained network follows the biases
@@ -28,8 +29,8 @@ def init_meta_params(key: jax.Array, spec: Spec) -> Theta:
       layers in the table, or of descriptors.
     """
     embedding_key, *keys = jax.random.split(key, len(spec.hidden) + 2)
-    widths = [sum(feature_sizes(spec)), *spec.hidden, len(spec.directions) + 1]
-    n_rows = len(spec.layers) if spec.embedding == "table" else N_DESCRIPTORS
+    widths = [sum(feature_sizes(spec)), *spec.hidden, n_outputs(spec)]
+    n_rows = len(spec.layers) if spec.embedding == "table" else n_descriptors(spec)
     rows = jax.random.normal(embedding_key, (n_rows, spec.embedding_dim), jnp.float32)
     theta: Theta = {"embedding": 0.5 * rows}
     for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):

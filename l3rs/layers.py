@@ -8,14 +8,20 @@ embedding is a weighted sum of the rows of theta["embedding"] (`embed`).
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from l3rs.descriptors import (
+    depth_order,
+    descriptors,
+    is_bias,
+    n_matrices,
+    natural_rms,
+    scale_free_descriptors,
+)
 from l3rs.spec import L3RSError, Layer, Spec, Theta
 
 MatchBy = Literal["auto", "path", "order"]
@@ -161,10 +167,10 @@ def _by_order(
     """Fill in `paths` where they are None, from the layers that are not in it yet."""
     names = [name for name, _ in network]
     named = [name for name in names if name is not None]
-    biases = len(named) == len(names) and any(map(_is_bias, named)) and any(map(_is_bias, table))
+    biases = len(named) == len(names) and any(map(is_bias, named)) and any(map(is_bias, table))
 
     def group(name: str | None, shape: tuple[int, ...]) -> tuple[bool, tuple[int, ...]]:
-        return biases and name is not None and _is_bias(name), convention.shape(shape)
+        return biases and name is not None and is_bias(name), convention.shape(shape)
 
     free, waiting = defaultdict(list), defaultdict(list)
     for i in depth_order(list(table)):
@@ -187,18 +193,32 @@ def _by_order(
             paths[i] = path
 
 
-def embed(
+class NetworkFacts(NamedTuple):
+    """What is known of a network's layers before training. L layers."""
+
+    embedding: Any  # float32 [L, E], a layer's embedding
+    natural_rms: np.ndarray  # float32 [L], see `descriptors.natural_rms`
+    n_matrices: int
+
+
+def network_facts(
     theta: Theta, spec: Spec, matches: Sequence[Match], layers: Sequence[Layer], convention: Convention = JAX
-) -> Any:
-    """Embeddings of a network's layers, float32 [L, E].
+) -> NetworkFacts:
+    """What an optimizer needs to know of a network.
 
     Args:
       theta: the meta-parameters.
       spec: the spec of `theta`.
       matches: of the network's layers.
-      layers: the network's layers in the checkpoint's (Flax's) layout; only descriptors read them.
+      layers: the network's layers in the checkpoint's (Flax's) layout.
       convention: of the network's framework.
     """
+    embedding = _embed(theta, spec, matches, layers, convention)
+    return NetworkFacts(embedding, natural_rms(layers), n_matrices(layers))
+
+
+def _embed(theta: Theta, spec: Spec, matches: Sequence[Match], layers: Sequence[Layer], convention: Convention) -> Any:
+    """Embeddings of a network's layers, float32 [L, E]."""
     rows = [match.row for match in matches]
     if rows == list(range(len(spec.layers))):
         return theta["embedding"]
@@ -212,151 +232,12 @@ def _embedding_weights(
 ) -> np.ndarray:
     """Weights of the rows of theta["embedding"], float32 [L, R]: R layers of the table, or descriptors."""
     if spec.embedding == "descriptor":
-        return descriptors(layers, convention.alphabetical)
+        return scale_free_descriptors(layers) if spec.form == 2 else descriptors(layers, convention.alphabetical)
     weights = np.full((len(rows), len(spec.layers)), 1 / len(spec.layers), np.float32)
     for i, row in enumerate(rows):
         if row is not None:
             weights[i] = np.arange(len(spec.layers)) == row
     return weights
-
-
-# Descriptors of a layer of any network, version 1
-
-
-KINDS = ("matrix", "conv", "bias", "scale", "embedding", "other")
-N_DESCRIPTORS = len(KINDS) + 3  # and depth, log fan-in, log fan-out
-
-_BIASES = {"bias", "b", "beta", "offset"}
-_SCALES = {"scale", "weight", "gamma", "g"}
-_HEADS_APART = {"query", "key", "value", "out"}  # of Flax's attention: kernels [in, heads, width], [heads, width, out]
-_FIRST = ("stem", "embed", "patch", "pos_", "position", "cls_token", "class_token", "wte", "wpe", "token")
-_LAST = {"head", "heads", "classifier", "fc", "lm_head", "logits", "score", "ln_f"}
-
-
-def descriptors(layers: Sequence[Layer], alphabetical: bool = True) -> np.ndarray:
-    """Descriptors of a network's layers, float32 [L, 9], from names and shapes (Flax's layout) alone.
-
-    - 6: one-hot, the `kind` of tensor.
-    - 1: depth, the position of the layer's module among the network's modules in `depth_order`, in [0, 1]. A module's
-      kernel and bias have the same depth.
-    - 2: fan-in and fan-out as ln(fan) / 5 - 1, in [-1, 1.5]: 1 gives -1, 150 about 0, 22,000 about 1. A kernel's fans
-      are its inputs and outputs times the receptive field, an embedding's its rows and columns; a bias, a scale and
-      another tensor have 1 and their size.
-
-    These are features: a changed formula is a new feature version.
-    """
-    paths = [layer.path for layer in layers]
-    modules = list(dict.fromkeys(_module(paths[i]) for i in depth_order(paths, alphabetical)))
-    depth = {module: i / max(len(modules) - 1, 1) for i, module in enumerate(modules)}
-    rows = []
-    for layer in layers:
-        one_hot = [float(kind(layer.path, len(layer.shape)) == each) for each in KINDS]
-        fans = [min(math.log(max(fan, 1)) / 5 - 1, 1.5) for fan in _fans(layer)]
-        rows.append([*one_hot, depth[_module(layer.path)], *fans])
-    return np.array(rows, np.float32).reshape(len(layers), N_DESCRIPTORS)
-
-
-def kind(path: str, rank: int) -> str:
-    """The kind of tensor that a parameter with this name and rank is, one of `KINDS`; the same in JAX and PyTorch.
-
-    The last word of the path decides. A *bias* is called bias, b, beta or offset, or ends with "bias". An *embedding*
-    has rank ≥ 2 and is called embed… or pos_embed…, or is the weight of a module with such a name (or wte, wpe). Of the
-    rest, unless called …token, rank ≥ 3 is *conv* (a *matrix* if it is from Flax's attention, whose kernels keep heads
-    apart: [in, heads, width]) and rank 2 a *matrix*; rank 1 is a *scale* if called scale, weight, gamma or g.
-    Everything else is *other*. Without a name, the rank alone decides.
-    """
-    *modules, leaf = re.split("[/.]", path.lower())
-    module = modules[-1] if modules else ""
-    if leaf in _BIASES or leaf.endswith("bias"):
-        return "bias"
-    looked_up = "embed" in leaf or (leaf == "weight" and rank == 2 and ("emb" in module or module in ("wte", "wpe")))
-    if rank >= 2 and looked_up:
-        return "embedding"
-    if leaf.endswith("token"):
-        return "other"
-    if rank >= 2:
-        return "conv" if rank >= 3 and not (rank == 3 and module in _HEADS_APART) else "matrix"
-    return "scale" if rank == 1 and leaf in _SCALES else "other"
-
-
-def depth_order(names: Sequence[str | None], alphabetical: bool = True) -> list[int]:
-    """Indices of parameters, ordered from a network's input to its output as far as their names tell.
-
-    This is the given order (in JAX that of the leaves, in PyTorch that in which parameters are passed), with three
-    changes. (1) A layer whose name's first or second word starts with stem, embed, patch, pos_, wte … comes first, and
-    one with head, classifier, fc, lm_head, ln_f … last: a dict sorts `head` before `stem`. (2) In a module, biases come
-    last. (3) If the given order is `alphabetical`, as that of JAX's dicts, numbers sort by value: `block_9` comes
-    before `block_10`. If any parameter has no name, the given order stays.
-    """
-    if None in names:
-        return list(range(len(names)))
-    ranks: dict[Any, int] = {}  # the order of first appearance, of modules or of the words at one position
-    keys = []
-    for i, name in enumerate(names):
-        assert name is not None
-        words = [word.lower() for word in re.split("[/.]", name)[:2]]
-        stage = 1 + any(word in _LAST for word in words) - any(word.startswith(_FIRST) for word in words)
-        place: tuple[Any, ...] = () if alphabetical else (ranks.setdefault(_module(name), len(ranks)),)
-        for token in re.findall(r"\d+|[^\d/.]+|[/.]", _module(name)) if alphabetical else ():
-            token = "/" if token == "." else token
-            count = (0, int(token)) if token.isdecimal() else (1, ranks.setdefault((place, token), len(ranks)))
-            place = (*place, count)
-        keys.append((stage, place, _is_bias(name), i))
-    return [key[-1] for key in sorted(keys)]
-
-
-class Role(NamedTuple):
-    """The role of a layer in its network."""
-
-    place: Literal["input", "hidden", "output", "norm"]
-    component: Literal["kernel", "bias", "scale"]
-
-
-def roles(layers: Sequence[Layer], alphabetical: bool = True) -> list[Role]:
-    """Roles of a network's layers, from names and shapes.
-
-    A module without a kernel (rank ≥ 2) is a norm. In `depth_order`, the last module with a kernel is the output, and
-    the first one is the input, together with all that are called stem, embed, patch, pos_, …
-    """
-    kernels = [layer.path for layer in layers if len(layer.shape) >= 2 and kind(layer.path, len(layer.shape)) != "bias"]
-    modules = [_module(kernels[i]) for i in depth_order(kernels, alphabetical)]
-    found = []
-    for layer in layers:
-        module = _module(layer.path)
-        first = any(word.startswith(_FIRST) for word in re.split("[/.]", layer.path.lower())[:2])
-        component = "bias" if _is_bias(layer.path) else "kernel" if len(layer.shape) >= 2 else "scale"
-        if module not in modules:
-            place = "norm"
-        elif module == modules[-1]:
-            place = "output"
-        else:
-            place = "input" if first or module == modules[0] else "hidden"
-        found.append(Role(place, component))  # type: ignore[arg-type]
-    return found
-
-
-def _module(path: str) -> str:
-    """The path without its last word; the whole path if it has only one."""
-    return re.sub(r"[/.][^/.]*$", "", path)
-
-
-def _is_bias(path: str) -> bool:
-    return kind(path, 1) == "bias"
-
-
-def _fans(layer: Layer) -> tuple[int, int]:
-    shape = layer.shape
-    match kind(layer.path, len(shape)):
-        case "matrix" if len(shape) == 3 and _module(layer.path).endswith("out"):
-            return shape[0] * shape[1], shape[2]
-        case "matrix":
-            return shape[0], math.prod(shape[1:])
-        case "conv":
-            field = math.prod(shape[:-2])
-            return field * shape[-2], field * shape[-1]
-        case "embedding":
-            return math.prod(shape[:-1]), shape[-1]
-    return 1, layer.size
 
 
 # Error messages

@@ -13,19 +13,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from l3rs import core
+from l3rs import core, scale_free
+from l3rs.decide import decide, n_norms
 from l3rs.guard import Guard, GuardState, init_guard, make_guard, report
-from l3rs.layers import Match, MatchBy, Matching, OnUnknown, embed
+from l3rs.layers import Match, MatchBy, Matching, NetworkFacts, OnUnknown, network_facts
 from l3rs.spec import L3RSError, Layer, Spec, Theta
 from l3rs.theta import check_theta
-from l3rs.transforms import BaseOptimizer, Lazy, make_direction
+from l3rs.transforms import BaseOptimizer, Lazy, make_directions
 from l3rs.trees import layers_of, match_params
 
 _CACHED = 1 << 16  # layers of fewer parameters stay in a processor's cache: storing their directions is cheap
 
 
 class L3RSState(NamedTuple):
-    """State of `learned_optimizer`. L layers, P directions, S = 2 + P norms (gradient, parameters, directions)."""
+    """State of `learned_optimizer`. L layers, P directions, S norms: gradient, parameters, directions."""
 
     count: jax.Array  # type: ignore[assignment]  # int32 [], steps taken
     loss: core.LossState
@@ -34,6 +35,7 @@ class L3RSState(NamedTuple):
     step_norm: jax.Array  # float32 [L], λ of the last step
     directions: tuple[optax.OptState, ...]  # the base optimizers' moments, float32
     guard: GuardState | None = None  # None: no guard
+    layers: scale_free.LayerMemory | None = None  # of form 2; None: form 1
 
 
 def learned_optimizer(
@@ -86,7 +88,7 @@ def learned_optimizer(
     if not isinstance(total_steps, jax.core.Tracer):
         core.check_total_steps(total_steps)
     check_theta(theta, spec, "theta")
-    bases = [make_direction(direction) for direction in spec.directions]
+    bases = make_directions(spec.directions)
     how = Matching.of(spec, rename, match, on_unknown)
     rules = make_guard(guard, spec)
 
@@ -96,11 +98,12 @@ def learned_optimizer(
         return L3RSState(
             count=jnp.zeros([], jnp.int32),
             loss=core.init_loss(spec.loss_decays, jnp),
-            log_norms=jnp.zeros((2, n_layers, 2 + len(bases)), jnp.float32),
+            log_norms=jnp.zeros((2, n_layers, n_norms(spec)), jnp.float32),
             mix=jnp.zeros((n_layers, len(bases)), jnp.float32),
             step_norm=jnp.zeros(n_layers, jnp.float32),
             directions=tuple(base.transform.init(zeros) for base in bases),
             guard=None if rules is None else init_guard(jnp),
+            layers=scale_free.init_layers(n_layers, len(bases), jnp) if spec.form == 2 else None,
         )
 
     def update_fn(
@@ -120,16 +123,23 @@ def learned_optimizer(
         _check_call(updates, params, value)
         if not matches:  # every layer is frozen
             return updates, state
-        memory = core.Memory(state.count, state.loss, state.log_norms, state.guard)
-        measured, layers, moments = _measure(bases, updates, state, params, value)
-        embedding = _embedding(theta, spec, matches, how, params)
-        decision, memory = core.decide(theta, spec, memory, measured, embedding, jnp.asarray(total_steps), rules, jnp)
+        memory = core.Memory(state.count, state.loss, state.log_norms, state.guard, state.layers)
+        measured, layers, moments = _measure(spec, bases, updates, state, params, value)
+        facts = _facts(theta, spec, matches, how, params)
+        decision, memory = decide(theta, spec, memory, measured, facts, jnp.asarray(total_steps), rules, jnp)
         new_updates = [
             _mixture(measured.moves[i], layer, decision.coefficients[i]).astype(param.dtype)
             for i, (layer, param) in enumerate(zip(layers, jax.tree.leaves(params), strict=True))
         ]
         new_state = L3RSState(
-            memory.step, memory.loss, memory.log_norms, decision.mix, decision.step_norm, moments, memory.guard
+            count=memory.step,
+            loss=memory.loss,
+            log_norms=memory.log_norms,
+            mix=decision.mix,
+            step_norm=decision.step_norm,
+            directions=moments,
+            guard=memory.guard,
+            layers=memory.layers,
         )
         return jax.tree.unflatten(jax.tree.structure(updates), new_updates), new_state
 
@@ -157,7 +167,12 @@ def guard_report(state: Any) -> dict[str, Any]:
 
 
 def _measure(
-    bases: Sequence[BaseOptimizer], grads: optax.Updates, state: L3RSState, params: optax.Params, value: jax.Array
+    spec: Spec,
+    bases: Sequence[BaseOptimizer],
+    grads: optax.Updates,
+    state: L3RSState,
+    params: optax.Params,
+    value: jax.Array,
 ) -> tuple[core.Statistics, list[list[Lazy]], tuple[optax.OptState, ...]]:
     """The statistics of a step, its directions (L lists of P) and the base optimizers' new moments."""
     treedef = jax.tree.structure(grads)
@@ -168,11 +183,13 @@ def _measure(
     # A NaN must not enter moments, which would keep it.
     clean = jax.tree.unflatten(treedef, [jnp.where(ok, g, 0.0) for ok, g in zip(finite, raw, strict=True)])
 
+    adam = next((p for p, direction in enumerate(spec.directions) if direction.name == "adam"), -1)
     lazy, moments = [], []
     for base, moment in zip(bases, state.directions, strict=True):
         moved, moment = base.transform.update(clean, moment, jax.tree.unflatten(treedef, leaves))
-        lazy.append(base.read(moved, moment, jax.tree.unflatten(treedef, raw)))
         moments.append(moment)
+        source = moments[adam] if base.reads_adam else moment
+        lazy.append(base.read(moved, source, jax.tree.unflatten(treedef, raw)))
     layers = [list(layer) for layer in zip(*lazy, strict=True)]
 
     gram = jnp.stack([_gram(*layer) for layer in zip(raw, squared, layers, strict=True)])
@@ -182,10 +199,9 @@ def _measure(
     return measured, layers, tuple(moments)
 
 
-def _embedding(theta: Theta, spec: Spec, matches: Sequence[Match], how: Matching, params: optax.Params) -> jax.Array:
-    """Embeddings of the layers of `params`, [L, E]."""
+def _facts(theta: Theta, spec: Spec, matches: Sequence[Match], how: Matching, params: optax.Params) -> NetworkFacts:
     described = [Layer(how.rename.get(layer.path, layer.path), layer.shape) for layer in layers_of(params)]
-    return jnp.asarray(embed(theta, spec, matches, described))
+    return network_facts(theta, spec, matches, described)
 
 
 def _check_call(grads: optax.Updates, params: optax.Params, value: jax.Array) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 Theta = dict[str, Any]  # the meta-parameters: nested dicts of float32 arrays, see `init_meta_params`
 
-FEATURE_VERSION = 1  # a change of any feature's formula, in core.py or layers.py, is a new version
+FEATURE_VERSION = 2  # a change of any feature's formula, in core.py, scale_free.py or descriptors.py, is a new version
 
 
 class L3RSError(ValueError):
@@ -63,13 +63,18 @@ class Spec:
         learned linear map of descriptors that any network's layers have, see `layers.descriptors`.
       embedding_dim: length of a layer's embedding.
       step: what λ, the norm of a layer's update, is relative to: "rms", √n of the layer; "relative", the norm of its
-        parameters.
+        parameters; "initial", in form 2, their norm when training began.
       step_scale: λ of new meta-parameters, over √n or over the norm of the parameters; > 0.
       step_gain: λ = step_scale · √n · exp(step_gain · out), or with the norm in place of √n.
       mix_bias: logit of the first direction, and minus that of the others, with new meta-parameters.
       loss_decays: decays of the loss EMAs, fast to slow; two or more, in [0, 1).
       norm_decays: (fast, slow) decays of the EMAs of the log norms, in [0, 1).
-      absolute_time: give the network the step itself as well as the fraction of the horizon.
+      absolute_time: give the network the step itself as well as the fraction of the horizon; form 1 only.
+      form: 1, or 2: features without a scale, see `scale_free`. What follows is of form 2 only.
+      natural_size: the RMS of a layer that begins at zero, over `descriptors.natural_rms`; > 0.
+      depth_scaling: divide λ by the root of the number of matrices that train.
+      signal: shorten a step as its gradient loses signal; without it only a gradient of zero stops it.
+      adaptation: how far a layer's log λ may move in a step for good; 0 for not at all.
 
     Raises:
       L3RSError: a field has a value that is not allowed.
@@ -80,17 +85,23 @@ class Spec:
     hidden: tuple[int, ...] = (32, 32)
     embedding: Literal["table", "descriptor"] = "table"
     embedding_dim: int = 8
-    step: Literal["rms", "relative"] = "rms"
+    step: Literal["rms", "relative", "initial"] = "rms"
     step_scale: float = 3e-3
     step_gain: float = 2.0
     mix_bias: float = 2.0
     loss_decays: tuple[float, ...] = (0.8, 0.97)
     norm_decays: tuple[float, float] = (0.8, 0.97)
     absolute_time: bool = False
+    form: Literal[1, 2] = 1
+    natural_size: float = 0.5
+    depth_scaling: bool = True
+    signal: bool = True
+    adaptation: float = 0.2
 
     def __post_init__(self) -> None:
         _check_types(self)
         _check_values(self)
+        _check_form(self)
 
     @classmethod
     def create(
@@ -111,14 +122,16 @@ class Spec:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields["layers"] = [[layer.path, list(layer.shape)] for layer in self.layers]
         fields["directions"] = [d.to_json() for d in self.directions]
-        if self.embedding == "table":  # as it was written before other embeddings existed
-            del fields["embedding"]
+        if self.form == 1:  # as it was written before there were others
+            fields = {key: value for key, value in fields.items() if key not in _FORM_2}
+            if self.embedding == "table":
+                del fields["embedding"]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Spec:
         known = {f.name for f in dataclasses.fields(cls)}
-        if set(data) | {"embedding"} != known:
+        if set(data) | {"embedding", *(() if "form" in data else _FORM_2)} != known:
             raise L3RSError(f"spec has fields {sorted(data)}; expected are {sorted(known)}")
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         fields["layers"] = tuple(Layer(path, tuple(shape)) for path, shape in data["layers"])
@@ -126,15 +139,19 @@ class Spec:
         return cls(**fields)
 
 
+_FORM_2 = ("form", "natural_size", "depth_scaling", "signal", "adaptation")  # fields that form 1 does not store
+
+
 def _check_types(spec: Spec) -> None:
     for name, values in (("hidden", spec.hidden), ("embedding_dim", (spec.embedding_dim,))):
         if any(type(value) is not int or value < 1 for value in values):
             raise L3RSError(f"spec.{name} is {getattr(spec, name)!r}; it must hold whole numbers ≥ 1")
-    for name in ("step_scale", "step_gain", "mix_bias"):
+    for name in ("step_scale", "step_gain", "mix_bias", "natural_size", "adaptation"):
         if type(getattr(spec, name)) not in (int, float) or not math.isfinite(getattr(spec, name)):
             raise L3RSError(f"spec.{name} is {getattr(spec, name)!r}; it must be a finite number")
-    if type(spec.absolute_time) is not bool:
-        raise L3RSError(f"spec.absolute_time is {spec.absolute_time!r}; it must be true or false")
+    for name in ("absolute_time", "depth_scaling", "signal"):
+        if type(getattr(spec, name)) is not bool:
+            raise L3RSError(f"spec.{name} is {getattr(spec, name)!r}; it must be true or false")
     for layer in spec.layers:
         if type(layer.path) is not str or any(type(n) is not int or n < 0 for n in layer.shape):
             raise L3RSError(f"spec.layers holds {layer}; a layer is a path and a shape of whole numbers")
@@ -147,13 +164,27 @@ def _check_values(spec: Spec) -> None:
         raise L3RSError("spec.directions is empty: at least one base optimizer is needed")
     if len({layer.path for layer in spec.layers}) < len(spec.layers):
         raise L3RSError("spec.layers: two layers have the same path")
-    if spec.embedding not in ("table", "descriptor"):
-        raise L3RSError(f"spec.embedding is {spec.embedding!r}; allowed are 'table' and 'descriptor'")
-    if spec.step not in ("rms", "relative"):
-        raise L3RSError(f"spec.step is {spec.step!r}; allowed are 'rms' and 'relative'")
-    if not spec.step_scale > 0:
-        raise L3RSError(f"spec.step_scale is {spec.step_scale}; it must be > 0")
     if len(spec.loss_decays) < 2 or len(spec.norm_decays) != 2:
         raise L3RSError("spec.loss_decays needs two or more decays, spec.norm_decays exactly two")
     if not all(0 <= d < 1 for d in (*spec.loss_decays, *spec.norm_decays)):
         raise L3RSError("spec.loss_decays and spec.norm_decays must lie in [0, 1)")
+    names = [direction.name for direction in spec.directions]
+    if "first_moment" in names and "adam" not in names[: names.index("first_moment")]:
+        raise L3RSError("spec.directions: first_moment reads Adam's average; put adam before it")
+
+
+def _check_form(spec: Spec) -> None:
+    if spec.embedding not in ("table", "descriptor"):
+        raise L3RSError(f"spec.embedding is {spec.embedding!r}; allowed are 'table' and 'descriptor'")
+    if type(spec.form) is not int or spec.form not in (1, 2):
+        raise L3RSError(f"spec.form is {spec.form!r}; allowed are 1 and 2")
+    steps = ("rms", "relative", "initial") if spec.form == 2 else ("rms", "relative")
+    if spec.step not in steps:
+        raise L3RSError(f"spec.step is {spec.step!r}; allowed in form {spec.form} are {', '.join(map(repr, steps))}")
+    if spec.form == 2 and spec.absolute_time:
+        raise L3RSError("spec.absolute_time is true; form 2 always reads log T and log t instead")
+    for name in ("step_scale", "natural_size"):
+        if not getattr(spec, name) > 0:
+            raise L3RSError(f"spec.{name} is {getattr(spec, name)}; it must be > 0")
+    if not 0 <= spec.adaptation <= 1:
+        raise L3RSError(f"spec.adaptation is {spec.adaptation}; it must lie in [0, 1]")

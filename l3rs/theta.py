@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from l3rs.core import feature_sizes
-from l3rs.layers import N_DESCRIPTORS
+from l3rs.core import n_outputs
+from l3rs.decide import feature_sizes
+from l3rs.descriptors import n_descriptors
 from l3rs.spec import L3RSError, Spec, Theta
 
 MAX_VALUES = 1 << 24  # float32 values in theta, 64 MiB; a shipped optimizer has about 2,300
@@ -32,8 +33,8 @@ def theta_shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
     Raises:
       L3RSError: they hold more than `MAX_VALUES` values.
     """
-    widths = [sum(feature_sizes(spec)), *spec.hidden, len(spec.directions) + 1]
-    n_rows = len(spec.layers) if spec.embedding == "table" else N_DESCRIPTORS
+    widths = [sum(feature_sizes(spec)), *spec.hidden, n_outputs(spec)]
+    n_rows = len(spec.layers) if spec.embedding == "table" else n_descriptors(spec)
     shapes: dict[str, tuple[int, ...]] = {"embedding": (n_rows, spec.embedding_dim)}
     for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
         shapes[f"dense_{i}/kernel"] = (fan_in, fan_out)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from l3rs.directions import direction_options
+from l3rs.directions import adam_options, direction_options
 from l3rs.spec import Direction
 
 
@@ -28,11 +28,12 @@ class BaseOptimizer(NamedTuple):
     """An optax transformation, and how to read its direction afterwards.
 
     `read(updates, state, grads)` returns one `Lazy` per layer, from what the transformation returned
-    and from the raw gradients.
+    and from the raw gradients. With `reads_adam`, the state is that of the first Adam among the directions.
     """
 
     transform: optax.GradientTransformation
     read: Callable[[optax.Updates, Any, optax.Updates], Sequence[Lazy]]
+    reads_adam: bool = False
 
 
 def _stored(updates: optax.Updates, state: Any, grads: optax.Updates) -> list[Lazy]:
@@ -52,6 +53,16 @@ def _adam(b1: float, b2: float, eps: float, eps_root: float) -> BaseOptimizer:
         return [Lazy(compute, m) for m in zip(jax.tree.leaves(state.mu), jax.tree.leaves(state.nu), strict=True)]
 
     return BaseOptimizer(optax.scale_by_adam(b1, b2, eps, eps_root), read)
+
+
+def _first_moment(b1: float) -> BaseOptimizer:
+    def read(updates: optax.Updates, state: Any, grads: optax.Updates) -> list[Lazy]:
+        del updates, grads
+        return [
+            Lazy(lambda mu: optax.tree.bias_correction(mu, b1, state.count), (mu,)) for mu in jax.tree.leaves(state.mu)
+        ]
+
+    return BaseOptimizer(optax.identity(), read, reads_adam=True)
 
 
 def _sgd() -> BaseOptimizer:
@@ -76,6 +87,7 @@ def _weight_decay() -> BaseOptimizer:
 
 TRANSFORMS: dict[str, Callable[..., BaseOptimizer]] = {
     "adam": _adam,
+    "first_moment": _first_moment,
     "sgd": _sgd,
     "momentum": _momentum,
     "lion": _lion,
@@ -84,11 +96,16 @@ TRANSFORMS: dict[str, Callable[..., BaseOptimizer]] = {
 }
 
 
-def make_direction(direction: Direction) -> BaseOptimizer:
-    """The base optimizer of a direction.
+def make_directions(directions: Sequence[Direction]) -> list[BaseOptimizer]:
+    """The base optimizers of a spec's directions.
 
     Raises:
       L3RSError: there is no such direction, or it has no such option.
     """
-    options = direction_options(direction)
-    return TRANSFORMS[direction.name](**options)
+    made = []
+    for direction in directions:
+        options = direction_options(direction)
+        if direction.name == "first_moment":
+            options = {"b1": adam_options(directions)["b1"]}
+        made.append(TRANSFORMS[direction.name](**options))
+    return made

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l3rs.directions import direction_options
+from l3rs.directions import adam_options, direction_options
 from l3rs.spec import Direction
 from l3rs.torch.passes import Bucket, Tensors
 
@@ -36,6 +36,7 @@ class BaseDirection:
     """
 
     moments: ClassVar[tuple[str, ...]] = ()
+    reads_adam: ClassVar[bool] = False  # the moments that it reads are those of the first Adam
     reads_params: ClassVar[bool] = False
 
     def advance(self, moments: Moments, inputs: Inputs) -> Tensors:
@@ -120,6 +121,25 @@ class _Adam(BaseDirection):
 
 
 @dataclasses.dataclass(frozen=True)
+class _FirstMoment(BaseDirection):
+    """m̂, from Adam's moments, which Adam updates before."""
+
+    b1: float
+    reads_adam = True
+
+    def read(self, moments: Moments, inputs: Inputs) -> Tensors:
+        return torch._foreach_mul(moments[0], self._scale(inputs.steps).tolist())
+
+    def add(self, targets: list[Tensor], factors: list[float], moments: Moments, inputs: Inputs) -> None:
+        scaled = (np.array(factors) * self._scale(inputs.steps)).tolist()
+        for target, piece, factor in zip(targets, moments[0], scaled, strict=True):
+            target.add_(piece, alpha=factor)
+
+    def _scale(self, steps: np.ndarray) -> np.ndarray:
+        return 1 / (1 - self.b1 ** steps.astype(float))
+
+
+@dataclasses.dataclass(frozen=True)
 class _Sgd(BaseDirection):
     def read(self, moments: Moments, inputs: Inputs) -> Tensors:
         del moments
@@ -186,6 +206,7 @@ class _WeightDecay(BaseDirection):
 
 DIRECTIONS: dict[str, Callable[..., BaseDirection]] = {
     "adam": _Adam,
+    "first_moment": _FirstMoment,
     "sgd": _Sgd,
     "momentum": _Momentum,
     "lion": _Lion,
@@ -194,14 +215,19 @@ DIRECTIONS: dict[str, Callable[..., BaseDirection]] = {
 }
 
 
-def make_direction(direction: Direction) -> BaseDirection:
-    """The base optimizer of a direction.
+def make_directions(directions: Sequence[Direction]) -> list[BaseDirection]:
+    """The base optimizers of a spec's directions.
 
     Raises:
       L3RSError: there is no such direction, or it has no such option.
     """
-    options = direction_options(direction)
-    return DIRECTIONS[direction.name](**options)
+    made = []
+    for direction in directions:
+        options = direction_options(direction)
+        if direction.name == "first_moment":
+            options = {"b1": adam_options(directions)["b1"]}
+        made.append(DIRECTIONS[direction.name](**options))
+    return made
 
 
 def make_inputs(bucket: Bucket, directions: Sequence[BaseDirection], finite: np.ndarray, steps: np.ndarray) -> Inputs:
@@ -216,6 +242,8 @@ def make_inputs(bucket: Bucket, directions: Sequence[BaseDirection], finite: np.
     params, grads, *moments = bucket.arrays
     slots = iter(moments)
     usable = finite[bucket.layers].tolist()
+    own = [[next(slots) for _ in direction.moments] for direction in directions]
+    adam = next((m for m, direction in zip(own, directions, strict=True) if isinstance(direction, _Adam)), [])
     return Inputs(
         params=[param.float() for param in params],
         grads=[
@@ -223,7 +251,7 @@ def make_inputs(bucket: Bucket, directions: Sequence[BaseDirection], finite: np.
             grad.float() if ok else torch.zeros_like(grad, dtype=torch.float32)
             for grad, ok in zip(grads, usable, strict=True)
         ],
-        moments=[[next(slots) for _ in direction.moments] for direction in directions],
+        moments=[adam if direction.reads_adam else m for m, direction in zip(own, directions, strict=True)],
         steps=steps[bucket.layers],
     )
 

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch.optim.optimizer import ParamsT
 
+from l3rs.descriptors import kind
 from l3rs.io.checkpoint import read_spec
-from l3rs.layers import Convention, Match, MatchBy, Matching, OnUnknown, kind, match_network
+from l3rs.layers import Convention, Match, MatchBy, Matching, OnUnknown, match_network
 from l3rs.spec import L3RSError, Layer, Spec
 
 

@@ -22,12 +22,13 @@ from torch.optim.optimizer import ParamsT
 
 from l3rs import core
 from l3rs.core import check_total_steps
+from l3rs.decide import decide
 from l3rs.guard import Guard, GuardState, init_guard, make_guard, report
 from l3rs.io.checkpoint import restore, trained_horizon
-from l3rs.layers import Convention, Match, MatchBy, Matching, OnUnknown, embed, match_network
+from l3rs.layers import Convention, Match, MatchBy, Matching, OnUnknown, match_network, network_facts
 from l3rs.spec import L3RSError, Spec, Theta
 from l3rs.theta import check_theta, digest
-from l3rs.torch.directions import add_directions, make_direction, make_inputs
+from l3rs.torch.directions import add_directions, make_directions, make_inputs
 from l3rs.torch.names import TORCH, flax_layer
 from l3rs.torch.passes import (
     LARGE_PIECE,
@@ -40,7 +41,7 @@ from l3rs.torch.passes import (
     per_layer,
     products,
 )
-from l3rs.torch.state import check_state
+from l3rs.torch.state import check_state, read_memory, small_state, write_memory
 
 
 class _ActiveLayer(NamedTuple):
@@ -49,7 +50,7 @@ class _ActiveLayer(NamedTuple):
     param: Tensor
     grad: Tensor
     state: dict[str, Any]
-    embedding: np.ndarray  # float32 [E]
+    row: int  # of the layer among those with known facts
     lr: float | Tensor
 
 
@@ -138,7 +139,7 @@ class L3RS(torch.optim.Optimizer):
         self._theta = _numpy(theta)
         self._guard = make_guard(guard, self.spec)
         self._matching = Matching.of(self.spec, rename, match, on_unknown)
-        self._directions = [make_direction(direction) for direction in self.spec.directions]
+        self._directions = make_directions(self.spec.directions)
         self._observed: list[Tensor] = []
         self._warned = False
         super().__init__(params, {"lr": lr})
@@ -211,14 +212,21 @@ class L3RS(torch.optim.Optimizer):
         return {"total_steps": self.total_steps, "theta": digest(self._theta)[:16]}
 
     def _embed(self) -> None:
-        """Compute the embeddings of all groups' parameters from `layers`."""
+        """Compute from `layers` what is known of all parameters; in form 2, of those that train."""
         layers = [path for group in self.param_groups for path in group["layers"]]
         params = [param for group in self.param_groups for param in group["params"]]
-        described = [flax_layer(path, param.shape) for path, param in zip(layers, params, strict=True)]
+        self._trains = self._training()
+        chosen = [i for i, trains in enumerate(self._trains) if trains or self.spec.form == 1]
+        paths = [layers[i] for i in chosen]
+        described = [flax_layer(layers[i], params[i].shape) for i in chosen]
         rows = {layer.path: row for row, layer in enumerate(self.spec.layers)}
-        matches = [Match(path, layer.shape, rows.get(path), "") for path, layer in zip(layers, described, strict=True)]
-        embeddings = iter(embed(self._theta, self.spec, matches, described, self._convention))
-        self._embeddings = [[next(embeddings) for _ in group["params"]] for group in self.param_groups]
+        matches = [Match(path, x.shape, rows.get(path), "") for path, x in zip(paths, described, strict=True)]
+        self._facts = network_facts(self._theta, self.spec, matches, described, self._convention)
+        self._rows = {params[i]: row for row, i in enumerate(chosen)}
+
+    def _training(self) -> list[bool]:
+        params = (param for group in self.param_groups for param in group["params"])
+        return [param.requires_grad or param.grad is not None for param in params]
 
     def observe(self, loss: Tensor | float) -> None:
         """Remember a loss for the next step, for training loops in which other code calls `step()`.
@@ -292,9 +300,11 @@ class L3RS(torch.optim.Optimizer):
 
     def _layers(self) -> list[_ActiveLayer]:
         """The parameters that have a gradient; creates their state if it does not exist."""
+        if self.spec.form == 2 and self._trains != self._training():
+            self._embed()
         layers = []
-        for group, embeddings in zip(self.param_groups, self._embeddings, strict=True):
-            for param, path, embedding in zip(group["params"], group["layers"], embeddings, strict=True):
+        for group in self.param_groups:
+            for param, path in zip(group["params"], group["layers"], strict=True):
                 if param.grad is None:
                     continue
                 if param.grad.layout != torch.strided:
@@ -307,17 +317,12 @@ class L3RS(torch.optim.Optimizer):
                     state["step"] = 0
                     state |= {
                         name: torch.zeros(shape, dtype=torch.float32, device="cpu")
-                        for name, shape in self._small_state().items()
+                        for name, shape in small_state(self.spec).items()
                     }
                     for key in self._moments():
                         state[key] = torch.zeros_like(param, dtype=torch.float32)
-                layers.append(_ActiveLayer(param.detach(), param.grad.detach(), state, embedding, group["lr"]))
+                layers.append(_ActiveLayer(param.detach(), param.grad.detach(), state, self._rows[param], group["lr"]))
         return layers
-
-    def _small_state(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the small tensors in a parameter's state."""
-        n = len(self._directions)
-        return {"log_norms": (2, 2 + n), "mix": (n,), "step_norm": ()}
 
     def _moments(self) -> list[str]:
         """Names of the moments in a parameter's state: `0/adam/exp_avg`."""
@@ -358,22 +363,15 @@ class L3RS(torch.optim.Optimizer):
 
     def _decide(self, layers: Sequence[_ActiveLayer], measured: core.Statistics) -> np.ndarray:
         """Choose the step and remember it; the factor of each direction, [L, P]."""
-        shared = self.param_groups[0]["shared"]
-        loss = core.LossState(
-            np.asarray(shared["losses"]), np.float32(shared["first_loss"]), np.array(shared["loss_ema"], np.float32)
-        )
-        log_norms = np.stack([host(layer.state["log_norms"].float()) for layer in layers], axis=1)
         guard = None if self._guard is None else self._guard_state()
-        memory = core.Memory(np.asarray(shared["step"]), loss, log_norms, guard)
-        embedding = np.stack([layer.embedding for layer in layers])
+        states = [layer.state for layer in layers]
+        memory = read_memory(self.spec, self.param_groups[0]["shared"], states, guard)
+        rows = np.array([layer.row for layer in layers])
+        facts = self._facts._replace(embedding=self._facts.embedding[rows], natural_rms=self._facts.natural_rms[rows])
         total_steps = np.asarray(self.total_steps)
-        decision, memory = core.decide(
-            self._theta, self.spec, memory, measured, embedding, total_steps, self._guard, np
-        )
+        decision, memory = decide(self._theta, self.spec, memory, measured, facts, total_steps, self._guard, np)
         self._remember(memory)
-        for i, layer in enumerate(layers):
-            decided = {"log_norms": memory.log_norms[:, i], "mix": decision.mix[i], "step_norm": decision.step_norm[i]}
-            layer.state.update({name: torch.from_numpy(np.array(value)) for name, value in decided.items()})
+        write_memory(memory, decision, states)
         lr = np.array([float(layer.lr) for layer in layers], np.float32)
         return -lr[:, None] * decision.coefficients
 
@@ -406,7 +404,8 @@ class L3RS(torch.optim.Optimizer):
           L3RSError: the state is from another kind of optimizer, or has other layers.
         """
         groups = state_dict["param_groups"]
-        shapes = [{key: tuple(param.shape) for key in self._moments()} | {"log_norms": self._small_state()["log_norms"]}
+        averages = {"log_norms": small_state(self.spec)["log_norms"]}
+        shapes = [{key: tuple(param.shape) for key in self._moments()} | averages
                   for group in self.param_groups for param in group["params"]]  # fmt: skip
         check_state(state_dict, self.spec, shapes)
         for name, own in self._identity().items():
@@ -435,7 +434,9 @@ class L3RS(torch.optim.Optimizer):
             "_theta",
             "_guard",
             "_matching",
-            "_embeddings",
+            "_facts",
+            "_rows",
+            "_trains",
             "_directions",
             "_observed",
             "_warned",

@@ -10,7 +10,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 import l3rs
-from l3rs.layers import Match, depth_order
+from l3rs.descriptors import depth_order
+from l3rs.layers import Match
 from metatrain.config import UserError, load_config
 from tasks import make_task
 

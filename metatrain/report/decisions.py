@@ -8,7 +8,7 @@ import math
 import numpy as np
 from matplotlib.axes import Axes
 
-from l3rs.layers import Role, roles
+from l3rs.descriptors import Role, roles
 from l3rs.spec import Layer
 from metatrain.evaluation.records import DecisionPath
 from metatrain.report import formatting

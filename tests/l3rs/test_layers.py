@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import l3rs
-from l3rs.layers import KINDS, depth_order, descriptors, kind
+from l3rs.descriptors import KINDS, depth_order, descriptors, kind
 from l3rs.spec import Direction, L3RSError, Layer, Spec
 from l3rs.trees import layer_path, layers_of
 

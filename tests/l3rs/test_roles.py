@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from l3rs.layers import roles
+from l3rs.descriptors import roles
 from l3rs.spec import Layer
 
 

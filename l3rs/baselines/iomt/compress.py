@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from l3rs.baselines.iomt.extras import require
-from l3rs.layers import depth_order
+from l3rs.descriptors import depth_order
 from l3rs.trees import layers_of
 
 Layers = Sequence[Any]  # arrays, one a layer, of the same shapes at every stage

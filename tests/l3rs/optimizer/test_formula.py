@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import l3rs
-from l3rs.transforms import make_direction
+from l3rs.transforms import make_directions
 from tests.l3rs.optimizer.common import (
     ROUNDING,
     SHAPES,
@@ -56,7 +56,7 @@ def test_untrained_is_nearly_normalised_adam():
     params = normal(SHAPES, 0)
     spec = l3rs.Spec.create(params)
     init = jax.jit(l3rs.init_meta_params, static_argnums=1)
-    adam = make_direction(l3rs.Direction("adam")).transform
+    adam = make_directions([l3rs.Direction("adam")])[0].transform
 
     @jax.jit
     def both(theta, grads):
@@ -88,7 +88,7 @@ def test_update_is_the_formula(directions):
     params = normal(SHAPES, 0)
     tx = make(params, directions)
     update, state = jax.jit(tx.update), tx.init(params)
-    bases = [make_direction(l3rs.Direction.parse(d)) for d in directions]
+    bases = make_directions([l3rs.Direction.parse(d) for d in directions])
     moments = [base.transform.init(params) for base in bases]
     seen = []
     for i in range(3):

@@ -76,8 +76,10 @@ def assert_parity(
             ({"name": "adam", "eps_root": 1e-6}, "momentum"),
             {"loss_decays": (0.5, 0.9, 0.99), "norm_decays": (0.0, 0.9)},
         ),
+        (("adam", "first_moment", "sgd", "weight_decay"), {"form": 2, "step": "initial", "step_scale": 0.05}),
+        (("momentum", "lion", "rmsprop"), {"form": 2, "step": "relative", "step_scale": 0.02, "adaptation": 0.0}),
     ],
-    ids=["adam sgd", "relative", "all", "eps_root"],
+    ids=["adam sgd", "relative", "all", "eps_root", "form 2", "form 2, relative"],
 )
 def test_parity(directions, fields):
     assert_parity(directions, **fields)
@@ -189,3 +191,52 @@ def test_parity_with_descriptors():
     train(again, resumed, 2)
     train(copied, params, 2)
     assert_same(values(params), values(resumed))
+
+
+FORM_2 = {"directions": ("adam", "first_moment", "sgd", "weight_decay"), "form": 2, "step": "initial"}
+
+
+def form_2_run(make_groups, frozen=(), steps=6):
+    """The parameters after some steps with the same gradients, however they are passed."""
+    made = checkpoint(embedding="descriptor", **FORM_2)
+    params = parameters()
+    for name in frozen:
+        params[name].requires_grad_(False)
+    opt = L3RS(make_groups(params), made, total_steps=10)
+    for step in range(steps):
+        for i, (name, param) in enumerate(sorted(params.items())):
+            if name not in frozen:
+                param.grad = torch.from_numpy(np.random.default_rng(100 * step + i).normal(size=param.shape)).float()
+        opt.step(loss=2.0 / (1 + step))
+    return values(params)
+
+
+def test_form_2_takes_the_same_steps_however_parameters_are_passed():
+    """In the model's order, reversed, split into groups; frozen ones passed or left out."""
+    alone = form_2_run(lambda params: params.items())
+
+    def groups(params):
+        matrices = [(name, p) for name, p in params.items() if p.dim() >= 2]
+        return [{"params": [(n, p) for n, p in params.items() if p.dim() < 2]}, {"params": matrices}]
+
+    assert_near(form_2_run(lambda params: reversed(params.items())), alone, PARITY)
+    assert_near(form_2_run(groups), alone, PARITY)
+    frozen = sorted(parameters())[:2]
+    passed = form_2_run(lambda params: params.items(), frozen)
+    left_out = form_2_run(lambda params: [(n, p) for n, p in params.items() if n not in frozen], frozen)
+    assert_near(passed, left_out, PARITY)
+
+
+def test_form_2_without_a_gradient_does_not_move():
+    """A parameter whose gradient is exactly zero from the start, as that of LoRA's A: weight decay does not move it."""
+    params = parameters()
+    opt = L3RS(params.items(), checkpoint(embedding="descriptor", **FORM_2), total_steps=10)
+    still, *moving = params
+    before = values(params)
+    for step in range(4):
+        give_gradients(params, step)
+        params[still].grad.zero_()
+        opt.step(loss=1.0)
+    after = values(params)
+    np.testing.assert_array_equal(after[still], before[still])
+    assert all((after[name] != before[name]).any() for name in moving)

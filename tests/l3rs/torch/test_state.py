@@ -10,6 +10,7 @@ import torch
 import l3rs
 import l3rs.torch
 from l3rs.torch import L3RS
+from l3rs.torch.state import small_state
 from tests.l3rs.torch.common import (
     ALL,
     SHAPES,
@@ -142,7 +143,7 @@ def test_state_that_was_moved():
         for state in opt.state.values() if moves else ():
             for key, value in state.items():
                 if isinstance(value, torch.Tensor):
-                    state[key] = Elsewhere(value) if key in opt._small_state() else value
+                    state[key] = Elsewhere(value) if key in small_state(opt.spec) else value
         train(opt, params, 2, first=2)
         runs.append(values(params))
     assert_same(*runs)

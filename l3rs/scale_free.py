@@ -1,0 +1,225 @@
+"""Form 2 of L3RS: the network sees nothing that has a scale, λ has the network's own, and no signal means no step.
+
+Per layer l with n_l parameters, directions d_p, and outputs (μ, out, a) of the MLP::
+
+    b_l  = RMS of the layer when training began, or its natural size if it began at zero
+    s_p  = how much signal a direction carries, in [0, 1]; 0 for weight decay
+    λ_l  = step_scale · √n_l · b_l / √M · exp(step_gain · out + A_l) · s_l
+    s_l  = Σ_p μ_p s_p / Σ_p μ_p, without weight decay
+    A_l  = the sum of adaptation · tanh(a) over all steps so far, in ±5
+    Δθ_l = -λ_l · unit( Σ_p μ_p unit(d_p) )
+
+with M the number of matrices that train. Multiplying a layer's parameters by c > 0 and its gradients by 1/c multiplies
+its update by c; multiplying the loss and all gradients by c changes nothing.
+
+The signal of a direction is its norm over a reference that only a gradient moves: for Adam, RMSprop and Lion an RMS of
+1, which they have for a steady gradient; for SGD and momentum the root mean square of their norms so far. So a step
+shrinks with a vanishing gradient at least as fast as the base optimizers', and the weight of a direction without signal
+is lost, not given to another. A layer whose gradient is exactly zero keeps its last decision, and its averages wait.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from l3rs import core
+from l3rs.core import Decision, Memory, Statistics
+from l3rs.layers import NetworkFacts
+from l3rs.spec import Spec, Theta
+
+NORMALISED = ("adam", "rmsprop", "lion")  # their RMS is a signal by itself
+AVERAGED = ("momentum", "first_moment")  # averages of gradients: their norm over the gradient's tells the noise
+
+POWER_DECAY = 0.999  # of the mean squared norm of a direction
+BEGAN_AT_ZERO = 0.03  # a layer whose RMS is less than this share of its natural size began at zero
+ADAPTATION_LIMIT = 5.0  # |A|: a factor of 150
+
+SIGNAL_LOG_LIMIT = -5.0  # natural logs of signals are no lower, then divided by 2
+TIME_LOG_RANGE = (-2.0, 1.5)  # log10(steps / 100): 1 … 3,000 steps
+
+
+class LayerMemory(NamedTuple):
+    """What form 2 carries of every layer from one step to the next. L layers, P directions."""
+
+    observed: Any  # float32 [L], steps with a gradient other than zero
+    size: Any  # float32 [L], b; 0 before the first step
+    from_zero: Any  # float32 [L], 1 where b is the natural size
+    power: Any  # float32 [L, P], EMA of the squared norms of the directions, not bias-corrected
+    reference: Any  # float32 [L, P], the norm at which a direction's signal is 1
+    mix: Any  # float32 [L, P], μ of the last step with a gradient
+    log_step: Any  # float32 [L], step_gain · out of that step
+    adaptation: Any  # float32 [L], A
+
+
+def init_layers(n_layers: int, n_directions: int, xp: Any) -> LayerMemory:
+    """Before the first step."""
+    single, each = xp.zeros(n_layers, xp.float32), xp.zeros((n_layers, n_directions), xp.float32)
+    return LayerMemory(single, single, single, each, each, each, single, single)
+
+
+def pack(layers: LayerMemory) -> np.ndarray:
+    """A layer's memory as one row, float32 [L, 5 + 3P]; `unpack` reverses it."""
+    return np.concatenate([np.asarray(x, np.float32).reshape(len(layers.size), -1) for x in layers], axis=1)
+
+
+def unpack(rows: np.ndarray, n_directions: int) -> LayerMemory:
+    """See `pack`."""
+    forms = init_layers(len(rows), n_directions, np)
+    ends = np.cumsum([x[0].size for x in forms])
+    columns = np.split(rows, ends[:-1], axis=1)
+    return LayerMemory(*(column.reshape(x.shape) for column, x in zip(columns, forms, strict=True)))
+
+
+def n_layer_features(spec: Spec) -> int:
+    """How many features each layer has, besides its embedding."""
+    names = [direction.name for direction in spec.directions]
+    n_averaged = sum(name in AVERAGED for name in names)
+    n_pairs = len(names) * (len(names) - 1) // 2
+    return (2 + n_driven(spec)) + n_driven(spec) + n_averaged + n_pairs + 2 + (spec.adaptation > 0)
+
+
+def n_shared_features(spec: Spec) -> int:
+    """How many features all layers share: time, horizon, loss, depth, and the layers' features on average."""
+    return len(core.FRACTION_CENTERS) + 2 + (2 * len(spec.loss_decays) - 1) + 1 + n_layer_features(spec)
+
+
+def decide(
+    theta: Theta, spec: Spec, memory: Memory, measured: Statistics, facts: NetworkFacts, total_steps: Any, xp: Any
+) -> tuple[Decision, Memory]:
+    """Choose a step for every layer; see `decide.decide` for arguments and result."""
+    assert memory.layers is not None
+    before = memory.layers
+    has_gradient = measured.gradient_norm > 0
+    layers = _observe(before, measured, facts, spec, xp)
+    signals = measured.direction_norm * core.inverse(layers.reference, xp)
+
+    log_norms = _log_norms(measured, spec, xp)
+    averages = core.update_log_norms(memory.log_norms, log_norms, spec.norm_decays, xp)
+    memory = memory._replace(
+        step=memory.step + 1,
+        log_norms=xp.where(has_gradient[None, :, None], averages, memory.log_norms),
+        loss=core.update_loss(memory.loss, measured.loss, spec.loss_decays, xp),
+        layers=layers,
+    )
+    shared, per_layer = _features(spec, memory, measured, signals, facts, total_steps, xp)
+    mix, log_step, change = core.network(theta, spec, shared, per_layer, xp)
+
+    waits = ~has_gradient & (layers.observed > 0)
+    mix = xp.where(waits[:, None], before.mix, mix)
+    log_step = xp.where(waits, before.log_step, log_step)
+    adaptation = before.adaptation
+    if change is not None:
+        adapted = adaptation + np.float32(spec.adaptation) * xp.tanh(change)
+        adaptation = xp.where(has_gradient, xp.clip(adapted, -ADAPTATION_LIMIT, ADAPTATION_LIMIT), adaptation)
+    depth = math.sqrt(max(facts.n_matrices, 1)) if spec.depth_scaling else 1.0
+    scale = np.float32(spec.step_scale / depth) * measured.root_n * layers.size
+    step_norm = scale * xp.exp(log_step + adaptation) * _signal(mix, signals, spec, xp)
+    decision = Decision(core.mixture_coefficients(mix, step_norm, measured, xp), mix, step_norm)
+    layers = layers._replace(mix=mix, log_step=log_step, adaptation=adaptation)
+    return decision, memory._replace(layers=layers)
+
+
+def n_driven(spec: Spec) -> int:
+    """How many directions a gradient drives."""
+    return len(_driven(spec))
+
+
+def _driven(spec: Spec) -> list[int]:
+    """The directions that a gradient drives: all but weight decay."""
+    return [p for p, direction in enumerate(spec.directions) if direction.name != "weight_decay"]
+
+
+def _observe(before: LayerMemory, measured: Statistics, facts: NetworkFacts, spec: Spec, xp: Any) -> LayerMemory:
+    """The memory with this step's norms in it. Without a gradient nothing of it changes."""
+    has_gradient = measured.gradient_norm > 0
+    observed = before.observed + has_gradient
+    power = POWER_DECAY * before.power + (1 - POWER_DECAY) * measured.direction_norm**2
+    weight = xp.maximum(1 - np.float32(POWER_DECAY) ** xp.maximum(observed, 1), 1e-8)
+    normalised = np.array([direction.name in NORMALISED for direction in spec.directions])
+    usual = xp.where(normalised, measured.root_n[:, None], xp.sqrt(power / weight[:, None]))
+    reference = xp.maximum(usual, measured.direction_norm)  # so that a signal is at most 1
+    size, from_zero = _size(before, measured, facts, spec, xp)
+    return before._replace(
+        observed=observed,
+        size=size,
+        from_zero=from_zero,
+        power=xp.where(has_gradient[:, None], power, before.power),
+        reference=xp.where(has_gradient[:, None], reference, before.reference),
+    )
+
+
+def _size(before: LayerMemory, measured: Statistics, facts: NetworkFacts, spec: Spec, xp: Any) -> tuple[Any, Any]:
+    """b, what λ is relative to, and where it is the natural size; by default as it was at a layer's first step."""
+    rms = measured.parameter_norm / measured.root_n
+    natural = np.float32(spec.natural_size) * facts.natural_rms
+    at_zero = ~(rms >= BEGAN_AT_ZERO * natural)
+    now, first = xp.where(at_zero, natural, rms), before.size == 0
+    size = {"rms": xp.ones_like(now), "relative": now, "initial": xp.where(first, now, before.size)}[spec.step]
+    return size, xp.where(first, at_zero.astype(xp.float32), before.from_zero)
+
+
+def _signal(mix: Any, signals: Any, spec: Spec, xp: Any) -> Any:
+    """What share of its full length a step has, float32 [L]: the mean signal of what the gradient drives."""
+    driven = np.zeros(len(spec.directions), np.float32)
+    driven[_driven(spec)] = 1
+    share = mix * driven
+    carried = (share * signals).sum(1)
+    if not spec.signal:  # for comparison: all or nothing
+        return (carried > 0).astype(xp.float32)
+    return carried * core.inverse(share.sum(1), xp)
+
+
+def _log_norms(measured: Statistics, spec: Spec, xp: Any) -> Any:
+    """Log norms over √n, float32 [L, S]: gradient, parameters, and the directions that a gradient drives."""
+    norms = [measured.gradient_norm[:, None], measured.parameter_norm[:, None]]
+    norms.append(measured.direction_norm[:, np.array(_driven(spec), int)])
+    return core.safe_log(xp.concatenate(norms, axis=1) / measured.root_n[:, None], xp)
+
+
+def _features(
+    spec: Spec, memory: Memory, measured: Statistics, signals: Any, facts: NetworkFacts, total_steps: Any, xp: Any
+) -> tuple[Any, Any]:
+    """The inputs of the network: float32 [F], shared by all layers, and float32 [L, G]."""
+    own = _layer_features(spec, memory, measured, signals, xp)
+    time = core.time_features(memory.step, total_steps, False, xp)
+    lengths = xp.stack([_log_time(total_steps, xp), _log_time(memory.step, xp)])
+    loss = core.loss_features(memory.loss, spec.loss_decays, xp)[1:]  # without the loss itself, which has a scale
+    depth = xp.asarray([min(math.log10(max(facts.n_matrices, 1)), 2.0)], xp.float32)
+    shared = xp.concatenate([time, lengths, loss, depth, own.mean(0)])
+    return shared, xp.concatenate([own, facts.embedding], axis=1)
+
+
+def _layer_features(spec: Spec, memory: Memory, measured: Statistics, signals: Any, xp: Any) -> Any:
+    """Of every layer, float32 [L, G]:
+
+    - fast over slow averages of its norms (log, in ±3)
+    - signals of the directions (log / 2, in -2.5 … 0)
+    - norms of averaged gradients over the gradient's (log, in ±3): near 0 the gradient is steady, below -1 noise
+    - its RMS over b (log, in ±3), and whether it began at zero
+    - cosines of all pairs of directions: gradient against momentum turns negative as a step overshoots
+    - A / 3
+    """
+    layers = memory.layers
+    assert layers is not None
+    names = [direction.name for direction in spec.directions]
+    changes = core.norm_changes(memory.log_norms, xp.maximum(layers.observed, 1), spec.norm_decays, xp)
+    driven = np.array(_driven(spec), int)
+    seen = xp.maximum(core.safe_log(signals[:, driven], xp), SIGNAL_LOG_LIMIT) / 2
+    averaged = np.array([p for p, name in enumerate(names) if name in AVERAGED], int)
+    steadiness = measured.direction_norm[:, averaged] * core.inverse(measured.gradient_norm, xp)[:, None]
+    growth = measured.parameter_norm / measured.root_n * core.inverse(layers.size, xp)
+    logs = xp.concatenate([steadiness, growth[:, None]], axis=1)
+    logs = xp.clip(core.safe_log(logs, xp), -core.RATIO_LIMIT, core.RATIO_LIMIT)
+    rows, columns = np.triu_indices(len(names), 1)
+    cosines = core.cosines(measured, xp)[:, rows, columns]
+    found = [changes, seen, logs, cosines, layers.from_zero[:, None]]
+    if spec.adaptation > 0:
+        found.append(layers.adaptation[:, None] / 3)
+    return xp.concatenate(found, axis=1)
+
+
+def _log_time(steps: Any, xp: Any) -> Any:
+    return xp.clip(xp.log10(steps.astype(xp.float32)) - 2.0, *TIME_LOG_RANGE)
