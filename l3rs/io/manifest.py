@@ -43,7 +43,7 @@ def make_manifest(spec: Spec, sha256: str, info: Mapping[str, Any]) -> str:
     """
     content: dict[str, Any] = {
         "format": FORMAT_VERSION,
-        "features": FEATURE_VERSION,
+        "features": spec.form,
         "spec": spec.to_json(),
         "sha256": sha256,
         "info": dict(info),

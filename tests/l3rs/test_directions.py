@@ -119,7 +119,7 @@ def test_unknown_name():
     with pytest.raises(L3RSError) as error:
         make_directions([Direction("adamw")])[0]
     assert str(error.value) == (
-        "unknown direction 'adamw'; allowed are adam, sgd, momentum, lion, rmsprop, weight_decay"
+        "unknown direction 'adamw'; allowed are adam, first_moment, sgd, momentum, lion, rmsprop, weight_decay"
     )
 
 

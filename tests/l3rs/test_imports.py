@@ -44,6 +44,7 @@ def test_core_modules_import_only_what_is_installed_with_them():
         extras = {
             "locations.py": {"fsspec", "huggingface_hub"},
             "orbax_store.py": {"orbax", "tensorstore"},
+            "orbax_limits.py": {"tensorstore"},
             "baselines": {"matplotlib"},
             "iomt": {"matplotlib", "sklearn", "threadpoolctl", "umap"},
         }

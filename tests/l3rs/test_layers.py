@@ -328,13 +328,16 @@ UNUSUAL = {
     "norm_decays": (0.0, 0.5),
     "absolute_time": True,
 }
+FORM_2 = {"form": 2, "step": "initial", "natural_size": 0.1, "depth_scaling": False, "signal": False, "adaptation": 0.0}
 
 
 def test_json_round_trip():
     default, spec = Spec.create(PARAMS), Spec.create(PARAMS, **UNUSUAL)
+    second = Spec.create(PARAMS, **{**UNUSUAL, "absolute_time": False, **FORM_2})
     for field in dataclasses.fields(Spec):
-        assert field.name == "layers" or getattr(spec, field.name) != getattr(default, field.name)
-    for each in (default, spec, Spec.create(PARAMS, hidden=())):
+        unusual = second if field.name in FORM_2 else spec
+        assert field.name == "layers" or getattr(unusual, field.name) != getattr(default, field.name)
+    for each in (default, spec, second, Spec.create(PARAMS, hidden=())):
         assert Spec.from_json(json.loads(json.dumps(each.to_json()))) == each
 
 
@@ -361,7 +364,7 @@ def test_from_json_names_fields():
         ({"layers": (Layer("a", ()), Layer("a", (2,)))}, "spec.layers: two layers have the same path"),
         ({"directions": ()}, "spec.directions is empty: at least one base optimizer is needed"),
         ({"embedding": "none"}, "spec.embedding is 'none'; allowed are 'table' and 'descriptor'"),
-        ({"step": "abs"}, "spec.step is 'abs'; allowed are 'rms' and 'relative'"),
+        ({"step": "abs"}, "spec.step is 'abs'; allowed in form 1 are 'rms', 'relative'"),
         ({"step_scale": 0.0}, "spec.step_scale is 0.0; it must be > 0"),
         ({"step_scale": -1.0}, "spec.step_scale is -1.0; it must be > 0"),
         ({"step_scale": float("nan")}, "spec.step_scale is nan; it must be a finite number"),

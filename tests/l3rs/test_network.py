@@ -87,7 +87,7 @@ def test_untrained_network_follows_the_biases():
     spec = Spec.create(PARAMS, ("sgd", "adam", "lion"))
     expected = [0.9646635, 0.0176683, 0.0176683]
     for seed in range(5):
-        mix, log_step = apply(init(jax.random.key(seed), spec), spec, *some_features(spec, seed))
+        mix, log_step, _ = apply(init(jax.random.key(seed), spec), spec, *some_features(spec, seed))
         np.testing.assert_allclose(mix, np.tile(expected, (3, 1)), atol=0.05 * 2 * 0.02)
         np.testing.assert_allclose(log_step, 0, atol=0.05 * spec.step_gain)
 
@@ -97,7 +97,7 @@ def test_apply_equals_numpy(hidden):
     spec = Spec.create(PARAMS, ("adam", "sgd", "lion"), hidden=hidden, mix_bias=0.7, step_gain=1.5)
     theta = some_theta(spec)
     shared, per_layer = some_features(spec)
-    mix, log_step = apply(theta, spec, shared, per_layer)
+    mix, log_step, _ = apply(theta, spec, shared, per_layer)
 
     for i in range(3):  # one layer at a time, in float64
         x = np.concatenate([np.asarray(shared, float), np.asarray(per_layer[i], float)])
@@ -117,6 +117,6 @@ def test_step_size_is_bounded(sign):
     spec = Spec.create(PARAMS)
     theta = init(jax.random.key(0), spec)
     theta["dense_2"]["bias"] = jnp.array([-1e30, 1e30, sign * 1e30])
-    mix, log_step = apply(theta, spec, *some_features(spec))
+    mix, log_step, _ = apply(theta, spec, *some_features(spec))
     np.testing.assert_array_equal(log_step, np.full(3, sign * 10))
     np.testing.assert_array_equal(mix, np.tile([0.0, 1.0], (3, 1)))

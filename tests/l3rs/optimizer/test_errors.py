@@ -55,7 +55,7 @@ def test_params_of_another_network(adam_sgd, change, words):
 
 def test_unknown_direction_is_refused_before_training():
     spec = l3rs.Spec.create(normal(SHAPES, 0), ("adam", "adan"))
-    with pytest.raises(l3rs.L3RSError, match="unknown direction 'adan'; allowed are adam, sgd"):
+    with pytest.raises(l3rs.L3RSError, match="unknown direction 'adan'; allowed are adam, first_moment, sgd"):
         l3rs.learned_optimizer(random_theta(spec), spec, 10)
 
 
