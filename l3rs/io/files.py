@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -52,6 +53,14 @@ def read_regular(path: str | os.PathLike[str], max_bytes: int) -> bytes:
         if status.st_size > max_bytes:
             raise OSError(f"{path} has {status.st_size} bytes; at most {max_bytes} are allowed")
         return file.read(max_bytes)
+
+
+def is_inner_name(name: str) -> bool:
+    """Whether a file's name from elsewhere, with / between its parts, stays inside the folder that it is relative to.
+
+    On every system: names with a backslash, a colon (a drive, or a stream of Windows) or NUL are refused, too.
+    """
+    return not {"", ".", ".."} & set(name.split("/")) and not re.search(r"[\\:\0]", name)
 
 
 def first_line(error: BaseException, max_length: int = 300) -> str:

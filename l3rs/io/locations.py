@@ -8,10 +8,10 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from l3rs.io.files import first_line
+from l3rs.io.files import first_line, is_inner_name
 from l3rs.io.manifest import MANIFEST, MAX_MANIFEST_BYTES, read_manifest
 from l3rs.spec import L3RSError
 from l3rs.theta import MAX_VALUES
@@ -158,13 +158,7 @@ def _values_of(folder: Path) -> str:
 def _relative(entry: str, root: str, url: str) -> str:
     """The name of a store's entry relative to the checkpoint; refused unless it stays inside."""
     name = entry.removeprefix(f"{root}/")
-    parts = name.split("/")
-    if (
-        name == entry
-        or PurePosixPath(name).is_absolute()
-        or {"", ".", ".."} & set(parts)
-        or re.search(r"[\\:\0]", name)
-    ):
+    if name == entry or not is_inner_name(name):
         raise L3RSError(f"{url} is not an L3RS checkpoint: it has a file {name!r}")
     return name
 

@@ -3,21 +3,27 @@
 The run works in a local folder, which is copied to the store after every checkpoint. An object is written
 once and never changed. `manifest-N.json`, written last, lists the objects of the run; the newest readable
 one counts. A process that dies while it copies thus leaves the previous copy intact.
+
+Others may have written the store: names that lead outside, links, pipes, devices and files beyond the limits below are
+refused, and nothing is written through a link.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
+from l3rs.io.files import is_inner_name, write_atomically
 from l3rs.io.locations import DRIVERS
 from metatrain.config import UserError
 from metatrain.outer.lock import LOCK_FILE
@@ -25,6 +31,13 @@ from metatrain.outer.lock import LOCK_FILE
 _log = logging.getLogger("metatrain")
 
 _KEPT_MANIFESTS = 2
+_MAX_MANIFEST_BYTES = 4 << 20
+_MAX_FILES = 20_000
+_MAX_BYTES = 64 << 30  # of a run's files together
+_MAX_DEPTH = 30  # folders in a file's name
+_PIECE = 1 << 20  # bytes that are read at a time
+_MANIFEST = re.compile(r"manifest-(\d{8,15})\.json")
+_OBJECT = re.compile(r"objects/[0-9a-f]{32}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +98,10 @@ class Store:
         scheme = url.partition("://")[0]
         try:
             self._fs, self._root = fsspec.core.url_to_fs(url)
+            self._refuse_links()
             self._manifests()
+        except UserError:
+            raise
         except ImportError:
             raise UserError(f"{url} needs the package {DRIVERS.get(scheme, f'of fsspec for {scheme}://')}") from None
         except ValueError as error:
@@ -97,7 +113,7 @@ class Store:
         """Copy the newest complete state to `folder`, which is not created if the store is empty.
 
         Raises:
-          UserError: there are manifests, but each lacks objects or has damaged ones.
+          UserError: there are manifests, but each lacks objects, has damaged ones, or names files outside the run.
         """
         manifests = self._manifests()
         for manifest in manifests:
@@ -110,39 +126,58 @@ class Store:
             raise UserError(f"{self._root}: none of the {len(manifests)} manifests is complete and undamaged")
 
     def _fetch(self, objects: dict[str, str], folder: Path) -> bool:
-        """Copy a state to `folder`. Returns whether every object has a harmless name, exists and has its digest."""
+        """Copy a state to `folder`. Returns whether every object exists and has its digest."""
+        left = _MAX_BYTES
         for name, stored in objects.items():
-            if not _is_inside(name):
-                return False
+            target = folder / name
             try:
-                content = self._fs.cat_file(f"{self._root}/{stored}")
-            except FileNotFoundError:
-                return False
-            if _object(content) != stored:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                left -= self._copy(stored, target, left)
+            except (OSError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
                 return False
             self._verified.add(stored)
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content)
         return True
+
+    def _copy(self, stored: str, target: Path, max_bytes: int) -> int:
+        """Copy an object into a new file; returns its size.
+
+        Raises:
+          ValueError: it is no regular file, is larger than `max_bytes`, or does not have the digest in its name.
+          OSError: it does not exist, or `target` cannot be written.
+        """
+        digest, size = hashlib.sha256(), 0
+        self._require_file(f"{self._root}/{stored}")
+        with self._fs.open(f"{self._root}/{stored}", "rb") as source, target.open("xb") as copy:
+            while piece := source.read(_PIECE):
+                size += len(piece)
+                if size > max_bytes:
+                    raise ValueError("too large")
+                digest.update(piece)
+                copy.write(piece)
+        if _object_name(digest.hexdigest()) != stored:
+            raise ValueError("its content does not have its digest")
+        return size
 
     def push(self, folder: Path) -> None:
         """Copy changed files, then write a manifest that lists them, then remove objects that no manifest lists."""
+        self._refuse_links()
         objects = {}
         for file in sorted(folder.rglob("*")):
             # Orbax writes into folders with "tmp" in their names and renames them.
             name = file.relative_to(folder).as_posix()
-            if file.is_file() and "tmp" not in name and name != LOCK_FILE:
+            if file.is_file() and not file.is_symlink() and "tmp" not in name and name != LOCK_FILE:
                 content = file.read_bytes()
                 objects[name] = _object(content)
                 if objects[name] not in self._verified:
                     self._fs.makedirs(f"{self._root}/objects", exist_ok=True)
-                    self._fs.pipe_file(f"{self._root}/{objects[name]}", content)
+                    self._write(f"{self._root}/{objects[name]}", content)
                     self._verified.add(objects[name])
         manifests = self._manifests()
-        number = int(_last(manifests[0])[9:-5]) + 1 if manifests else 1
+        number = _number(manifests[0]) + 1 if manifests else 1
         manifest = f"{self._root}/manifest-{number:08d}.json"
-        self._fs.pipe_file(manifest, json.dumps({"objects": objects}).encode())
+        self._write(manifest, json.dumps({"objects": objects}).encode())
         self._clean()
 
     def _clean(self) -> None:
@@ -156,7 +191,8 @@ class Store:
 
     def _manifests(self) -> list[str]:
         """Paths of the manifests, the newest first."""
-        return sorted((p for p in self._listed(self._root) if _last(p).startswith("manifest-")), reverse=True)
+        found = (path for path in self._listed(self._root) if _MANIFEST.fullmatch(_last(path)))
+        return sorted(found, key=_number, reverse=True)
 
     def _listed(self, folder: str) -> list[str]:
         self._fs.invalidate_cache()
@@ -166,23 +202,66 @@ class Store:
             return []
 
     def _read(self, manifest: str) -> dict[str, str] | None:
+        """{file of the run: object} of a manifest; None if it is damaged or names files outside the run."""
         try:
-            found: Any = json.loads(self._fs.cat_file(manifest))["objects"]
-        except (ValueError, KeyError, TypeError, FileNotFoundError):
+            self._require_file(manifest)
+            with self._fs.open(manifest, "rb") as file:
+                text = file.read(_MAX_MANIFEST_BYTES + 1)
+            found: Any = json.loads(text)["objects"] if len(text) <= _MAX_MANIFEST_BYTES else None
+        except (ValueError, KeyError, TypeError, FileNotFoundError, RecursionError):
             return None
-        return {str(name): str(stored) for name, stored in found.items()}
+        if not isinstance(found, dict) or len(found) > _MAX_FILES:
+            return None
+        return found if all(_is_entry(name, stored) for name, stored in found.items()) else None
+
+    def _require_file(self, path: str) -> None:
+        """Raise ValueError unless `path` is a regular file: a pipe would never end, a link may lead anywhere."""
+        entry = self._fs.info(path)
+        if entry.get("islink") or entry.get("type") != "file":
+            raise ValueError("not a regular file")
+
+    def _write(self, path: str, content: bytes) -> None:
+        """Write an object or a manifest. A link at `path` is replaced, not followed."""
+        if self._is_local():
+            write_atomically(path, content)
+        else:
+            self._fs.pipe_file(path, content)
+
+    def _refuse_links(self) -> None:
+        """Raise UserError if a local store's folder of objects is a link: its target would be cleaned up."""
+        if self._is_local() and Path(self._root, "objects").is_symlink():
+            raise UserError(f"{self._root}/objects is a link; a run's store must hold its objects itself")
+
+    def _is_local(self) -> bool:
+        from fsspec.implementations.local import LocalFileSystem
+
+        return isinstance(self._fs, LocalFileSystem)
 
 
-def _is_inside(name: str) -> bool:
-    """Whether a file's name in a manifest leads into the run's folder: others may have written the manifest."""
-    return not (
-        PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor or ".." in name.replace("\\", "/").split("/")
+def _is_entry(name: str, stored: Any) -> bool:
+    """Whether a line of a manifest names a file inside the run and an object of the store."""
+    return (
+        is_inner_name(name)
+        and name.count("/") < _MAX_DEPTH
+        and isinstance(stored, str)
+        and _OBJECT.fullmatch(stored) is not None
     )
 
 
 def _object(content: bytes) -> str:
     """An object's name: the digest of its content."""
-    return f"objects/{hashlib.sha256(content).hexdigest()[:32]}"
+    return _object_name(hashlib.sha256(content).hexdigest())
+
+
+def _object_name(digest: str) -> str:
+    return f"objects/{digest[:32]}"
+
+
+def _number(manifest: str) -> int:
+    """The number in a manifest's name."""
+    found = _MANIFEST.fullmatch(_last(manifest))
+    assert found is not None
+    return int(found[1])
 
 
 def _last(path: str) -> str:
