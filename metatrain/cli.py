@@ -19,18 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
+
+from metatrain import cluster_commands
+from metatrain.terminal import ConfigFile, Overrides, console, load
 
 # What a command needs beyond this it imports when it is called: JAX and Ray take seconds.
 if TYPE_CHECKING:
-    from metatrain.config import Config
     from metatrain.outer.loop import Run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-# Tables need more than the 80 columns assumed for a pipe; names and messages may contain [brackets].
-_console = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
-
 # A folder without write permission, a file in place of a folder, a full disk: the user can fix these.
 _USER_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
 
@@ -68,7 +66,7 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
 
-        _console.print(f"metatrain (l3rs {version('l3rs')})")
+        console.print(f"metatrain (l3rs {version('l3rs')})")
         raise typer.Exit
 
 
@@ -79,18 +77,6 @@ def _options(
     ] = False,
 ) -> None:
     del version  # its callback has printed it
-
-
-def _load(config: Path, overrides: Sequence[str] | None) -> Config:
-    """Read a configuration; if its task is the user's own, the current folder may hold it."""
-    from metatrain.config import load_config
-    from metatrain.system import search_current_folder
-
-    loaded = load_config(config, overrides or ())
-    own_baselines = any(":" in str(baseline) for baseline in loaded.evaluation.baselines)
-    if loaded.task.is_imported or own_baselines:
-        search_current_folder()
-    return loaded
 
 
 def _use_cores() -> None:
@@ -113,17 +99,13 @@ def _names(text: str | None) -> list[str] | None:
     return text.split(",") if text else None
 
 
-_Config = Annotated[Path, typer.Argument(help="Configuration, a YAML file, e.g. configs/digits.yaml.")]
-_Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Values that replace the configuration's, e.g. outer.sigma=0.1.")
-]
 _Checkpoint = "Optimizer to use: a checkpoint's folder, the name of a shipped one, or a URL"
 
 
 @app.command()
 def run(
-    config: _Config,
-    overrides: _Overrides = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     out: Annotated[str | None, typer.Option(help="Folder or URL of the run.", show_default="runs/NAME")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the run in that folder if there is one.")] = False,
 ) -> None:
@@ -133,7 +115,7 @@ def run(
 
     _use_cores()
     check_client()
-    _conclude(loop.run(_load(config, overrides), out, resume_run=resume))
+    _conclude(loop.run(load(config, overrides), out, resume_run=resume))
 
 
 @app.command()
@@ -152,14 +134,14 @@ def resume(
 
 def _conclude(run: Run) -> None:
     if run.finished:
-        _console.print(f"meta-trained for {run.generation} generations; the optimizer is in {run.optimizer}")
+        console.print(f"meta-trained for {run.generation} generations; the optimizer is in {run.optimizer}")
 
 
 @app.command()
 def evaluate(
     optimizer: Annotated[str, typer.Argument(help=f"{_Checkpoint}; - for baselines alone.")],
-    config: _Config,
-    overrides: _Overrides = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     horizons: Annotated[
         str | None, typer.Option(help="Numbers of training steps to compare at, comma-separated.")
     ] = None,
@@ -195,9 +177,9 @@ def evaluate(
         raise UserError(f"{folder / 'results.json'} exists; choose another folder with --out")
     results = comparison.evaluate(
         optimizer,
-        _load(config, overrides),
+        load(config, overrides),
         settings=_names(settings),
-        log=_console.print,
+        log=console.print,
         horizons=_numbers(horizons, "--horizons", "10,30,100") if horizons else None,
         seeds=seeds,
         tuning_seeds=tuning_seeds,
@@ -208,14 +190,14 @@ def evaluate(
     saved = results.save(folder)
     analysis = Analysis(results)
     for setting in results.settings():
-        _console.print(report.table(analysis, setting))
+        console.print(report.table(analysis, setting))
     for table in report.zoo_tables(analysis):
-        _console.print(table)
+        console.print(table)
     for note in results.notes:
-        _console.print(f"note: {note}")
+        console.print(f"note: {note}")
     if not no_optimizer:  # the page is about L3RS
-        _console.print(f"{' '.join(report.verdict(analysis))}\nreport: {report.write(analysis, folder)}")
-    _console.print(f"results: {saved}")
+        console.print(f"{' '.join(report.verdict(analysis))}\nreport: {report.write(analysis, folder)}")
+    console.print(f"results: {saved}")
 
 
 @app.command("report")
@@ -233,9 +215,9 @@ def report_(
         results = Results.load(folder / "results.json")
         if results.optimizer == NO_OPTIMIZER:
             raise UserError(f"{folder} compares baselines alone; a report needs an optimizer of ours")
-        _console.print(f"report: {report.write(Analysis(results), folder)}")
+        console.print(f"report: {report.write(Analysis(results), folder)}")
     elif (folder / "config.yaml").is_file():
-        _console.print(f"report: {live.write(folder, going=False)}")
+        console.print(f"report: {live.write(folder, going=False)}")
     else:
         raise UserError(f"{folder} is neither an evaluation, with a results.json, nor a run, with a config.yaml")
 
@@ -254,38 +236,38 @@ def export(
 
     _use_cores()
     measured = None if results is None else Results.load(results).summary()
-    _console.print(f"the optimizer is in {loop.export(folder, destination, measured)}")
+    console.print(f"the optimizer is in {loop.export(folder, destination, measured)}")
 
 
 @app.command()
-def prepare(config: _Config, overrides: _Overrides = None) -> None:
+def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
     """Download and prepare a task's data sets. Those of TFDS need the extra l3rs\\[prepare]."""
     from tasks import prepare_task
 
-    setup = _load(config, overrides)
+    setup = load(config, overrides)
     forms = setup.task.forms() + [setup.task.form(options) for options in setup.evaluation.settings.values()]
     prepared = [location for name, options in forms for location in prepare_task(name, options)]
     for location in dict.fromkeys(prepared or ["nothing to prepare"]):
-        _console.print(location)
+        console.print(location)
 
 
 @app.command()
-def pretrain(config: _Config, overrides: _Overrides = None) -> None:
+def pretrain(config: ConfigFile, overrides: Overrides = None) -> None:
     """Pretrain the networks that a task starts from and cache them. `run` does so, too, if they are missing."""
     from tasks import make_task
 
     _use_cores()
     logging.getLogger("tasks").setLevel(logging.INFO)
-    for name, options in _load(config, overrides).task.forms():
+    for name, options in load(config, overrides).task.forms():
         task = make_task(name, options)
         meta_train, held_out = (len(task.pools[pool]) for pool in ("meta_train", "held_out"))
-        _console.print(f"{task.name}: {meta_train} inits for meta-training, {held_out} held out")
+        console.print(f"{task.name}: {meta_train} inits for meta-training, {held_out} held out")
 
 
 @app.command()
 def estimate(
-    config: _Config,
-    overrides: _Overrides = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     workers: Annotated[
         str, typer.Option(help="Numbers of workers to estimate for, comma-separated.")
     ] = "1,2,4,8,16,32,64,128",
@@ -296,95 +278,18 @@ def estimate(
 
     _use_cores()
     counts = _numbers(workers, "--workers", "1,8,64")
-    setup = _load(config, overrides)
+    setup = load(config, overrides)
     found = measure(setup)
-    _console.print(
+    console.print(
         f"{setup.name}: {setup.outer.steps:,} generations of {found.population} candidates, "
         f"{found.candidate_steps:,} candidate-steps; a shard is {found.members_per_shard} candidates\n"
         f"measured on one core or accelerator of this machine: {1e3 * found.seconds_per_step:.3g} ms per "
         f"candidate-step, {1e3 * found.seconds_per_call:.3g} ms per shard in addition"
     )
-    _console.print(table(found, counts))
+    console.print(table(found, counts))
 
 
-_Address = Annotated[
-    str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Address of the cluster's dashboard, http://HOST:PORT.")
-]
-_Open = Annotated[
-    bool,
-    typer.Option("--allow-unauthenticated", help="Accept a cluster without Ray's token that others can reach, too."),
-]
-_Name = Annotated[str, typer.Argument(help="Name of the run, or id of its job.")]
-_DASHBOARD = "http://127.0.0.1:8265"
-
-
-@app.command()
-def submit(
-    config: _Config,
-    overrides: _Overrides = None,
-    out: Annotated[
-        str | None, typer.Option(help="URL of the run, or its folder as an absolute path on the cluster.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Resume the run of that name.")] = False,
-    address: _Address = _DASHBOARD,
-    allow_unauthenticated: _Open = False,
-) -> None:
-    """Start a run as a job of a Ray cluster."""
-    from metatrain.config import UserError
-    from metatrain.ray import jobs
-
-    setup = _load(config, overrides)
-    if allow_unauthenticated:
-        execution = setup.execution.model_copy(update={"allow_unauthenticated": True})
-        setup = setup.model_copy(update={"execution": execution})
-    folder = out or str(Path("runs").absolute() / setup.name)
-    if "://" not in folder and not Path(folder).is_absolute():
-        raise UserError(f"--out is {folder}; a job runs on another machine, so it must be an absolute path or a URL")
-    job = jobs.submit(jobs.client(address, allow_unauthenticated), setup, folder, resume=resume, log=_console.print)
-    _console.print(f"{job.name} is {job.status.lower()}; see: metatrain status {job.name}")
-
-
-@app.command("list")
-def list_(address: _Address = _DASHBOARD, allow_unauthenticated: _Open = False) -> None:
-    """List the runs of a Ray cluster."""
-    from metatrain.ray import jobs
-
-    for job in jobs.list_runs(jobs.client(address, allow_unauthenticated)):
-        _console.print(f"{job.id}  {job.status.lower()}  {job.folder}")
-
-
-@app.command()
-def status(name: _Name, address: _Address = _DASHBOARD, allow_unauthenticated: _Open = False) -> None:
-    """Show the progress of a run."""
-    from metatrain.ray import jobs
-
-    connected = jobs.client(address, allow_unauthenticated)
-    _console.print(jobs.status(connected, jobs.find(connected, name)))
-
-
-@app.command()
-def logs(
-    name: _Name,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing until the run ends.")] = False,
-    address: _Address = _DASHBOARD,
-    allow_unauthenticated: _Open = False,
-) -> None:
-    """Print the output of a run's driver."""
-    from metatrain.ray import jobs
-
-    connected = jobs.client(address, allow_unauthenticated)
-    for text in jobs.logs(connected, jobs.find(connected, name), follow):
-        _console.print(text, end="")
-
-
-@app.command()
-def stop(name: _Name, address: _Address = _DASHBOARD, allow_unauthenticated: _Open = False) -> None:
-    """Stop a run after a last checkpoint."""
-    from metatrain.ray import jobs
-
-    connected = jobs.client(address, allow_unauthenticated)
-    job = jobs.stop(connected, jobs.find(connected, name))
-    _console.print(f"{job.name} is {job.status.lower()}; resume with: metatrain submit … --resume")
+app.add_typer(cluster_commands.app)
 
 
 @app.command()
@@ -408,19 +313,19 @@ def inspect(
         _print_matches(optimizer, network, {"rename": _renames(rename), "by": match, "on_unknown": on_unknown})
         return
     for line in describe(optimizer):
-        _console.print(line)
+        console.print(line)
 
 
 def _print_matches(optimizer: str, network: Path, how: Mapping[str, Any]) -> None:
     from metatrain.inspection.network_layers import network_matches
 
     if network.suffix != ".safetensors":
-        _load(network, ())  # finds a task in the current folder
+        load(network, ())  # finds a task in the current folder
     for name, layers in network_matches(optimizer, network, how):
-        _console.print(f"{name} ← {optimizer}")
+        console.print(f"{name} ← {optimizer}")
         width = max(len(layer.name or "") for layer in layers)
         for layer in layers:
-            _console.print(f"  {layer.name or '':{width}}  {list(layer.shape)}  ← {layer.source}")
+            console.print(f"  {layer.name or '':{width}}  {list(layer.shape)}  ← {layer.source}")
 
 
 def _renames(pairs: Sequence[str] | None) -> dict[str, str]:
@@ -441,9 +346,9 @@ def list_tasks() -> None:
 
     for name, builder in TASKS.items():
         summary = (builder.__doc__ or "").strip().splitlines()[0]
-        _console.print(Text.assemble((name, "bold"), f"  {summary}"))
+        console.print(Text.assemble((name, "bold"), f"  {summary}"))
         for option in signature(builder).parameters.values():
-            _console.print(f"    {str(option).replace(': ', '  ', 1)}")
+            console.print(f"    {str(option).replace(': ', '  ', 1)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,91 @@
+"""The commands for runs that are jobs of a Ray cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from metatrain.terminal import ConfigFile, Overrides, console, load
+
+app = typer.Typer()
+
+_Address = Annotated[
+    str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Address of the cluster's dashboard, http://HOST:PORT.")
+]
+_Open = Annotated[
+    bool,
+    typer.Option("--allow-unauthenticated", help="Accept a cluster without Ray's token that others can reach, too."),
+]
+_Name = Annotated[str, typer.Argument(help="Name of the run, or id of its job.")]
+_DASHBOARD = "http://127.0.0.1:8265"
+
+
+@app.command()
+def submit(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: Annotated[
+        str | None, typer.Option(help="URL of the run, or its folder as an absolute path on the cluster.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run of that name.")] = False,
+    address: _Address = _DASHBOARD,
+    allow_unauthenticated: _Open = False,
+) -> None:
+    """Start a run as a job of a Ray cluster."""
+    from metatrain.config import UserError
+    from metatrain.ray import jobs
+
+    setup = load(config, overrides)
+    if allow_unauthenticated:
+        execution = setup.execution.model_copy(update={"allow_unauthenticated": True})
+        setup = setup.model_copy(update={"execution": execution})
+    folder = out or str(Path("runs").absolute() / setup.name)
+    if "://" not in folder and not Path(folder).is_absolute():
+        raise UserError(f"--out is {folder}; a job runs on another machine, so it must be an absolute path or a URL")
+    job = jobs.submit(jobs.client(address, allow_unauthenticated), setup, folder, resume=resume, log=console.print)
+    console.print(f"{job.name} is {job.status.lower()}; see: metatrain status {job.name}")
+
+
+@app.command("list")
+def list_(address: _Address = _DASHBOARD, allow_unauthenticated: _Open = False) -> None:
+    """List the runs of a Ray cluster."""
+    from metatrain.ray import jobs
+
+    for job in jobs.list_runs(jobs.client(address, allow_unauthenticated)):
+        console.print(f"{job.id}  {job.status.lower()}  {job.folder}")
+
+
+@app.command()
+def status(name: _Name, address: _Address = _DASHBOARD, allow_unauthenticated: _Open = False) -> None:
+    """Show the progress of a run."""
+    from metatrain.ray import jobs
+
+    connected = jobs.client(address, allow_unauthenticated)
+    console.print(jobs.status(connected, jobs.find(connected, name)))
+
+
+@app.command()
+def logs(
+    name: _Name,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing until the run ends.")] = False,
+    address: _Address = _DASHBOARD,
+    allow_unauthenticated: _Open = False,
+) -> None:
+    """Print the output of a run's driver."""
+    from metatrain.ray import jobs
+
+    connected = jobs.client(address, allow_unauthenticated)
+    for text in jobs.logs(connected, jobs.find(connected, name), follow):
+        console.print(text, end="")
+
+
+@app.command()
+def stop(name: _Name, address: _Address = _DASHBOARD, allow_unauthenticated: _Open = False) -> None:
+    """Stop a run after a last checkpoint."""
+    from metatrain.ray import jobs
+
+    connected = jobs.client(address, allow_unauthenticated)
+    job = jobs.stop(connected, jobs.find(connected, name))
+    console.print(f"{job.name} is {job.status.lower()}; resume with: metatrain submit … --resume")
