@@ -1,6 +1,6 @@
 """Meta-train learned optimizers, and compare them with tuned baselines.
 
-Exit code 0: done, or stopped on request and saved; 2: the input is wrong; 1: any other error.
+Exit code 0: done, or stopped on request and saved; 2: the input is wrong; 3: the disk is full; 1: any other error.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from metatrain.outer.loop import Run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-# A folder without write permission, a file in place of a folder, a full disk: the user can fix these.
-_USER_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+# A folder without write permission, a file in place of a folder: the user can choose another.
+_USER_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, *_FULL}
 
 
 def main() -> None:
@@ -46,7 +47,8 @@ def main() -> None:
     except OSError as error:
         if error.errno not in _USER_ERRNOS:
             raise
-        sys.exit(_refuse(f"{error.filename or 'a file'} cannot be written: {error.strerror}"))
+        _refuse(f"{error.filename or 'a file'} cannot be written: {error.strerror}")
+        sys.exit(3 if error.errno in _FULL else 2)
 
 
 def _is_input_error(error: ValueError) -> bool:
@@ -168,6 +170,7 @@ def evaluate(
     from metatrain.evaluation import comparison
     from metatrain.evaluation.analysis import Analysis
     from metatrain.evaluation.records import NO_OPTIMIZER
+    from metatrain.system import check_destination
 
     _use_cores()
     no_optimizer = optimizer == NO_OPTIMIZER
@@ -175,6 +178,7 @@ def evaluate(
     folder = out or Path("runs") / name
     if (folder / "results.json").exists():
         raise UserError(f"{folder / 'results.json'} exists; choose another folder with --out")
+    check_destination(folder, "results.json", "report.html")
     results = comparison.evaluate(
         optimizer,
         load(config, overrides),
@@ -210,7 +214,10 @@ def report_(
     from metatrain.evaluation.analysis import Analysis
     from metatrain.evaluation.records import NO_OPTIMIZER, Results
     from metatrain.report import live
+    from metatrain.system import check_destination
 
+    if folder.is_dir():
+        check_destination(folder, "report.html")
     if (folder / "results.json").is_file():
         results = Results.load(folder / "results.json")
         if results.optimizer == NO_OPTIMIZER:
@@ -231,10 +238,15 @@ def export(
     ] = None,
 ) -> None:
     """Write the optimizer of a run's newest checkpoint, whether the run is finished or not."""
+    from metatrain.config import UserError
     from metatrain.evaluation.records import Results
     from metatrain.outer import loop
+    from metatrain.system import check_destination
 
     _use_cores()
+    if os.path.lexists(destination):
+        raise UserError(f"{destination} exists; choose another folder")
+    check_destination(destination)
     measured = None if results is None else Results.load(results).summary()
     console.print(f"the optimizer is in {loop.export(folder, destination, measured)}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -44,7 +45,9 @@ def submit(
     folder = out or str(Path("runs").absolute() / setup.name)
     if "://" not in folder and not Path(folder).is_absolute():
         raise UserError(f"--out is {folder}; a job runs on another machine, so it must be an absolute path or a URL")
-    job = jobs.submit(jobs.client(address, allow_unauthenticated), setup, folder, resume=resume, log=console.print)
+    job = jobs.submit(
+        jobs.client(address, allow_unauthenticated, console.print), setup, folder, resume=resume, log=console.print
+    )
     console.print(f"{job.name} is {job.status.lower()}; see: metatrain status {job.name}")
 
 
@@ -53,16 +56,25 @@ def list_(address: _Address = _DASHBOARD, allow_unauthenticated: _Open = False) 
     """List the runs of a Ray cluster."""
     from metatrain.ray import jobs
 
-    for job in jobs.list_runs(jobs.client(address, allow_unauthenticated)):
+    for job in jobs.list_runs(jobs.client(address, allow_unauthenticated, _log)):
         console.print(f"{job.id}  {job.status.lower()}  {job.folder}")
 
 
 @app.command()
-def status(name: _Name, address: _Address = _DASHBOARD, allow_unauthenticated: _Open = False) -> None:
-    """Show the progress of a run."""
+def status(
+    name: Annotated[str, typer.Argument(help="Name of a run of the cluster, id of its job, or a run's folder.")],
+    address: _Address = _DASHBOARD,
+    allow_unauthenticated: _Open = False,
+) -> None:
+    """Show the progress of a run: of a folder on this machine, or of a Ray cluster."""
+    if (Path(name) / "config.yaml").is_file() or ("/" in name and Path(name).is_dir()):
+        from metatrain.outer.status import local_status
+
+        console.print(local_status(Path(name), name))
+        return
     from metatrain.ray import jobs
 
-    connected = jobs.client(address, allow_unauthenticated)
+    connected = jobs.client(address, allow_unauthenticated, _log)
     console.print(jobs.status(connected, jobs.find(connected, name)))
 
 
@@ -76,7 +88,7 @@ def logs(
     """Print the output of a run's driver."""
     from metatrain.ray import jobs
 
-    connected = jobs.client(address, allow_unauthenticated)
+    connected = jobs.client(address, allow_unauthenticated, _log)
     for text in jobs.logs(connected, jobs.find(connected, name), follow):
         console.print(text, end="")
 
@@ -86,6 +98,11 @@ def stop(name: _Name, address: _Address = _DASHBOARD, allow_unauthenticated: _Op
     """Stop a run after a last checkpoint."""
     from metatrain.ray import jobs
 
-    connected = jobs.client(address, allow_unauthenticated)
-    job = jobs.stop(connected, jobs.find(connected, name))
+    connected = jobs.client(address, allow_unauthenticated, _log)
+    job = jobs.stop(connected, jobs.find(connected, name), log=_log)
     console.print(f"{job.name} is {job.status.lower()}; resume with: metatrain submit … --resume")
+
+
+def _log(sentence: str) -> None:
+    """News for the user that is not the command's result."""
+    print(sentence, file=sys.stderr)

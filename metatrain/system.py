@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
+
+from metatrain.config import UserError
 
 
 def usable_cpus() -> int:
@@ -23,3 +26,27 @@ def search_current_folder() -> None:
     folder = os.getcwd()
     if folder not in sys.path:
         sys.path.append(folder)
+
+
+def check_destination(folder: Path, *files: str) -> None:
+    """Check that a folder can be created or written, before hours of computing for it.
+
+    Args:
+      folder: which need not exist.
+      files: that will be written into it; none of them may be a folder.
+
+    Raises:
+      UserError: it cannot.
+    """
+    if "\0" in str(folder):
+        raise UserError(f"{str(folder)!r} is not a path: it contains a NUL character")
+    for parent in (folder, *folder.absolute().parents):
+        if os.path.lexists(parent):
+            break
+    if not parent.is_dir():
+        raise UserError(f"{folder} cannot be written: {parent} is not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{folder} cannot be written: there is no permission to write in {parent}")
+    for file in files:
+        if (folder / file).is_dir():
+            raise UserError(f"{folder / file} cannot be written: it is a folder")

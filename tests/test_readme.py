@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import typer
 
 from metatrain.cli import app
 
@@ -71,7 +72,7 @@ def test_the_baselines_example_runs() -> None:
 
 
 def test_every_command_of_the_readme_exists() -> None:
-    commands = {info.name or info.callback.__name__ for info in app.registered_commands if info.callback}
+    commands = set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
     named = set(re.findall(r"^    metatrain ([a-z-]+)", README, re.MULTILINE))
     assert named
     assert named <= commands

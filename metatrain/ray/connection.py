@@ -1,4 +1,9 @@
-"""Connecting to a Ray cluster: no unrequested open ports, and no reachable cluster without its token."""
+"""Connecting to a Ray cluster: no unrequested open ports, and no reachable cluster without its token.
+
+Ray finds its token in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token. `ray start` turns token
+authentication on if it finds one; Ray's clients use it only if RAY_AUTH_MODE is "token". Here, clients ask the
+cluster for its mode instead, and the Ray that a run starts for itself leaves no token behind in a file.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ import ipaddress
 import logging
 import math
 import os
+import secrets
 import socket
 import tempfile
 import warnings
@@ -14,12 +20,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from metatrain.config import ExecutionConfig, UserError, one_line
+from metatrain.waiting import noticed
 
 _PROBE_SECONDS = 10.0
 
 
-def connect(execution: ExecutionConfig) -> bool:
+def connect(execution: ExecutionConfig, log: Callable[[str], None]) -> bool:
     """Connect this process to Ray at `execution.address`, or start Ray on this machine, on loopback only.
+
+    Args:
+      execution: address, workers, resources, security.
+      log: called with what the process is connected to, and whether with a token.
 
     Returns:
       Whether this call opened the connection, so that the caller has to close it.
@@ -29,16 +40,20 @@ def connect(execution: ExecutionConfig) -> bool:
     """
     address = execution.address or os.environ.get("RAY_ADDRESS")
     if address is None:
-        return _own_ray(execution)
+        return _own_ray(execution, log)
     if address != "auto":
         host, port = split_address(address)
         require_token(host, execution.allow_unauthenticated)
         probe(host, port)
+        if is_loopback(host) and has_token():
+            # A local `ray start` has turned authentication on if it found this token; without it, the token is ignored.
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
     if ray.is_initialized():
         return False
-    with _captured_stderr() as captured:
+    advice = "Ray gives up by itself; check that the cluster's head runs and that its port is right"
+    with _captured_stderr() as captured, noticed(f"the Ray cluster at {address}", advice, log):
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             problem = None
@@ -54,12 +69,20 @@ def connect(execution: ExecutionConfig) -> bool:
     except UserError:
         ray.shutdown()
         raise
+    log(f"connected to the Ray cluster at {address}, {_mode()}")
     return True
 
 
-def _own_ray(execution: ExecutionConfig) -> bool:
+def _mode() -> str:
+    return "with Ray's token" if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" else "without a token"
+
+
+def _own_ray(execution: ExecutionConfig, log: Callable[[str], None]) -> bool:
     # Ray reads this when it is imported: it then listens on loopback only.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # Ray would write a token to ~/.ray/auth_token, readable by others, and every later `ray start` would ask for it.
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() == "token" and not has_token():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     os.environ.setdefault("RAY_worker_niceness", "0")  # the run has this machine to itself
     import ray
 
@@ -70,7 +93,11 @@ def _own_ray(execution: ExecutionConfig) -> bool:
     cpus = max(os.cpu_count() or 1, math.ceil(workers * needs.get("CPU", 0)))
     # Ray calls exec right after fork, so JAX's threads are no problem.
     warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    with noticed("Ray to start on this machine", "if it does not, look into /tmp/ray/session_latest/logs", log):
+        ray.init(
+            address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+        )
+    log(f"started Ray on this machine for this run, on loopback only, {_mode()}")
     return True
 
 
@@ -113,8 +140,13 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def require_token(host: str, allow_unauthenticated: bool) -> None:
+def require_token(host: str, allow_unauthenticated: bool, accept: str = "execution.allow_unauthenticated=true") -> None:
     """Use Ray's token; refuse a cluster that others can reach if there is none.
+
+    Args:
+      host: of the cluster.
+      allow_unauthenticated: accept such a cluster.
+      accept: what the user can write to accept it, for the message.
 
     Raises:
       UserError: there is no token, and `allow_unauthenticated` is false.
@@ -129,7 +161,7 @@ def require_token(host: str, allow_unauthenticated: bool) -> None:
     raise UserError(
         f"{host} can be reached from other machines, and Ray's token authentication is off: run "
         "`ray get-auth-token --generate`, start the cluster with RAY_AUTH_MODE=token and set the same variable here, "
-        "or accept the risk with execution.allow_unauthenticated=true"
+        f"or accept the risk with {accept}"
     )
 
 

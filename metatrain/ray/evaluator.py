@@ -74,7 +74,7 @@ class RayEvaluator:
         execution: ExecutionConfig,
         log: Callable[[str], None],
     ) -> None:
-        self._owned = connect(execution)
+        self._owned = connect(execution, log)
         import ray
 
         self._ray, self._log = ray, log

@@ -12,6 +12,7 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import math
 import os
 import platform
 import shlex
@@ -25,9 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from l3rs.io.files import first_line
-from metatrain.config import Config, UserError, dump_config, load_config
-from metatrain.outer.metrics import read_metrics
-from metatrain.ray.connection import is_loopback, probe, require_token, split_address
+from metatrain.config import Config, UserError, dump_config
+from metatrain.outer.status import progress
+from metatrain.ray.connection import has_token, is_loopback, probe, require_token, split_address
+from metatrain.waiting import NOTICE_SECONDS, notice, noticed
 
 CLIENT = "L3RS_CLIENT"  # environment variable: the versions on the submitting machine, as JSON
 _NAME, _FOLDER = "l3rs_run", "l3rs_folder"  # metadata of a job
@@ -35,7 +37,6 @@ _START_SECONDS = 180.0
 _STOP_SECONDS = 120
 _AGENT_SECONDS = 60.0
 _MODULE_BYTES = 50 * 2**20
-_PROGRESS = {"seconds", "meta_loss_mean", "candidate_steps_per_s", "workers"}  # keys of a line that a status shows
 _OURS = ("l3rs", "tasks", "metatrain")
 
 
@@ -51,22 +52,34 @@ class Job:
     started: float  # seconds since 1970; 0 if it has not started
 
 
-def client(address: str, allow_unauthenticated: bool = False) -> Any:
+def client(address: str, allow_unauthenticated: bool = False, log: Callable[[str], None] = lambda _: None) -> Any:
     """A client of the cluster's job server.
 
     Args:
       address: of the dashboard, http://host:port.
       allow_unauthenticated: accept a cluster without Ray's token that others can reach, too.
+      log: called with the cluster's address and whether it uses a token.
 
     Raises:
       UserError: the server does not answer, the token is missing or wrong, or Ray's versions differ.
     """
     host, port = split_address(address)
-    require_token(host, allow_unauthenticated)
+    require_token(host, allow_unauthenticated, accept="--allow-unauthenticated")
     probe(host, port)
     url = address if "://" in address else f"http://{address}"
-    if not is_loopback(host) and not allow_unauthenticated:
-        _require_token_mode(url)
+    mode = _authentication_mode(url)
+    if mode == "token":
+        if not has_token():
+            raise UserError(
+                f"the cluster at {address} requires Ray's token, and there is none here: set RAY_AUTH_TOKEN, or copy "
+                "~/.ray/auth_token from the cluster's head"
+            )
+        os.environ["RAY_AUTH_MODE"] = "token"  # read when Ray is imported
+    elif not is_loopback(host) and not allow_unauthenticated:
+        raise UserError(
+            f"the cluster at {url} accepts everyone: start it with RAY_AUTH_MODE=token, "
+            "or accept the risk with --allow-unauthenticated"
+        )
     import ray
     from ray.job_submission import JobSubmissionClient
 
@@ -79,20 +92,18 @@ def client(address: str, allow_unauthenticated: bool = False) -> Any:
         raise UserError(
             f"the cluster at {address} has Ray {theirs}, this machine has {ray.__version__}; they must be the same"
         )
+    used = "with Ray's token" if mode == "token" else "without a token"
+    log(f"Ray cluster at {address}, {used}")
     return connected
 
 
-def _require_token_mode(url: str) -> None:
+def _authentication_mode(url: str) -> str:
+    """Ray's `authentication_mode` of a cluster: "token", or "disabled", also if it does not say."""
     try:
-        with urllib.request.urlopen(f"{url}/api/authentication_mode", timeout=10) as answer:
-            mode = json.load(answer).get("authentication_mode", "disabled")
-    except (OSError, ValueError):
-        mode = "disabled"
-    if mode != "token":
-        raise UserError(
-            f"the cluster at {url} accepts everyone: start it with RAY_AUTH_MODE=token, "
-            "or accept the risk with --allow-unauthenticated"
-        )
+        with urllib.request.urlopen(f"{url.rstrip('/')}/api/authentication_mode", timeout=10) as answer:
+            return str(json.load(answer).get("authentication_mode", "disabled"))
+    except (OSError, ValueError, AttributeError):
+        return "disabled"
 
 
 def submit(jobs: Any, config: Config, folder: str, *, resume: bool = False, log: Callable[[str], None] = print) -> Job:
@@ -182,25 +193,11 @@ def find(jobs: Any, name: str) -> Job:
 
 def status(jobs: Any, job: Job) -> str:
     """A run's progress, from its metrics if its folder can be read here, else from its driver's output."""
-    lines = [line for line in read_metrics(Path(job.folder) / "metrics.jsonl") if set(line) >= _PROGRESS]
-    if lines:
-        return _progress(lines[-1], [line["seconds"] for line in lines[-20:]], job)
+    state = job.status.lower()
+    if found := progress(Path(job.folder), job.name, state, going=job.status == "RUNNING"):
+        return found
     printed = [line for line in jobs.get_job_logs(job.id).splitlines() if line.startswith("generation ")]
-    return f"{job.name}: {job.status.lower()}, {printed[-1] if printed else 'nothing computed yet'}"
-
-
-def _progress(last: dict[str, Any], seconds: list[float], job: Job) -> str:
-    done = last["generation"] + 1
-    saved = Path(job.folder) / "config.yaml"
-    total = None
-    if saved.is_file():
-        total = load_config(saved).outer.steps
-    left = "" if total is None else f", about {sum(seconds) / len(seconds) * (total - done):,.0f} s left"
-    loss = "not finite" if last["meta_loss_mean"] is None else f"{last['meta_loss_mean']:.4f}"
-    return (
-        f"{job.name}: {job.status.lower()}, generation {done}/{total or '?'}, meta-loss {loss}, "
-        f"{last['candidate_steps_per_s']:,.0f} candidate-steps/s, {last['workers']} workers{left}"
-    )
+    return f"{job.name}: {state}, {printed[-1] if printed else 'nothing computed yet'}"
 
 
 def logs(jobs: Any, job: Job, follow: bool) -> Iterator[str]:
@@ -222,8 +219,14 @@ def logs(jobs: Any, job: Job, follow: bool) -> Iterator[str]:
         loop.close()
 
 
-def stop(jobs: Any, job: Job, seconds: float = _STOP_SECONDS) -> Job:
+def stop(jobs: Any, job: Job, seconds: float = _STOP_SECONDS, log: Callable[[str], None] = print) -> Job:
     """Stop a run and wait until its driver has saved it and ended.
+
+    Args:
+      jobs: from `client`.
+      job: from `find`.
+      seconds: to wait at most.
+      log: called with news for the user.
 
     Raises:
       UserError: it is not running, or does not end within `seconds`.
@@ -232,11 +235,13 @@ def stop(jobs: Any, job: Job, seconds: float = _STOP_SECONDS) -> Job:
         raise UserError(f"the run {job.name} is not running: job {job.id} is {job.status.lower()}")
     jobs.stop_job(job.id)
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        now = find(jobs, job.id)
-        if now.status not in ("PENDING", "RUNNING"):
-            return now
-        time.sleep(0.5)
+    advice = f"at most {seconds:.0f} s; see: metatrain logs {job.name}"
+    with noticed(f"the driver of {job.name} to save the run and end", advice, log):
+        while time.monotonic() < deadline:
+            now = find(jobs, job.id)
+            if now.status not in ("PENDING", "RUNNING"):
+                return now
+            time.sleep(0.5)
     raise UserError(
         f"job {job.id} still runs {seconds:.0f} s after it was told to stop; see: metatrain logs {job.name}"
     )
@@ -266,8 +271,13 @@ def _versions() -> dict[str, str]:
 
 
 def _wait_for_start(jobs: Any, job_id: str, log: Callable[[str], None]) -> Job:
-    deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline:
+    began = time.monotonic()
+    notice_at = began + NOTICE_SECONDS
+    while time.monotonic() < began + _START_SECONDS:
+        if time.monotonic() > notice_at:
+            notice_at = math.inf
+            advice = f"at most {_START_SECONDS:.0f} s; Ctrl-C leaves the job running; see: metatrain logs {job_id}"
+            log(notice(f"the first generation of {job_id}", NOTICE_SECONDS, advice))
         job = find(jobs, job_id)
         if job.status == "FAILED":
             raise UserError(_failure(jobs, job))

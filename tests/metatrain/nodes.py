@@ -30,9 +30,12 @@ class Nodes:
       env: the environment with which to reach it.
     """
 
-    def __init__(self, token: bool, dashboard: bool) -> None:
+    def __init__(self, token: bool | None, dashboard: bool) -> None:
         self._temp = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
-        self.env = {**os.environ, "RAY_worker_niceness": "0", "RAY_AUTH_MODE": "token" if token else "disabled"}
+        self.env = {**os.environ, "RAY_worker_niceness": "0"}
+        self.env.pop("RAY_AUTH_MODE", None)
+        if token is not None:
+            self.env["RAY_AUTH_MODE"] = "token" if token else "disabled"
         self.env["PATH"] = f"{_RAY.parent}:{self.env['PATH']}"  # a job's command finds this Python
         for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
             self.env.pop(name, None)
@@ -78,9 +81,21 @@ class Nodes:
 
 
 @contextmanager
-def ray_nodes(cpus: int = 2, *, token: bool = True, dashboard: bool = False) -> Iterator[Nodes]:
-    """A head with so many CPUs; everything is gone afterwards."""
+def ray_nodes(
+    cpus: int = 2, *, token: bool | None = True, dashboard: bool = False, home: Path | None = None
+) -> Iterator[Nodes]:
+    """A head with so many CPUs; everything is gone afterwards.
+
+    Args:
+      cpus: of the head.
+      token: Ray's authentication mode; None leaves the choice to Ray.
+      dashboard: start it, too.
+      home: the home folder, where Ray looks for a token.
+    """
     nodes = Nodes(token, dashboard)
+    if home is not None:
+        nodes.env |= {"HOME": str(home)}
+        nodes.env.pop("RAY_AUTH_TOKEN", None)
     try:
         nodes.head(cpus)
         yield nodes

@@ -171,6 +171,32 @@ def test_a_place_that_cannot_be_written(config: Path, tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "in the way"
 
 
+def test_a_destination_is_checked_before_anything_is_computed(finished: Path, config: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "e" / "report.html").mkdir(parents=True)
+    for words in (
+        ("evaluate", finished / "optimizer", config, "--out", tmp_path / "file"),
+        ("evaluate", finished / "optimizer", config, "--out", tmp_path / "file" / "e"),
+        ("evaluate", finished / "optimizer", config, "--out", tmp_path / "e"),
+        ("export", finished, tmp_path / "file" / "x"),
+        ("report", tmp_path / "e"),
+    ):
+        done = metatrain(*words)
+        assert "cannot be written" in refused(done)
+        assert not done.stdout
+    sentence = refused(metatrain("export", finished, tmp_path / "e"))
+    assert "exists; choose another folder" in sentence
+    assert "overwrite" not in sentence  # export has no such option
+
+
+def test_status_of_a_folder_needs_no_cluster(finished: Path, tmp_path: Path) -> None:
+    done = metatrain("status", finished)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{finished}: finished, generation 3/3, meta-loss ")
+    assert "left" not in done.stdout
+    assert "not a run" in refused(metatrain("status", tmp_path))
+
+
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 600 kB."""
@@ -185,7 +211,9 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_said_and_what_was_saved_is_kept(config: Path, tiny_disk: Path) -> None:
     folder = tiny_disk / "run"
     done = metatrain("run", config, "outer.steps=500", "checkpoint.keep=1000", "--out", folder)
-    assert "No space left on device" in refused(done)
+    assert done.returncode == 3, done.stderr
+    assert "No space left on device" in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
     saved = max(int(p.name) for p in (folder / "state").iterdir() if p.name.isdigit())
     subprocess.run(["mount", "-o", "remount,size=20m", tiny_disk], check=True)
     assert metatrain("export", folder, tiny_disk / "optimizer").returncode == 0

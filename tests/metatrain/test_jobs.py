@@ -123,6 +123,50 @@ def test_a_cluster_without_tokens(tmp_path: Path) -> None:
         assert (folder / "optimizer").is_dir()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("earlier_token", [False, True])
+def test_the_sequence_of_the_readme(tmp_path: Path, earlier_token: bool) -> None:
+    """`run` with Ray on this machine, then a cluster of this machine: nothing that one leaves stops the next.
+
+    An earlier program may have left a token, with which `ray start` turns authentication on.
+    """
+    config, home = _user_config(tmp_path), tmp_path / "home"
+    home.mkdir()
+    token = home / ".ray" / "auth_token"
+    if earlier_token:
+        token.parent.mkdir()
+        token.write_text("0" * 64)
+    with ray_nodes(cpus=2, token=None, dashboard=True, home=home) as nodes:
+        metatrain = _command(nodes, tmp_path)
+        words = ["outer.steps=2", "task.seconds=0.0"]
+        code, out, err = metatrain("run", config, *words, "execution.backend=ray", "--out", tmp_path / "own")
+        assert code == 0, err
+        assert "started Ray on this machine" in out
+        assert "with Ray's token" in out
+        assert token.exists() == earlier_token
+        code, out, err = metatrain("submit", config, *words, "--out", tmp_path / "run")
+        assert code == 0, err
+        assert ("with Ray's token" in out) == earlier_token
+        code, out, err = metatrain("status", "small")
+        assert (code, "generation 2/2" in out) == (0, True), err
+        assert ("with Ray's token" if earlier_token else "without a token") in err
+        assert metatrain("list")[0] == 0
+
+
+def test_a_cluster_that_requires_a_token_that_is_not_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("metatrain.ray.jobs.probe", lambda *_: None)
+    monkeypatch.setattr("metatrain.ray.jobs._authentication_mode", lambda _: "token")
+    with pytest.raises(UserError, match=r"requires Ray's token, and there is none here.*RAY_AUTH_TOKEN"):
+        client("http://127.0.0.1:8265")
+    monkeypatch.setattr("metatrain.ray.jobs._authentication_mode", lambda _: "disabled")
+    with pytest.raises(UserError, match="--allow-unauthenticated") as refused:
+        client("http://10.0.0.5:8265")
+    assert "execution.allow" not in str(refused.value)  # `list` has no such option
+
+
 def test_a_cluster_that_others_can_reach_needs_a_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
