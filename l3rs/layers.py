@@ -220,9 +220,9 @@ def network_facts(
 def _embed(theta: Theta, spec: Spec, matches: Sequence[Match], layers: Sequence[Layer], convention: Convention) -> Any:
     """Embeddings of a network's layers, float32 [L, E]."""
     rows = [match.row for match in matches]
-    if rows == list(range(len(spec.layers))):
+    if spec.embedding == "table" and rows == list(range(len(spec.layers))):
         return theta["embedding"]
-    if None not in rows:
+    if spec.embedding == "table" and None not in rows:
         return theta["embedding"][np.array(rows, int)]
     return _embedding_weights(spec, rows, layers, convention) @ theta["embedding"]
 

@@ -27,6 +27,7 @@ from tests.l3rs.torch.common import (
     nested,
     normal,
     parameters,
+    random_theta,
     torch_layout,
     train,
     values,
@@ -191,6 +192,20 @@ def test_parity_with_descriptors():
     train(again, resumed, 2)
     train(copied, params, 2)
     assert_same(values(params), values(resumed))
+
+
+def test_descriptors_count_where_the_spec_has_layers_of_the_same_names():
+    """A parameter at the top of a model has the same name in both frameworks, with and without a table."""
+    array = normal({"w": (3, 4)}, 0)["w"]
+    spec = l3rs.Spec.create({"w": array}, embedding="descriptor", hidden=(6,))
+    theta = random_theta(spec)
+    param = torch.nn.Parameter(torch.tensor(array.T.copy()))
+    opt, tx = L3RS([("w", param)], (theta, spec), 10), l3rs.learned_optimizer(theta, spec, 10)
+    reference = {"w": jnp.asarray(array)}
+    updates, _ = tx.update({"w": jnp.ones((3, 4))}, tx.init(reference), reference, value=1.0)
+    param.grad = torch.ones(4, 3)
+    opt.step(loss=1.0)
+    assert_near({"w": param.detach().T}, {"w": torch.tensor(np.array(reference["w"] + updates["w"]))}, PARITY)
 
 
 FORM_2 = {"directions": ("adam", "first_moment", "sgd", "weight_decay"), "form": 2, "step": "initial"}
