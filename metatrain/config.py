@@ -1,24 +1,28 @@
 """The one validated configuration of a meta-training run.
 
-A file is YAML; `key=value` overrides are merged into it (OmegaConf); pydantic checks the result.
+A file is YAML; `key=value` overrides are merged into it (OmegaConf); pydantic checks the result. Values are not
+converted: "8" is no number, and 1 is not true.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PrivateAttr
 
 from l3rs import Direction, Guard, L3RSError, Layer, Spec
 from l3rs.directions import direction_options
+from l3rs.io.files import read_regular
+from l3rs.io.manifest import check_spec_limits
+from metatrain import yaml_text
 
 Plan = Literal["fused", "stepwise"]  # how candidates run, see metatrain/inner/rollout.py
 
@@ -27,8 +31,17 @@ class UserError(ValueError):
     """The user's input is wrong; the message is one sentence: what, where, what is allowed."""
 
 
+# Upper bounds are far above what anybody can compute: a number beyond them is not meant.
+Count = Annotated[int, Field(strict=True, ge=1, le=10**9)]
+Few = Annotated[int, Field(strict=True, ge=1, le=10**5)]
+Positive = Annotated[float, Field(strict=True, gt=0, le=1e9)]
+Flag = Annotated[bool, Field(strict=True)]
+Text = Annotated[str, Field(max_length=1000)]
+_Name = Annotated[str, Field(max_length=100)]
+
+
 class _Section(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=False)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TaskConfig(pydantic.BaseModel):
@@ -38,8 +51,8 @@ class TaskConfig(pydantic.BaseModel):
     """
 
     model_config = pydantic.ConfigDict(extra="allow", frozen=True)
-    name: str
-    variants: tuple[dict[str, Any], ...] = ()
+    name: Text
+    variants: Annotated[tuple[dict[str, Any], ...], Field(max_length=1000)] = ()
 
     @property
     def is_imported(self) -> bool:
@@ -59,9 +72,18 @@ class TaskConfig(pydantic.BaseModel):
 def _spec_fields() -> dict[str, Any]:
     """{field: (type, default)} of `l3rs.Spec`, apart from the layers, which follow from the task."""
     types, fields = typing.get_type_hints(Spec), dataclasses.fields(Spec)
-    found = {field.name: (types[field.name], field.default) for field in fields if field.name != "layers"}
+    found = {field.name: (_strict(types[field.name]), field.default) for field in fields if field.name != "layers"}
     directions = tuple(direction.to_json() for direction in Spec.directions)
-    return {**found, "directions": (tuple[str | dict[str, Any], ...], directions)}
+    return {**found, "directions": (tuple[Text | dict[str, Any], ...], directions)}
+
+
+def _strict(kind: Any) -> Any:
+    """The type of a field, without conversions: True is no whole number."""
+    if kind in (int, float, bool):
+        return Annotated[kind, Field(strict=True)]
+    if typing.get_origin(kind) is tuple:
+        return tuple[tuple(item if item is ... else _strict(item) for item in typing.get_args(kind))]  # type: ignore[misc]
+    return kind
 
 
 _SpecFields: Any = pydantic.create_model("_SpecFields", __base__=_Section, **_spec_fields())
@@ -73,11 +95,15 @@ class OptimizerConfig(_SpecFields):
     @pydantic.model_validator(mode="after")
     def _checked(self) -> OptimizerConfig:
         fields = self.model_dump()
+        try:
+            check_spec_limits({key: list(v) if isinstance(v, tuple) else v for key, v in fields.items()}, "")
+        except L3RSError as error:
+            raise ValueError(str(error).replace(": spec.", "")) from None
         directions = tuple(Direction.parse(direction) for direction in fields.pop("directions"))
         for direction in directions:
             try:
                 direction_options(direction)
-            except L3RSError as error:
+            except (L3RSError, TypeError, OverflowError) as error:
                 raise ValueError(f"directions: {error}") from None
         try:
             Spec((Layer("layer", (1,)),), directions, **fields)
@@ -89,8 +115,8 @@ class OptimizerConfig(_SpecFields):
 class HorizonConfig(_Section):
     """Inner steps of a generation, drawn log-uniformly from min … max."""
 
-    min: PositiveInt = 10
-    max: PositiveInt = 200
+    min: Count = 10
+    max: Count = 200
 
     @pydantic.model_validator(mode="after")
     def _ordered(self) -> HorizonConfig:
@@ -102,13 +128,13 @@ class HorizonConfig(_Section):
 class OuterConfig(_Section):
     """The evolution strategy."""
 
-    steps: PositiveInt = 400  # generations
-    population: int = Field(default=32, ge=2)
-    sigma: PositiveFloat = 0.05
+    steps: Count = 400  # generations
+    population: int = Field(default=32, ge=2, le=10**6, strict=True)
+    sigma: Positive = 0.05
     strategy: Literal["open_es", "snes", "pgpe"] = "open_es"
-    learning_rate: PositiveFloat = 0.03  # of Adam on the search gradient, decayed to 0 along a cosine
+    learning_rate: Positive = 0.03  # of Adam on the search gradient, decayed to 0 along a cosine
     horizon: HorizonConfig = HorizonConfig()
-    max_failures: PositiveInt = 5  # generations in a row without a finite fitness before the run stops
+    max_failures: Count = 5  # generations in a row without a finite fitness before the run stops
 
     @pydantic.model_validator(mode="after")
     def _even(self) -> OuterConfig:
@@ -121,13 +147,13 @@ class ExecutionConfig(_Section):
     """Where candidates are evaluated."""
 
     backend: Literal["local", "ray"] = "local"
-    address: str | None = None  # of Ray: host:port or auto; null starts Ray on this machine
-    workers: PositiveInt | Literal["auto"] = "auto"  # Ray actors; auto fills the cluster, and follows it as it grows
-    resources_per_worker: dict[str, PositiveFloat] = {"CPU": 1.0}  # Ray's names: CPU, GPU, or a custom resource
-    autoscaling: bool = False  # wait for a node that can hold a worker instead of refusing the run when there is none
-    allow_unauthenticated: bool = False  # use a cluster that others can reach, without Ray's token
+    address: Text | None = None  # of Ray: host:port or auto; null starts Ray on this machine
+    workers: Few | Literal["auto"] = "auto"  # Ray actors; auto fills the cluster, and follows it as it grows
+    resources_per_worker: dict[Text, Positive] = {"CPU": 1.0}  # Ray's names: CPU, GPU, or a custom resource
+    autoscaling: Flag = False  # wait for a node that can hold a worker instead of refusing the run when there is none
+    allow_unauthenticated: Flag = False  # use a cluster that others can reach, without Ray's token
     plan: Plan | Literal["auto"] = "auto"  # auto measures both
-    members_per_call: PositiveInt | Literal["auto"] = "auto"  # candidates in one compiled call
+    members_per_call: Count | Literal["auto"] = "auto"  # candidates in one compiled call
 
     @pydantic.model_validator(mode="after")
     def _somewhere(self) -> ExecutionConfig:
@@ -137,23 +163,23 @@ class ExecutionConfig(_Section):
 
 
 class CheckpointConfig(_Section):
-    every: PositiveInt = 25  # generations
-    keep: PositiveInt = 3
+    every: Count = 25  # generations
+    keep: Count = 3
 
 
 class EvaluationConfig(_Section):
     """How an optimizer is evaluated; the options of `metatrain evaluate` take precedence."""
 
-    settings: dict[str, dict[str, Any]] = {}  # {setting: options that replace the task's}; empty: the task itself
-    horizons: tuple[PositiveInt, ...] = Field(default=(10, 30, 100), min_length=1)
-    seeds: PositiveInt = 6  # training runs of each optimizer and horizon; a seed is an init and its batches
-    tuning_seeds: PositiveInt | None = None  # how many of them tune the baselines; null: all
+    settings: dict[_Name, dict[str, Any]] = {}  # {setting: options that replace the task's}; empty: the task itself
+    horizons: tuple[Count, ...] = Field(default=(10, 30, 100), min_length=1, max_length=100)
+    seeds: Few = 6  # training runs of each optimizer and horizon; a seed is an init and its batches
+    tuning_seeds: Few | None = None  # how many of them tune the baselines; null: all
     # Names of evaluation/baselines.py, package.module:function, or all; or mappings of a name, its options and a label.
-    baselines: tuple[str | dict[str, Any], ...] = ("adam", "sgdm")
-    schedules: tuple[str, ...] = ("constant", "cosine")  # of the learning rate; there is also warmup_cosine
-    curve_points: PositiveInt = 16  # test evaluations along a training run
-    multipliers: tuple[PositiveFloat, ...] = ()  # factors of L3RS's steps to compare, e.g. [.1, .3, 1, 3, 10]
-    guard: bool | dict[str, Any] = False  # L3RS's: fields of `l3rs.Guard`, or true for its defaults
+    baselines: tuple[Text | dict[str, Any], ...] = ("adam", "sgdm")
+    schedules: tuple[Text, ...] = ("constant", "cosine")  # of the learning rate; there is also warmup_cosine
+    curve_points: Few = 16  # test evaluations along a training run
+    multipliers: tuple[Positive, ...] = ()  # factors of L3RS's steps to compare, e.g. [.1, .3, 1, 3, 10]
+    guard: Flag | dict[str, Any] = False  # L3RS's: fields of `l3rs.Guard`, or true for its defaults
 
     def make_guard(self) -> bool | Guard:
         """The argument `guard` of `l3rs.learned_optimizer`."""
@@ -162,7 +188,10 @@ class EvaluationConfig(_Section):
         allowed = [field.name for field in dataclasses.fields(Guard)]
         if unknown := sorted(set(self.guard) - set(allowed)):
             raise ValueError(f"guard has no {', '.join(unknown)}; allowed are {', '.join(allowed)}")
-        return Guard(**self.guard)
+        try:
+            return Guard(**self.guard)
+        except TypeError as error:
+            raise ValueError(f"guard: {error}") from None
 
     @pydantic.model_validator(mode="after")
     def _within(self) -> EvaluationConfig:
@@ -173,14 +202,14 @@ class EvaluationConfig(_Section):
 
 
 class LoggingConfig(_Section):
-    tensorboard: bool = True
+    tensorboard: Flag = True
 
 
 class Config(_Section):
     """A meta-training run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(default=0, ge=0, lt=2**31)
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    seed: int = Field(default=0, ge=0, lt=2**31, strict=True)
     task: TaskConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     outer: OuterConfig = OuterConfig()
@@ -188,6 +217,8 @@ class Config(_Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    # {path of a value: (the interpolation that it was written as, the value)}
+    _interpolations: dict[yaml_text.Path, tuple[str, Any]] = PrivateAttr(default_factory=dict)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -201,22 +232,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
       UserError: unreadable, or a key or value that is not allowed.
     """
     try:
-        loaded = OmegaConf.load(path)
-        if not OmegaConf.is_dict(loaded):
-            raise UserError(f"{path} must hold a mapping of sections, found a list or a bare value")
-        data = OmegaConf.to_container(OmegaConf.merge(loaded, _parse(overrides)), resolve=True)
+        text = read_regular(path, yaml_text.MAX_BYTES, follow_links=True).decode()
+        merged = yaml_text.read_yaml(text, overrides)
+        config = check_config(yaml_text.resolve(merged), str(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder; a YAML file is needed") from None
-    except UserError:
-        raise
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {one_line(error)}") from None
-    except Exception as error:  # PyYAML's errors have no common base that is not Exception
-        raise UserError(f"{path} cannot be read as YAML: {one_line(error)}") from None
-    assert isinstance(data, dict)
-    return check_config(data, str(path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except UnicodeError:
+        raise UserError(f"{path} cannot be read as YAML: it is not UTF-8") from None
+    except yaml_text.YamlError as error:
+        raise UserError(f"{path}: {error}") from None
+    written = yaml_text.leaves(OmegaConf.to_container(merged, resolve=False))
+    values = config.model_dump(mode="python")
+    found = {path: (text, _value_at(values, path)) for path, text in written if "${" in str(text)}
+    config._interpolations.update(found)
+    return config
 
 
 def check_config(data: dict[Any, Any], where: str = "config") -> Config:
@@ -236,14 +269,41 @@ def check_section(section: type[Section], data: dict[Any, Any], where: str) -> S
     try:
         return section.model_validate(data)
     except pydantic.ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_sentence(e, section) for e in error.errors())) from None
+        raise UserError(f"{where}: {_sentences(error.errors(), section)}") from None
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML that `load_config` reads back."""
-    data = config.model_dump(mode="python")  # JSON would lose infinities
-    # Interpolations were resolved when the configuration was read; what still looks like one is text.
-    return OmegaConf.to_yaml(OmegaConf.create(_each_text(data, lambda text: text.replace("${", "\\${"))))
+    """The complete configuration as YAML that `load_config` reads back, with interpolations as they were written."""
+    return OmegaConf.to_yaml(OmegaConf.create(as_written(config)))
+
+
+def as_written(config: Config) -> dict[str, Any]:
+    """The configuration as plain values, with interpolations as they were written.
+
+    What an interpolation stands for may be a secret (`${oc.env:TOKEN}`); it belongs in no file. A value that has been
+    changed since is given as it is.
+    """
+
+    def written(value: Any, path: yaml_text.Path) -> Any:
+        if path in config._interpolations:
+            text, before = config._interpolations[path]
+            if value == before:
+                return text
+        if isinstance(value, dict):
+            return {key: written(item, (*path, key)) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [written(item, (*path, index)) for index, item in enumerate(value)]
+        return value.replace("${", "\\${") if isinstance(value, str) else value
+
+    data = written(config.model_dump(mode="python"), ())  # JSON would lose infinities
+    assert isinstance(data, dict)
+    return data
+
+
+def _value_at(value: Any, path: yaml_text.Path) -> Any:
+    for part in path:
+        value = value[part]
+    return value
 
 
 def differences(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
@@ -264,36 +324,65 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def portable(value: Any) -> Any:
-    """Shorten absolute paths to their last two parts: a checkpoint is published, this machine's folders are not."""
-    return _each_text(value, lambda text: "…/" + "/".join(Path(text).parts[-2:]) if text.startswith("/") else text)
-
-
-def _each_text(value: Any, change: Callable[[str], str]) -> Any:
-    """Apply `change` to each text in mappings, lists and tuples; tuples become lists."""
+    """Plain values that can be published as JSON: absolute paths shortened to their last two parts, no infinities."""
     if isinstance(value, dict):
-        return {key: _each_text(item, change) for key, item in value.items()}
+        return {key: portable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_each_text(item, change) for item in value]
-    return change(value) if isinstance(value, str) else value
+        return [portable(item) for item in value]
+    if isinstance(value, str) and value.startswith("/"):  # this machine's folders mean nothing elsewhere
+        return "…/" + "/".join(Path(value).parts[-2:])
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _parse(overrides: Sequence[str]) -> Any:
-    for override in overrides:
-        if "=" not in override:
-            raise UserError(f"{override!r} is not an override; write key=value, e.g. outer.sigma=0.1")
-    return OmegaConf.from_dotlist(list(overrides))
+_MAX_ERRORS = 5  # in one sentence
+
+# What pydantic puts into the location of an error beside keys: the members of a union.
+_MEMBERS = re.compile(r"(function-|tuple\[|literal\[|dict\[|constrained-|(bool|int|float|str)$)")
 
 
-def _sentence(error: Any, section: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("function-", "tuple[", "literal[")))
-    if error["type"] == "extra_forbidden":
-        for part in error["loc"][:-1]:
-            section = section.model_fields[part].annotation
-        return f"unknown key {key}; allowed here are {', '.join(section.model_fields)}"
+def _sentences(errors: Sequence[Any], section: Any) -> str:
+    """Errors of pydantic as one sentence; what each member of a union wants is joined by "or"."""
+    found: dict[str, tuple[list[str], str]] = {}
+    wrong = {error["loc"] for error in errors}
+    for error in errors:
+        if error["type"] == "too_short" and any(
+            loc[: len(error["loc"])] == error["loc"] for loc in wrong - {error["loc"]}
+        ):
+            continue  # it counts the valid items only
+        key = ".".join(str(part) for part in error["loc"] if not _MEMBERS.match(str(part)))
+        wanted, _ = found.setdefault(key, ([], _found(error)))
+        wanted.append(_wanted(error, section))
+    shown = [f"{key[:300] or 'config'}: {_either(wanted)}{value}" for key, (wanted, value) in found.items()]
+    more = [f"and {len(shown) - _MAX_ERRORS} more"] if len(shown) > _MAX_ERRORS else []
+    return "; ".join(shown[:_MAX_ERRORS] + more)
+
+
+def _either(wanted: list[str]) -> str:
+    first, *others = wanted
+    return " or ".join([first, *(other.removeprefix("input should be ") for other in others)])
+
+
+def _wanted(error: Any, section: Any) -> str:
+    match error["type"]:
+        case "extra_forbidden":
+            for part in error["loc"][:-1]:
+                section = section.model_fields[part].annotation
+            return f"unknown key; allowed here are {', '.join(section.model_fields)}"
+        case "tuple_type":
+            return "input should be a list in brackets, e.g. [16, 16]"
+        case "dict_type" | "model_type":
+            return "input should be a mapping, e.g. {key: value}"
+        case "int_type":
+            return "input should be a valid integer, without quotes and leading zeros"
     message = re.sub(r"^Value error, ", "", error["msg"])
-    found = error["input"]
-    shown = "" if error["type"] in ("value_error", "missing") else f", found {found!r}"
-    return f"{key or 'config'}: {message[0].lower() + message[1:]}{shown}"
+    return message[0].lower() + message[1:]
+
+
+def _found(error: Any) -> str:
+    if error["type"] in ("value_error", "missing", "extra_forbidden"):
+        return ""
+    found = repr(error["input"])
+    return f", found {found if len(found) <= 100 else found[:100] + '…'}"
 
 
 def one_line(error: BaseException) -> str:

@@ -35,17 +35,25 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def read_regular(path: str | os.PathLike[str], max_bytes: int) -> bytes:
+def read_regular(path: str | os.PathLike[str], max_bytes: int, *, follow_links: bool = False) -> bytes:
     """Read a regular file that somebody else may have made.
+
+    Args:
+      path: the file.
+      max_bytes: what it may have.
+      follow_links: read what a link leads to: for a file that the user has named.
 
     Raises:
       FileNotFoundError: there is no such file.
-      OSError: it is a link, a folder, a device or a pipe, or it is larger than `max_bytes`; or it cannot be read.
+      OSError: it is a link (unless they are followed), a folder, a device or a pipe, or it is larger than `max_bytes`;
+        or it cannot be read.
     """
-    if os.path.islink(path):
+    if os.path.islink(path) and not follow_links:
         raise OSError(f"{path} is a link, not a regular file")
     # O_NONBLOCK: opening a pipe must not wait for a writer.
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    if not follow_links:
+        flags |= getattr(os, "O_NOFOLLOW", 0)
     with os.fdopen(os.open(path, flags), "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):

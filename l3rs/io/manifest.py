@@ -51,7 +51,7 @@ def make_manifest(spec: Spec, sha256: str, info: Mapping[str, Any]) -> str:
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     if len(text) > MAX_MANIFEST_BYTES:
         raise L3RSError(f"{MANIFEST} would have {len(text)} bytes; at most {MAX_MANIFEST_BYTES} are allowed")
-    _check_limits(content["spec"], MANIFEST)
+    check_spec_limits(content["spec"], MANIFEST)
     return text
 
 
@@ -93,7 +93,7 @@ def _check_content(content: Any, file: Path) -> None:
 
 
 def _spec(data: dict[str, Any], file: Path) -> Spec:
-    _check_limits(data, str(file))
+    check_spec_limits(data, str(file))
     try:
         spec = Spec.from_json(data)
         theta_shapes(spec)
@@ -106,8 +106,16 @@ def _spec(data: dict[str, Any], file: Path) -> Spec:
     return spec
 
 
-def _check_limits(data: Mapping[str, Any], where: str) -> None:
-    """Refuse a spec that asks for too much, before anything is made of it. Wrong types are left to `Spec`."""
+def check_spec_limits(data: Mapping[str, Any], where: str) -> None:
+    """Refuse a spec that asks for too much, before anything is made of it. Wrong types are left to `Spec`.
+
+    Args:
+      data: fields of a spec as JSON has them.
+      where: begins the message.
+
+    Raises:
+      L3RSError: a field is beyond its limit.
+    """
     limits = {"layers": MAX_LAYERS, "hidden": MAX_HIDDEN}
     for key, value in data.items():
         _check_length(value, f"{where}: spec.{key[:100]}", limits.get(key, MAX_LIST))

@@ -20,7 +20,7 @@ import jax
 
 import l3rs
 from l3rs import L3RSError
-from metatrain.config import Config, EvaluationConfig, UserError, check_section, portable
+from metatrain.config import Config, EvaluationConfig, UserError, as_written, check_section, portable
 from metatrain.evaluation.analysis import speedups
 from metatrain.evaluation.baselines import Baseline, Interleaved, Tuned, chosen_baselines
 from metatrain.evaluation.costs import measure_costs
@@ -114,7 +114,7 @@ def evaluate(
         notes=notes,
         meta_training={key: info[key] for key in _META_TRAINING if key in info},
         environment={**environment(), "evaluation_seconds": round(time.perf_counter() - began, 1)},
-        config=portable(config.model_dump(mode="json")),
+        config=portable(as_written(config)),
     )
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import optax
 
 import l3rs
-from metatrain.config import Config, UserError, differences, dump_config, load_config, portable
+from metatrain.config import Config, UserError, as_written, differences, dump_config, load_config, portable
 from metatrain.inner.population import Evaluator
 from metatrain.outer.lock import BusyError, run_lock
 from metatrain.outer.metrics import Metrics
@@ -329,7 +329,7 @@ def _save_optimizer(
         "generations": progress.generation,
         "candidate_steps": progress.candidate_steps,
         "seconds": round(progress.seconds, 1),
-        "config": portable(config.model_dump(mode="json")),
+        "config": portable(as_written(config)),
     }
     if results is not None:
         info["results"] = dict(results)

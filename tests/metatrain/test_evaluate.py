@@ -306,13 +306,13 @@ def test_results_that_cannot_be_read(tmp_path: Path) -> None:
 def test_bad_input(optimizer: Path, tmp_path: Path) -> None:
     config = small_config()
     for options, sentence in (
-        ({"horizons": (0, 10)}, r"evaluation: horizons\.0: input should be greater than 0, found 0"),
+        ({"horizons": (0, 10)}, r"evaluation: horizons\.0: input should be greater than or equal to 1, found 0"),
         ({"horizons": ()}, "evaluation: horizons"),
-        ({"seeds": 0}, "evaluation: seeds: input should be greater than 0, found 0"),
+        ({"seeds": 0}, "evaluation: seeds: input should be greater than or equal to 1, found 0"),
         ({"seeds": 2, "tuning_seeds": 3}, "tuning_seeds 3 is larger than seeds 2"),
         ({"guard": {"bounds": 1}}, "guard has no bounds; allowed are bound, patience, steps, learning_rate"),
         ({"guard": {"bound": -1}}, "guard.bound is -1; it must be a number > 0"),
-        ({"horizon": 3}, "unknown key horizon; allowed here are settings, horizons"),
+        ({"horizon": 3}, "horizon: unknown key; allowed here are settings, horizons"),
     ):
         with pytest.raises(UserError, match=sentence):
             evaluate(optimizer, config, **options)
