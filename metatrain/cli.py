@@ -14,6 +14,7 @@ if __name__ == "__main__" and sys.path[0] == os.getcwd() != os.path.dirname(os.p
 
 import errno
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -89,12 +90,21 @@ def _use_cores() -> None:
 
 
 def _numbers(text: str, option: str, example: str) -> list[int]:
+    return sorted({int(number) for number in _split(text, r"[0-9]{1,12}", option, example)})
+
+
+def _factors(text: str | None) -> list[float] | None:
+    pattern = r"([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]{1,3})?"
+    return None if text is None else [float(number) for number in _split(text, pattern, "--multipliers", ".1,1,10")]
+
+
+def _split(text: str, pattern: str, option: str, example: str) -> list[str]:
     from metatrain.config import UserError
 
-    try:
-        return sorted({int(number) for number in text.split(",")})
-    except ValueError:
-        raise UserError(f"{option} is {text!r}; write numbers separated by commas, e.g. {example}") from None
+    numbers = [number.strip() for number in text.split(",")]
+    if not all(re.fullmatch(pattern, number) for number in numbers):
+        raise UserError(f"{option} is {text[:100]!r}; write numbers separated by commas, e.g. {example}")
+    return numbers
 
 
 def _names(text: str | None) -> list[str] | None:
@@ -189,7 +199,7 @@ def evaluate(
         tuning_seeds=tuning_seeds,
         baselines=_names(baselines),
         schedules=_names(schedules),
-        multipliers=_names(multipliers),
+        multipliers=_factors(multipliers),
     )
     saved = results.save(folder)
     analysis = Analysis(results)

@@ -152,7 +152,8 @@ def _check(data: Any) -> None:
         elif isinstance(value, str):
             _check_text(value, path)
         elif not isinstance(value, int | float | None):
-            raise YamlError(f"{_name(path)} is a {type(value).__name__}; allowed are texts, numbers, true, false and null")
+            kind = type(value).__name__
+            raise YamlError(f"{_name(path)} is a {kind}; allowed are texts, numbers, true, false and null")
 
 
 def _check_text(text: str, path: Path) -> None:
