@@ -9,13 +9,15 @@ if TYPE_CHECKING:
     from metatrain.config import Config, UserError, load_config
     from metatrain.evaluation.comparison import evaluate
     from metatrain.evaluation.records import Results
-    from metatrain.outer.loop import Run, export, resume, run
+    from metatrain.outer.export import export
+    from metatrain.outer.loop import Run, resume, run
 
 _MODULES = {
     "metatrain.config": ("Config", "UserError", "load_config"),
     "metatrain.evaluation.comparison": ("evaluate",),
     "metatrain.evaluation.records": ("Results",),
-    "metatrain.outer.loop": ("Run", "export", "resume", "run"),
+    "metatrain.outer.export": ("export",),
+    "metatrain.outer.loop": ("Run", "resume", "run"),
 }
 
 

@@ -23,7 +23,7 @@ import typer
 from rich.text import Text
 
 from metatrain import cluster_commands
-from metatrain.terminal import ConfigFile, Overrides, console, load
+from metatrain.terminal import ConfigFile, Overrides, TrustTask, console, load
 
 # What a command needs beyond this it imports when it is called: JAX and Ray take seconds.
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ def run(
     overrides: Overrides = None,
     out: Annotated[str | None, typer.Option(help="Folder or URL of the run.", show_default="runs/NAME")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the run in that folder if there is one.")] = False,
+    trust_task: TrustTask = False,
 ) -> None:
     """Meta-train an optimizer."""
     from metatrain.outer import loop
@@ -127,7 +128,7 @@ def run(
 
     _use_cores()
     check_client()
-    _conclude(loop.run(load(config, overrides), out, resume_run=resume))
+    _conclude(loop.run(load(config, overrides, trust_task), out, resume_run=resume))
 
 
 @app.command()
@@ -136,12 +137,13 @@ def resume(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="New values in the sections execution, checkpoint or logging.")
     ] = None,
+    trust_task: TrustTask = False,
 ) -> None:
     """Resume an interrupted run."""
     from metatrain.outer import loop
 
     _use_cores()
-    _conclude(loop.resume(folder, overrides or ()))
+    _conclude(loop.resume(folder, overrides or (), trust_task=trust_task))
 
 
 def _conclude(run: Run) -> None:
@@ -170,6 +172,7 @@ def evaluate(
         str | None, typer.Option(help="Factors of L3RS's steps to compare, comma-separated, e.g. .1,.3,1,3,10.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Results folder.", show_default="runs/evaluation-NAME")] = None,
+    trust_task: TrustTask = False,
 ) -> None:
     """Compare an optimizer with tuned baselines in each setting of the configuration.
 
@@ -191,7 +194,7 @@ def evaluate(
     check_destination(folder, "results.json", "report.html")
     results = comparison.evaluate(
         optimizer,
-        load(config, overrides),
+        load(config, overrides, trust_task),
         settings=_names(settings),
         log=console.print,
         horizons=_numbers(horizons, "--horizons", "10,30,100") if horizons else None,
@@ -250,7 +253,7 @@ def export(
     """Write the optimizer of a run's newest checkpoint, whether the run is finished or not."""
     from metatrain.config import UserError
     from metatrain.evaluation.records import Results
-    from metatrain.outer import loop
+    from metatrain.outer.export import export as export_run
     from metatrain.system import check_destination
 
     _use_cores()
@@ -258,7 +261,7 @@ def export(
         raise UserError(f"{destination} exists; choose another folder")
     check_destination(destination)
     measured = None if results is None else Results.load(results).summary()
-    console.print(f"the optimizer is in {loop.export(folder, destination, measured)}")
+    console.print(f"the optimizer is in {export_run(folder, destination, measured)}")
 
 
 @app.command()
@@ -274,13 +277,13 @@ def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def pretrain(config: ConfigFile, overrides: Overrides = None) -> None:
+def pretrain(config: ConfigFile, overrides: Overrides = None, trust_task: TrustTask = False) -> None:
     """Pretrain the networks that a task starts from and cache them. `run` does so, too, if they are missing."""
     from tasks import make_task
 
     _use_cores()
     logging.getLogger("tasks").setLevel(logging.INFO)
-    for name, options in load(config, overrides).task.forms():
+    for name, options in load(config, overrides, trust_task).task.forms():
         task = make_task(name, options)
         meta_train, held_out = (len(task.pools[pool]) for pool in ("meta_train", "held_out"))
         console.print(f"{task.name}: {meta_train} inits for meta-training, {held_out} held out")
@@ -293,6 +296,7 @@ def estimate(
     workers: Annotated[
         str, typer.Option(help="Numbers of workers to estimate for, comma-separated.")
     ] = "1,2,4,8,16,32,64,128",
+    trust_task: TrustTask = False,
 ) -> None:
     """Estimate the cost of a run from a short measurement on this machine."""
     from metatrain.outer.estimate import estimate as measure
@@ -300,7 +304,7 @@ def estimate(
 
     _use_cores()
     counts = _numbers(workers, "--workers", "1,8,64")
-    setup = load(config, overrides)
+    setup = load(config, overrides, trust_task)
     found = measure(setup)
     console.print(
         f"{setup.name}: {setup.outer.steps:,} generations of {found.population} candidates, "
@@ -326,12 +330,15 @@ def inspect(
     rename: Annotated[
         list[str] | None, typer.Option(help="Pair of layer paths, NETWORK=CHECKPOINT; can be repeated.")
     ] = None,
+    trust_task: TrustTask = False,
 ) -> None:
     """Show a checkpoint's origin and layers, or how it maps the layers of a network."""
     from metatrain.describe import describe
 
     _use_cores()
     if network is not None:
+        if network.suffix != ".safetensors":
+            load(network, (), trust_task)  # finds a task in the current folder
         _print_matches(optimizer, network, {"rename": _renames(rename), "by": match, "on_unknown": on_unknown})
         return
     for line in describe(optimizer):
@@ -341,8 +348,6 @@ def inspect(
 def _print_matches(optimizer: str, network: Path, how: Mapping[str, Any]) -> None:
     from metatrain.inspection.network_layers import network_matches
 
-    if network.suffix != ".safetensors":
-        load(network, ())  # finds a task in the current folder
     for name, layers in network_matches(optimizer, network, how):
         console.print(f"{name} ← {optimizer}")
         width = max(len(layer.name or "") for layer in layers)

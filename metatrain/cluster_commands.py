@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from metatrain.terminal import ConfigFile, Overrides, console, load
+from metatrain.terminal import ConfigFile, Overrides, TrustTask, console, load
 
 app = typer.Typer()
 
@@ -33,12 +33,13 @@ def submit(
     resume: Annotated[bool, typer.Option("--resume", help="Resume the run of that name.")] = False,
     address: _Address = _DASHBOARD,
     allow_unauthenticated: _Open = False,
+    trust_task: TrustTask = False,
 ) -> None:
     """Start a run as a job of a Ray cluster."""
     from metatrain.config import UserError
     from metatrain.ray import jobs
 
-    setup = load(config, overrides)
+    setup = load(config, overrides, trust_task)
     if allow_unauthenticated:
         execution = setup.execution.model_copy(update={"allow_unauthenticated": True})
         setup = setup.model_copy(update={"execution": execution})

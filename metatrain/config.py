@@ -54,11 +54,6 @@ class TaskConfig(pydantic.BaseModel):
     name: Text
     variants: Annotated[tuple[dict[str, Any], ...], Field(max_length=1000)] = ()
 
-    @property
-    def is_imported(self) -> bool:
-        """Whether a variant names code of the user's own, `package.module:function`."""
-        return any(":" in str(name) for name, _ in self.forms())
-
     def forms(self) -> list[tuple[str, dict[str, Any]]]:
         """(name, options) of each variant, or of the task itself if it has none."""
         return [self.form(variant) for variant in self.variants or ({},)]
@@ -219,6 +214,13 @@ class Config(_Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     # {path of a value: (the interpolation that it was written as, the value)}
     _interpolations: dict[yaml_text.Path, tuple[str, Any]] = PrivateAttr(default_factory=dict)
+
+    def own_code(self) -> list[str]:
+        """Names `package.module:function` of tasks and baselines: code that is imported when they are built."""
+        settings = [self.task.form(options)[0] for options in self.evaluation.settings.values()]
+        baselines = [b.get("name") if isinstance(b, dict) else b for b in self.evaluation.baselines]
+        names = [*(name for name, _ in self.task.forms()), *settings, *baselines]
+        return sorted({name for name in names if isinstance(name, str) and ":" in name})
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

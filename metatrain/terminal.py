@@ -23,13 +23,28 @@ Overrides = Annotated[
 ]
 
 
-def load(config: Path, overrides: Sequence[str] | None) -> Config:
-    """Read a configuration; if its task is the user's own, the current folder may hold it."""
+TrustTask = Annotated[
+    bool,
+    typer.Option(
+        "--trust-task", help="Import tasks and baselines named package.module:function though another user named them."
+    ),
+]
+
+
+def load(config: Path, overrides: Sequence[str] | None, trust_task: bool = False) -> Config:
+    """Read a configuration; if its task is the user's own, the current folder may hold it.
+
+    Raises:
+      UserError: it cannot be read, or names code though another user has written it, and `trust_task` is false.
+    """
     from metatrain.config import load_config
-    from metatrain.system import search_current_folder
+    from metatrain.trust import require_trust
 
     loaded = load_config(config, overrides or ())
-    own_baselines = any(":" in str(baseline) for baseline in loaded.evaluation.baselines)
-    if loaded.task.is_imported or own_baselines:
+    if not trust_task:
+        require_trust(loaded, [config], str(config), overrides or ())
+    if loaded.own_code():
+        from metatrain.system import search_current_folder
+
         search_current_folder()
     return loaded

@@ -73,7 +73,7 @@ def read_manifest(folder: Path) -> Manifest:
     except ValueError as error:
         raise L3RSError(f"{file} is damaged: {str(error)[:200]}") from None
     _check_content(content, file)
-    return Manifest(content, _spec(content["spec"], file))
+    return Manifest(content, parse_spec(content["spec"], file))
 
 
 def _check_content(content: Any, file: Path) -> None:
@@ -92,7 +92,12 @@ def _check_content(content: Any, file: Path) -> None:
         raise L3RSError(f"{file} is damaged: sha256 must be a digest of 64 hexadecimal digits")
 
 
-def _spec(data: dict[str, Any], file: Path) -> Spec:
+def parse_spec(data: dict[str, Any], file: Path) -> Spec:
+    """The spec in a JSON object that others may have written; `file` is where it stands.
+
+    Raises:
+      L3RSError: it is damaged, or beyond a limit.
+    """
     check_spec_limits(data, str(file))
     try:
         spec = Spec.from_json(data)

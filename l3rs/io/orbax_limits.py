@@ -49,8 +49,13 @@ def check_files(folder: Path, shapes: Shapes) -> None:
             _check_decoded(content, n_bytes, entry.path)
 
 
-def check_arrays(folder: Path, shapes: Shapes) -> None:
+def check_arrays(folder: Path, shapes: Shapes, dtypes: Mapping[str, str] | None = None) -> None:
     """Compare the arrays that `folder` states to hold with `shapes`, without decoding one.
+
+    Args:
+      folder: as Orbax writes it.
+      shapes: of the arrays.
+      dtypes: of the arrays, as numpy writes them; "<f4" unless given.
 
     Raises:
       L3RSError: they differ, or are stored in another way than Orbax does.
@@ -74,9 +79,9 @@ def check_arrays(folder: Path, shapes: Shapes) -> None:
     for name, array in sorted(found.items()):
         shape, chunks, compressor = tuple(array["shape"]), tuple(array["chunks"]), array["compressor"]
         needed = shapes[name]
-        if shape != needed or array["dtype"] != "<f4":
-            dtype = str(array["dtype"])[:20]
-            raise L3RSError(f"{folder}: {name} is '{dtype}' {list(shape)}; its spec needs '<f4' {list(needed)}")
+        dtype, needed_dtype = str(array["dtype"])[:20], dtypes[name] if dtypes else "<f4"
+        if shape != needed or dtype != needed_dtype:
+            raise L3RSError(f"{folder}: {name} is '{dtype}' {list(shape)}; it must be '{needed_dtype}' {list(needed)}")
         if len(chunks) != len(shape) or any(c > max(n, 1) for c, n in zip(chunks, shape, strict=True)):
             raise L3RSError(f"{folder}: {name} {list(shape)} is stored in larger chunks, {list(chunks)}")
         if compressor is not None and compressor["id"] != "zstd":

@@ -1,6 +1,7 @@
 """The outer loop: a run from its configuration to a deployable optimizer.
 
 runs/NAME/config.yaml   the resolved configuration
+runs/NAME/optimizer.json the form of the optimizer: its spec
 runs/NAME/metrics.jsonl one object per generation
 runs/NAME/report.html   a page that is kept up to date
 runs/NAME/tensorboard/
@@ -15,7 +16,7 @@ import dataclasses
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import l3rs
-from metatrain.config import Config, UserError, as_written, differences, dump_config, load_config, portable
+from metatrain.config import Config, UserError, differences, dump_config, load_config
 from metatrain.inner.population import Evaluator
+from metatrain.outer.export import Form, save_optimizer, write_form
 from metatrain.outer.lock import BusyError, run_lock
 from metatrain.outer.metrics import Metrics
 from metatrain.outer.progress import Display
@@ -35,6 +36,7 @@ from metatrain.outer.signals import Interrupts
 from metatrain.outer.state import Progress, StateStore
 from metatrain.outer.store import RunFolder, run_folder
 from metatrain.report.live import Live
+from metatrain.trust import refuse_links, require_trust
 
 _CHANGEABLE = ("execution", "checkpoint", "logging")  # sections that do not change what a run computes
 
@@ -63,6 +65,7 @@ def run(config: Config, out: str | Path | None = None, *, resume_run: bool = Fal
     """
     with run_folder(out if out is not None else Path("runs") / config.name) as folder:
         if resume_run and (folder.path / "config.yaml").is_file():
+            refuse_links(folder.path, folder.name)
             return _resume(folder, config)
         setup = Setup.build(config)
         if folder.path.exists():
@@ -81,7 +84,7 @@ def run(config: Config, out: str | Path | None = None, *, resume_run: bool = Fal
             raise
 
 
-def resume(folder: str | Path, overrides: Sequence[str] = ()) -> Run:
+def resume(folder: str | Path, overrides: Sequence[str] = (), *, trust_task: bool = False) -> Run:
     """Resume an interrupted run from its newest good checkpoint.
 
     The result is that of a run that was never interrupted, bit for bit.
@@ -91,36 +94,19 @@ def resume(folder: str | Path, overrides: Sequence[str] = ()) -> Run:
       overrides: of `execution`, `checkpoint` or `logging`, e.g. `execution.workers=8`. They do not change
         what the run computes.
 
+      trust_task: import a task `package.module:function` though the run is another user's, or at a URL.
+
     Raises:
-      UserError: not a run's folder, no checkpoint can be read, or an override would change the run.
+      UserError: not a run's folder, no checkpoint can be read, an override would change the run, or its task is not
+        trusted.
     """
     with run_folder(folder) as opened:
-        _run_config(opened)  # reports a folder that is not a run
+        config = _run_config(opened)  # reports a folder that is not a run
+        refuse_links(opened.path, opened.name)
+        if not trust_task:
+            files = None if "://" in str(folder) else [opened.path, opened.path / "config.yaml"]
+            require_trust(config, files, opened.name)
         return _resume(opened, load_config(opened.path / "config.yaml", overrides))
-
-
-def export(folder: str | Path, destination: str | Path, results: Mapping[str, Any] | None = None) -> Path:
-    """Write the optimizer of a run's newest checkpoint, whether the run is finished or not.
-
-    Args:
-      folder: the run; a folder or a URL.
-      destination: the folder to create.
-      results: measurements of the optimizer, stored in its `info`; see `Results.summary`.
-
-    Raises:
-      UserError: not a run's folder, or it has no checkpoint yet.
-      L3RSError: the destination exists.
-    """
-    with run_folder(folder) as opened:
-        setup = Setup.build(_run_config(opened))
-        store = StateStore(opened.path / "state", setup.config.checkpoint.keep)
-        try:
-            progress = store.restore(setup.fresh().strategy, to_resume=False)
-        finally:
-            store.close()
-        if progress is None:
-            raise UserError(f"{opened.name} has no checkpoint yet")
-        return _save_optimizer(setup, progress, Path(destination), results)
 
 
 def _create(folder: RunFolder, config: Config) -> None:
@@ -190,7 +176,9 @@ def _train(folder: RunFolder, setup: Setup) -> Run:
                     f"resume with: metatrain resume {folder.name}"
                 )
                 return Run(folder.name, progress.generation, False, None)
-        optimizer = _save_optimizer(setup, progress, folder.path / "optimizer", overwrite=True)
+        theta = setup.strategy.mean(progress.strategy)
+        destination = folder.path / "optimizer"
+        optimizer = save_optimizer(setup.config, _form(setup), progress, theta, destination, overwrite=True)
         folder.saved(True)
         return Run(folder.name, progress.generation, True, f"{folder.name}/{optimizer.name}")
 
@@ -211,6 +199,7 @@ class _Session:
         config = setup.config
         self._folder, self._setup = folder, setup
         self.display = Display(config.outer.steps)
+        write_form(folder.path, _form(setup))
         self._evaluator = setup.evaluator(self.display.log)
         resources.callback(self._evaluator.close)
         resources.callback(self.display.close)
@@ -312,25 +301,5 @@ def _generation(
     return progress, line
 
 
-def _save_optimizer(
-    setup: Setup,
-    progress: Progress,
-    destination: Path,
-    results: Mapping[str, Any] | None = None,
-    *,
-    overwrite: bool = False,
-) -> Path:
-    """Write the deployable optimizer, the mean of the strategy's distribution; returns its folder."""
-    config = setup.config
-    info = {
-        "name": config.name,
-        "task": ", ".join(dict.fromkeys(task.name for task in setup.tasks)),
-        "horizon": config.outer.horizon.model_dump(),
-        "generations": progress.generation,
-        "candidate_steps": progress.candidate_steps,
-        "seconds": round(progress.seconds, 1),
-        "config": portable(as_written(config)),
-    }
-    if results is not None:
-        info["results"] = dict(results)
-    return l3rs.save(destination, setup.strategy.mean(progress.strategy), setup.spec, info, overwrite=overwrite)
+def _form(setup: Setup) -> Form:
+    return Form(setup.spec, ", ".join(dict.fromkeys(task.name for task in setup.tasks)))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from l3rs.io.files import write_atomically
+
+_MAX_BYTES = 1 << 30
+_MAX_LINE = 1 << 16
 
 
 class Metrics:
@@ -57,8 +61,13 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return [{"theta_norm" if key == "psi_norm" else key: value for key, value in line.items()} for line in lines]
 
 
-def _lines(file: Path) -> list[str]:
-    return file.read_text(encoding="utf-8", errors="replace").split("\n")
+def _lines(file: Path) -> Iterator[str]:
+    """The lines of a file, which may be of any size and without line breaks."""
+    left = _MAX_BYTES
+    with file.open("rb") as opened:
+        while left > 0 and (line := opened.readline(_MAX_LINE)):
+            left -= len(line)
+            yield line.decode(errors="replace").rstrip("\n")
 
 
 def _is_before(text: str, generation: int) -> bool:

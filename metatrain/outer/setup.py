@@ -41,7 +41,7 @@ class Setup:
         Raises:
           UserError, TaskError, L3RSError: the configuration cannot be run.
         """
-        if config.task.is_imported:
+        if config.own_code():
             search_current_folder()
         tasks = tuple(make_task(name, options) for name, options in config.task.forms())
         spec = l3rs.Spec.create(tasks[0].params_shape(), **config.optimizer.model_dump())

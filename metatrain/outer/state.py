@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from l3rs.io.orbax_limits import check_arrays, check_files
 from l3rs.io.orbax_store import saving
 from metatrain.config import UserError
 from metatrain.outer.strategy import State
@@ -66,7 +67,7 @@ class StateStore:
         """Read the newest good checkpoint; None if there is no checkpoint at all.
 
         Args:
-          like: a strategy state of the same structure.
+          like: a strategy state of the same structure, or its shapes.
           to_resume: set aside newer, damaged checkpoints: the run is going to write these steps again.
 
         Raises:
@@ -92,6 +93,7 @@ class StateStore:
         self._manager.close()
 
     def _read(self, step: int, like: State) -> Progress:
+        _check_sizes(self._folder / str(step), like)
         items = ocp.args.Composite(strategy=ocp.args.PyTreeRestore(), counters=ocp.args.JsonRestore())
         restored: Any = self._manager.restore(step, args=items)
         leaves = {name: np.asarray(leaf) for name, leaf in restored["strategy"].items()}
@@ -104,6 +106,14 @@ class StateStore:
             raise ValueError("it belongs to another strategy or another network")
         strategy = jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in sorted(leaves)])
         return Progress(strategy=jax.tree.map(jax.numpy.asarray, strategy), **counters)
+
+
+def _check_sizes(folder: Path, like: State) -> None:
+    """Compare what is stored with what the state needs before anything is decoded: others may have written it."""
+    leaves = {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(like))}
+    shapes = {name: leaf.shape for name, leaf in leaves.items()}
+    check_files(folder, shapes)
+    check_arrays(folder / "strategy", shapes, {name: np.dtype(leaf.dtype).str for name, leaf in leaves.items()})
 
 
 def _free(path: Path) -> Path:

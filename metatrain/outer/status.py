@@ -8,6 +8,7 @@ from pathlib import Path
 from metatrain.config import UserError, load_config
 from metatrain.outer.lock import BusyError, run_lock
 from metatrain.outer.metrics import read_metrics
+from metatrain.trust import refuse_links
 
 _SHOWN = {"seconds", "meta_loss_mean", "candidate_steps_per_s", "workers"}  # keys of a line of metrics.jsonl
 RECENT = 20  # generations whose duration the estimate of the time left uses
@@ -21,6 +22,7 @@ def local_status(folder: Path, name: str) -> str:
     """
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{name} is not a run: it has no config.yaml")
+    refuse_links(folder, name)
     try:
         with run_lock(folder, name):
             state = "finished" if (folder / "optimizer").is_dir() else "stopped"

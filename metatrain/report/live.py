@@ -14,6 +14,7 @@ from metatrain.config import Config, UserError, load_config
 from metatrain.report import formatting
 from metatrain.report.history import History
 from metatrain.report.html import write_page
+from metatrain.trust import refuse_links
 
 _log = logging.getLogger("metatrain")
 
@@ -68,6 +69,7 @@ def write(folder: Path, *, going: bool = True) -> Path:
     """
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is not a run: it has no config.yaml")
+    refuse_links(folder, str(folder))
     config = load_config(folder / "config.yaml")
     history = History.read(folder / "metrics.jsonl")
     done, total = history.done, config.outer.steps

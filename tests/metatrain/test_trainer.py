@@ -20,6 +20,7 @@ import l3rs
 from metatrain.config import UserError, dump_config, portable
 from metatrain.inner.population import LocalEvaluator
 from metatrain.outer import loop as trainer
+from metatrain.outer.export import export
 from metatrain.outer.metrics import read_metrics
 from metatrain.outer.setup import Setup
 from tests.metatrain.common import REGRESSION, assert_same_theta, metrics, small_config
@@ -120,7 +121,7 @@ def test_the_same_checkpoint_damaged_twice_is_set_aside_twice(quiet: Path, tmp_p
         trainer.resume(tmp_path / "run")
         victim = max((tmp_path / "run" / "state" / "6" / "strategy" / "d").iterdir(), key=lambda f: f.stat().st_size)
         victim.write_bytes(b"")
-        trainer.export(tmp_path / "run", tmp_path / f"exported-{name}")  # reads, and moves nothing
+        export(tmp_path / "run", tmp_path / f"exported-{name}")  # reads, and moves nothing
         assert not (tmp_path / "run" / name).exists()
         trainer.resume(tmp_path / "run")
         assert (tmp_path / "run" / name).is_dir()
@@ -257,11 +258,11 @@ def test_a_checkpoint_names_no_folder_of_this_machine(tmp_path: Path) -> None:
 
 def test_export_of_an_interrupted_run(quiet: Path, tmp_path: Path) -> None:
     stopped_at(3, tmp_path / "run")
-    trainer.export(tmp_path / "run", tmp_path / "exported")
+    export(tmp_path / "run", tmp_path / "exported")
     assert l3rs.info(tmp_path / "exported")["info"]["generations"] == 3
     with pytest.raises(l3rs.L3RSError, match="exists"):
-        trainer.export(tmp_path / "run", tmp_path / "exported")
-    trainer.export(quiet, tmp_path / "whole")
+        export(tmp_path / "run", tmp_path / "exported")
+    export(quiet, tmp_path / "whole")
     assert_same_theta(tmp_path / "whole", quiet / "optimizer")
 
 
@@ -274,7 +275,7 @@ def test_refusals(quiet: Path, tmp_path: Path) -> None:
         trainer.resume(tmp_path)
     (tmp_path / "config.yaml").write_text(dump_config(small_config()))
     with pytest.raises(UserError, match="no checkpoint yet"):
-        trainer.export(tmp_path, tmp_path / "x")
+        export(tmp_path, tmp_path / "x")
 
 
 def test_generations_without_a_finite_loss_leave_the_state_and_stop_the_run(
@@ -285,7 +286,7 @@ def test_generations_without_a_finite_loss_leave_the_state_and_stop_the_run(
         trainer.run(config, tmp_path / "run")
     assert "generation 0: no candidate has a finite loss; the state is kept" in capsys.readouterr().out
     assert [line["meta_loss_mean"] for line in metrics(tmp_path / "run")] == [None] * 3
-    trainer.export(tmp_path / "run", tmp_path / "optimizer")
+    export(tmp_path / "run", tmp_path / "optimizer")
     setup = Setup.build(config)
     expected = setup.strategy.mean(setup.fresh().strategy)
     np.testing.assert_array_equal(l3rs.restore(tmp_path / "optimizer")[0]["embedding"], expected["embedding"])
