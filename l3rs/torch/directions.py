@@ -230,6 +230,14 @@ def make_directions(directions: Sequence[Direction]) -> list[BaseDirection]:
     return made
 
 
+def assign_moments(directions: Sequence[BaseDirection], moments: Sequence[list[Tensor]]) -> list[Moments]:
+    """The moments that each direction reads: its own, in order, or those of the first Adam."""
+    slots = iter(moments)
+    own = [[next(slots) for _ in direction.moments] for direction in directions]
+    adam = next((m for m, direction in zip(own, directions, strict=True) if isinstance(direction, _Adam)), [])
+    return [adam if direction.reads_adam else m for m, direction in zip(own, directions, strict=True)]
+
+
 def make_inputs(bucket: Bucket, directions: Sequence[BaseDirection], finite: np.ndarray, steps: np.ndarray) -> Inputs:
     """The inputs of the directions of a bucket.
 
@@ -240,10 +248,7 @@ def make_inputs(bucket: Bucket, directions: Sequence[BaseDirection], finite: np.
       steps: float32 [L], gradients that each layer has seen, including this one.
     """
     params, grads, *moments = bucket.arrays
-    slots = iter(moments)
     usable = finite[bucket.layers].tolist()
-    own = [[next(slots) for _ in direction.moments] for direction in directions]
-    adam = next((m for m, direction in zip(own, directions, strict=True) if isinstance(direction, _Adam)), [])
     return Inputs(
         params=[param.float() for param in params],
         grads=[
@@ -251,7 +256,7 @@ def make_inputs(bucket: Bucket, directions: Sequence[BaseDirection], finite: np.
             grad.float() if ok else torch.zeros_like(grad, dtype=torch.float32)
             for grad, ok in zip(grads, usable, strict=True)
         ],
-        moments=[adam if direction.reads_adam else m for m, direction in zip(own, directions, strict=True)],
+        moments=assign_moments(directions, moments),
         steps=steps[bucket.layers],
     )
 

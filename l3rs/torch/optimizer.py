@@ -2,7 +2,7 @@
 
 A step makes one pass of reductions over gradients and parameters, one that updates the moments and computes
 the directions' inner products, and one that updates the parameters. In between, `l3rs.core` computes everything small
-on the host, in NumPy: two transfers per step, however many layers there are. The passes work on pieces that stay in a
+on the host, in NumPy: three transfers per step, however many layers there are. The passes work on pieces that stay in a
 processor's cache and allocate nothing of the parameters' size.
 """
 
@@ -13,7 +13,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,30 +28,12 @@ from l3rs.io.checkpoint import restore, trained_horizon
 from l3rs.layers import Convention, Match, MatchBy, Matching, OnUnknown, match_network, network_facts
 from l3rs.spec import L3RSError, Spec, Theta
 from l3rs.theta import check_theta, digest
-from l3rs.torch.directions import add_directions, make_directions, make_inputs
+from l3rs.torch.directions import make_directions
+from l3rs.torch.flat import FlatLayers, flat_groups
 from l3rs.torch.names import TORCH, flax_layer
-from l3rs.torch.passes import (
-    LARGE_PIECE,
-    PIECE,
-    buckets,
-    gram_matrices,
-    host,
-    mean_over_ranks,
-    norms,
-    per_layer,
-    products,
-)
-from l3rs.torch.state import check_state, read_memory, small_state, write_memory
-
-
-class _ActiveLayer(NamedTuple):
-    """A parameter that takes part in this step."""
-
-    param: Tensor
-    grad: Tensor
-    state: dict[str, Any]
-    row: int  # of the layer among those with known facts
-    lr: float | Tensor
+from l3rs.torch.passes import ActiveLayer, host, mean_over_ranks
+from l3rs.torch.pieces import Pieces
+from l3rs.torch.state import SmallState, check_state, read_memory, small_state, write_memory
 
 
 class L3RS(torch.optim.Optimizer):
@@ -114,6 +96,10 @@ class L3RS(torch.optim.Optimizer):
       >>> opt.param_groups[0]["layers"][:2]
       ['layers/0/kernel', 'layers/0/bias']
     """
+
+    # Views into the tensors of `state`, made anew where it was replaced; not part of a copy.
+    _flat: Sequence[FlatLayers] = ()
+    _small: SmallState | None = None
 
     def __init__(
         self,
@@ -298,7 +284,7 @@ class L3RS(torch.optim.Optimizer):
                 self._step(layers, observed)
         return loss
 
-    def _layers(self) -> list[_ActiveLayer]:
+    def _layers(self) -> list[ActiveLayer]:
         """The parameters that have a gradient; creates their state if it does not exist."""
         if self.spec.form == 2 and self._trains != self._training():
             self._embed()
@@ -321,7 +307,7 @@ class L3RS(torch.optim.Optimizer):
                     }
                     for key in self._moments():
                         state[key] = torch.zeros_like(param, dtype=torch.float32)
-                layers.append(_ActiveLayer(param.detach(), param.grad.detach(), state, self._rows[param], group["lr"]))
+                layers.append(ActiveLayer(param, param.grad, state, self._rows[param], group["lr"]))
         return layers
 
     def _moments(self) -> list[str]:
@@ -329,49 +315,63 @@ class L3RS(torch.optim.Optimizer):
         named = enumerate(zip(self.spec.directions, self._directions, strict=True))
         return [f"{i}/{spec.name}/{moment}" for i, (spec, direction) in named for moment in direction.moments]
 
-    def _step(self, layers: Sequence[_ActiveLayer], observed: Sequence[Tensor]) -> None:
-        device = layers[0].param.device
+    def _blocks(self, layers: Sequence[ActiveLayer]) -> list[tuple[np.ndarray, FlatLayers | Pieces]]:
+        """What processes the layers, and the indices of those that it processes."""
         keys = self._moments()
-        arrays = [(layer.param, layer.grad, *(layer.state[key] for key in keys)) for layer in layers]
-        passes = list(buckets(arrays, PIECE.get(device.type, LARGE_PIECE)))
-        index = np.array([i for bucket in passes for i in bucket.layers])
+        held, flats = iter(self._flat), []
+        blocks: list[tuple[np.ndarray, FlatLayers | Pieces]] = []
+        for group in flat_groups(layers, self._directions):
+            members, flat = [layers[i] for i in group], next(held, None)
+            if flat is None or not flat.holds(members):
+                flat = FlatLayers(members, self._directions, keys)
+            flats.append(flat)
+            blocks.append((np.array(group), flat))
+        self._flat = flats
+        rest = sorted(set(range(len(layers))).difference(*(each.tolist() for each, _ in blocks)))
+        if rest:
+            blocks.append((np.array(rest), Pieces([layers[i] for i in rest], self._directions, keys)))
+        return blocks
+
+    def _step(self, layers: Sequence[ActiveLayer], observed: Sequence[Tensor]) -> None:
+        device = layers[0].param.device
+        losses = torch.stack([each.to(device) for each in observed])
+        loss = host(mean_over_ranks(torch.where(losses.isfinite(), losses, torch.nan).nanmean()))
+        blocks = self._blocks(layers)
 
         # Reductions that need no direction, and whether a gradient may enter the moments at all.
-        losses = torch.stack([each.to(device) for each in observed])
-        mean = mean_over_ranks(torch.where(losses.isfinite(), losses, torch.nan).nanmean())
-        loss, *found = host(torch.cat([mean[None], norms(passes)]))
-        gradient_squared, parameter_squared = per_layer(np.square(found).reshape(2, -1).T, index).T
+        squared = np.empty((len(layers), 2), np.float32)
+        for each, block in blocks:
+            squared[each] = block.squared_norms()
+        gradient_squared, parameter_squared = squared.T
         finite = np.isfinite(gradient_squared)
 
         for layer in layers:
             layer.state["step"] += 1
         steps = np.array([layer.state["step"] for layer in layers], np.float32)
 
-        pairs: list[Tensor] = []
-        for bucket in passes:
-            inputs = make_inputs(bucket, self._directions, finite, steps)
-            both = zip(self._directions, inputs.moments, strict=True)
-            pairs += products([direction.advance(moments, inputs) for direction, moments in both])
-        gram = gram_matrices(per_layer(host(torch.stack(pairs)).reshape(len(index), -1), index), len(self._directions))
+        gram = np.empty((len(layers), len(self._directions), len(self._directions)), np.float32)
+        for each, block in blocks:
+            gram[each] = block.gram(finite[each], steps[each])
 
         root_n = core.root_sizes([layer.param.numel() for layer in layers])
         measured = core.measure(loss, steps, root_n, gradient_squared, parameter_squared, gram, np)
         coefficients = self._decide(layers, measured)
-        for bucket in passes:
-            inputs = make_inputs(bucket, self._directions, finite, steps)
-            add_directions(bucket, self._directions, inputs, coefficients[bucket.layers], measured.moves)
+        for each, block in blocks:
+            block.add(coefficients[each], measured.moves[each])
 
-    def _decide(self, layers: Sequence[_ActiveLayer], measured: core.Statistics) -> np.ndarray:
+    def _decide(self, layers: Sequence[ActiveLayer], measured: core.Statistics) -> np.ndarray:
         """Choose the step and remember it; the factor of each direction, [L, P]."""
         guard = None if self._guard is None else self._guard_state()
         states = [layer.state for layer in layers]
-        memory = read_memory(self.spec, self.param_groups[0]["shared"], states, guard)
+        if self._small is None or not self._small.holds(states):
+            self._small = SmallState(self.spec, states)
+        memory = read_memory(self.spec, self.param_groups[0]["shared"], self._small.values, guard)
         rows = np.array([layer.row for layer in layers])
         facts = self._facts._replace(embedding=self._facts.embedding[rows], natural_rms=self._facts.natural_rms[rows])
         total_steps = np.asarray(self.total_steps)
         decision, memory = decide(self._theta, self.spec, memory, measured, facts, total_steps, self._guard, np)
         self._remember(memory)
-        write_memory(memory, decision, states)
+        write_memory(memory, decision, self._small.values)
         lr = np.array([float(layer.lr) for layer in layers], np.float32)
         return -lr[:, None] * decision.coefficients
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,16 @@ Tensors = tuple[Tensor, ...] | list[Tensor]
 # elsewhere this bounds the memory that a direction takes while it is in use.
 PIECE = {"cpu": 1 << 19}
 LARGE_PIECE = 1 << 24
+
+
+class ActiveLayer(NamedTuple):
+    """A parameter that takes part in this step."""
+
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Any]
+    row: int  # of the layer among those with known facts
+    lr: float | Tensor
 
 
 class Bucket(NamedTuple):
@@ -79,10 +89,12 @@ def gram_matrices(products: np.ndarray, n: int) -> np.ndarray:
 
 
 def per_layer(values: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Sums of the pieces' values, [pieces, K] to float32 [L, K]; they overflow where float32 does."""
-    sums = np.zeros((index[-1] + 1, values.shape[1]))
-    np.add.at(sums, index, values)
-    return sums.astype(np.float32)
+    """Sums of the pieces' values, [pieces, K] to float32 [L, K]; they overflow where float32 does.
+
+    `index` is the layer of each piece: 0 … L - 1 in order, each at least once.
+    """
+    starts = np.flatnonzero(np.diff(index, prepend=-1))
+    return np.add.reduceat(values.astype(float), starts, axis=0).astype(np.float32)
 
 
 def host(x: Tensor) -> np.ndarray:

@@ -13,7 +13,6 @@ from l3rs import core, scale_free
 from l3rs.decide import n_norms
 from l3rs.guard import GuardState
 from l3rs.spec import L3RSError, Spec
-from l3rs.torch.passes import host
 
 
 def small_state(spec: Spec) -> dict[str, tuple[int, ...]]:
@@ -23,34 +22,46 @@ def small_state(spec: Spec) -> dict[str, tuple[int, ...]]:
     return {**shapes, "memory": (5 + 3 * n,)} if spec.form == 2 else shapes
 
 
+class SmallState:
+    """The small tensors of all layers, stacked: those in the layers' states are views."""
+
+    def __init__(self, spec: Spec, states: Sequence[MutableMapping[str, Any]]) -> None:
+        stacks = {name: torch.stack([state[name].float().cpu() for state in states]) for name in small_state(spec)}
+        self.values = {name: stack.numpy() for name, stack in stacks.items()}  # float32 [L, …] of each name
+        self._views = {name: stack.unbind() for name, stack in stacks.items()}
+        for name, views in self._views.items():
+            for state, view in zip(states, views, strict=True):
+                state[name] = view
+
+    def holds(self, states: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether these are the states that it was made of, with its views in them."""
+        return all(
+            len(states) == len(views) and all(state[name] is view for state, view in zip(states, views, strict=True))
+            for name, views in self._views.items()
+        )
+
+
 def read_memory(
-    spec: Spec, shared: Mapping[str, Any], states: Sequence[Mapping[str, Any]], guard: GuardState | None
+    spec: Spec, shared: Mapping[str, Any], values: Mapping[str, np.ndarray], guard: GuardState | None
 ) -> core.Memory:
-    """The memory before a step, of the layers with these states."""
+    """The memory before a step, of the layers with these values; see `SmallState`."""
     average = np.array(shared["loss_ema"], np.float32)
-    layers = None
-    if spec.form == 2:
-        layers = scale_free.unpack(_stacked(states, "memory"), len(spec.directions))
     return core.Memory(
         step=np.asarray(shared["step"]),
         loss=core.LossState(np.asarray(shared["losses"]), np.float32(shared["first_loss"]), average),
-        log_norms=_stacked(states, "log_norms").swapaxes(0, 1),
+        log_norms=values["log_norms"].swapaxes(0, 1),
         guard=guard,
-        layers=layers,
+        layers=scale_free.unpack(values["memory"], len(spec.directions)) if spec.form == 2 else None,
     )
 
 
-def write_memory(memory: core.Memory, decision: core.Decision, states: Sequence[MutableMapping[str, Any]]) -> None:
-    """Store in each layer's state what was decided and what to remember."""
-    decided = {"log_norms": memory.log_norms.swapaxes(0, 1), "mix": decision.mix, "step_norm": decision.step_norm}
+def write_memory(memory: core.Memory, decision: core.Decision, values: Mapping[str, np.ndarray]) -> None:
+    """Store in the layers' values what was decided and what to remember."""
+    values["log_norms"][:] = memory.log_norms.swapaxes(0, 1)
+    values["mix"][:] = decision.mix
+    values["step_norm"][:] = decision.step_norm
     if memory.layers is not None:
-        decided["memory"] = scale_free.pack(memory.layers)
-    for i, state in enumerate(states):
-        state.update({name: torch.from_numpy(np.array(values[i])) for name, values in decided.items()})
-
-
-def _stacked(states: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
-    return np.stack([host(state[name].float()) for state in states])
+        values["memory"][:] = scale_free.pack(memory.layers)
 
 
 def check_state(state_dict: Mapping[str, Any], spec: Spec, shapes: Sequence[Mapping[str, tuple[int, ...]]]) -> None:

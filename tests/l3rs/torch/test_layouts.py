@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from l3rs.torch import L3RS, passes
+from l3rs.torch import L3RS, flat, passes
 from tests.l3rs.torch.common import (
     ALL,
     SHAPES,
@@ -46,9 +46,11 @@ def strided(x):
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "gaps", "expanded gradient", "transposed gradient"])
-def test_memory_layouts(layout, monkeypatch):
+@pytest.mark.parametrize("largest", [0, flat.LARGEST], ids=["pieces", "flat"])
+def test_memory_layouts(layout, largest, monkeypatch):
     """A layout is no part of the mathematics. Pieces are small: a layer has several."""
     monkeypatch.setitem(passes.PIECE, "cpu", 16)
+    monkeypatch.setattr(flat, "LARGEST", largest)
     plain = parameters(1)["conv.weight"]
     start = plain.detach().clone()
     if layout == "channels_last":

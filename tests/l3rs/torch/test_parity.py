@@ -13,7 +13,7 @@ import torch
 
 import l3rs
 import l3rs.torch
-from l3rs.torch import L3RS, match_layers, passes
+from l3rs.torch import L3RS, flat, match_layers, passes
 from tests.l3rs.torch.common import (
     ALL,
     NAMES,
@@ -86,18 +86,25 @@ def test_parity(directions, fields):
     assert_parity(directions, **fields)
 
 
-@pytest.mark.parametrize("directions", [("lion",), ("rmsprop",), ("momentum",), ("adam", "weight_decay")], ids=str)
+@pytest.mark.parametrize(
+    "directions",
+    [("lion",), ("rmsprop",), ("momentum",), ("sgd",), ("adam", "weight_decay"), ({"name": "adam", "eps": 0.0},)],
+    ids=str,
+)
 def test_parity_of_each_direction(directions):
     assert_parity(directions, steps=15)
 
 
-def test_parity_in_small_pieces(monkeypatch):
-    """A step is the same in whatever pieces it is done: here of at most 10 elements, several to a layer."""
+@pytest.mark.parametrize("largest", [0, 12, flat.LARGEST], ids=str)
+def test_parity_in_small_pieces(monkeypatch, largest):
+    """A step is the same in whatever pieces it is done: here of at most 10 elements, several to a layer or flat."""
     monkeypatch.setitem(passes.PIECE, "cpu", 10)
+    monkeypatch.setattr(flat, "LARGEST", largest)
     assert_parity(ALL, steps=10)
 
 
-def test_parity_with_numbers_that_are_not_finite():
+@pytest.mark.parametrize("largest", [0, flat.LARGEST], ids=str)
+def test_parity_with_numbers_that_are_not_finite(monkeypatch, largest):
     """A layer with a NaN or a gradient too large to square, a loss of infinity: what JAX does with them."""
 
     def spoil(step, grads, loss):
@@ -109,6 +116,7 @@ def test_parity_with_numbers_that_are_not_finite():
             loss = np.float32(np.inf)
         return grads, loss
 
+    monkeypatch.setattr(flat, "LARGEST", largest)
     assert_parity(ALL, spoil, steps=10)
 
 
