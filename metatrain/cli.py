@@ -23,7 +23,7 @@ import typer
 from rich.text import Text
 
 from metatrain import cluster_commands
-from metatrain.terminal import ConfigFile, Overrides, TrustTask, console, load
+from metatrain.terminal import AllowOtherVersion, ConfigFile, Overrides, TrustTask, console, load
 
 # What a command needs beyond this it imports when it is called: JAX and Ray take seconds.
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ def run(
     overrides: Overrides = None,
     out: Annotated[str | None, typer.Option(help="Folder or URL of the run.", show_default="runs/NAME")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the run in that folder if there is one.")] = False,
+    allow_other_version: AllowOtherVersion = False,
     trust_task: TrustTask = False,
 ) -> None:
     """Meta-train an optimizer."""
@@ -128,22 +129,26 @@ def run(
 
     _use_cores()
     check_client()
-    _conclude(loop.run(load(config, overrides, trust_task), out, resume_run=resume))
+    loaded = load(config, overrides, trust_task)
+    _conclude(loop.run(loaded, out, resume_run=resume, allow_other_version=allow_other_version))
 
 
 @app.command()
 def resume(
     folder: Annotated[str, typer.Argument(help="Folder or URL of the run.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="New values in the sections execution, checkpoint or logging.")
+        list[str] | None,
+        typer.Argument(help="New values in the sections execution, checkpoint or logging; or a larger outer.steps."),
     ] = None,
+    allow_other_version: AllowOtherVersion = False,
     trust_task: TrustTask = False,
 ) -> None:
     """Resume an interrupted run."""
     from metatrain.outer import loop
 
     _use_cores()
-    _conclude(loop.resume(folder, overrides or (), trust_task=trust_task))
+    done = loop.resume(folder, overrides or (), trust_task=trust_task, allow_other_version=allow_other_version)
+    _conclude(done)
 
 
 def _conclude(run: Run) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from metatrain.terminal import ConfigFile, Overrides, TrustTask, console, load
+from metatrain.terminal import AllowOtherVersion, ConfigFile, Overrides, TrustTask, console, load
 
 app = typer.Typer()
 
@@ -31,6 +31,7 @@ def submit(
         str | None, typer.Option(help="URL of the run, or its folder as an absolute path on the cluster.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the run of that name.")] = False,
+    allow_other_version: AllowOtherVersion = False,
     address: _Address = _DASHBOARD,
     allow_unauthenticated: _Open = False,
     trust_task: TrustTask = False,
@@ -46,9 +47,9 @@ def submit(
     folder = out or str(Path("runs").absolute() / setup.name)
     if "://" not in folder and not Path(folder).is_absolute():
         raise UserError(f"--out is {folder}; a job runs on another machine, so it must be an absolute path or a URL")
-    job = jobs.submit(
-        jobs.client(address, allow_unauthenticated, console.print), setup, folder, resume=resume, log=console.print
-    )
+    options = {"resume": resume, "allow_other_version": allow_other_version}
+    connected = jobs.client(address, allow_unauthenticated, console.print)
+    job = jobs.submit(connected, setup, folder, **options, log=console.print)
     console.print(f"{job.name} is {job.status.lower()}; see: metatrain status {job.name}")
 
 

@@ -200,6 +200,15 @@ class LoggingConfig(_Section):
     tensorboard: Flag = True
 
 
+class CodeConfig(_Section):
+    """What a run was started with. The run writes it; it is compared on resume."""
+
+    l3rs: str  # version
+    jax: str  # version
+    source: str  # digest of the source of l3rs, tasks and metatrain
+    device: str  # kind of the device that computes; of the driver's on a cluster
+
+
 class Config(_Section):
     """A meta-training run."""
 
@@ -212,6 +221,7 @@ class Config(_Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    code: CodeConfig | None = None
     # {path of a value: (the interpolation that it was written as, the value)}
     _interpolations: dict[yaml_text.Path, tuple[str, Any]] = PrivateAttr(default_factory=dict)
 

@@ -21,6 +21,9 @@ ConfigFile = Annotated[Path, typer.Argument(help="Configuration, a YAML file, e.
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Values that replace the configuration's, e.g. outer.sigma=0.1.")
 ]
+AllowOtherVersion = Annotated[
+    bool, typer.Option("--allow-other-version", help="Resume a run that another version of the code has begun.")
+]
 
 
 TrustTask = Annotated[

@@ -1,8 +1,11 @@
-"""One JAX device per CPU core."""
+"""The devices of this process: one per CPU core, and of which kind they are."""
 
 from __future__ import annotations
 
 import os
+import platform
+import re
+from pathlib import Path
 
 import jax
 
@@ -20,3 +23,18 @@ def use_cores(count: int | None = None) -> None:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
     if "xla_force_host_platform_device_count" not in flags:
         jax.config.update("jax_num_cpu_devices", count or usable_cpus())
+
+
+def device_kind() -> str:
+    """The kind of this process's first device, e.g. "NVIDIA H100 80GB HBM3"; the model of a CPU, where known.
+
+    Programs compiled for different kinds may differ in the last bits of their results.
+    """
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return str(device.device_kind)
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine() or "cpu"

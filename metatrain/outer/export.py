@@ -45,7 +45,7 @@ def export(folder: str | Path, destination: str | Path, results: Mapping[str, An
       UserError: not a run's folder, or it has no checkpoint yet.
       L3RSError: the destination exists.
     """
-    with run_folder(folder) as opened:
+    with run_folder(folder, to_write=False) as opened:
         if not (opened.path / "config.yaml").is_file():
             raise UserError(f"{opened.name} is not a run: it has no config.yaml")
         refuse_links(opened.path, opened.name)

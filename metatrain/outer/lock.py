@@ -1,4 +1,4 @@
-"""One process per run: a lock on the run's folder."""
+"""One process per run: a lock on the run's folder, and a watch that notices when the folder is gone."""
 
 from __future__ import annotations
 
@@ -19,6 +19,43 @@ LOCK_FILE = ".lock"
 
 class BusyError(UserError):
     """Another process holds the run's lock."""
+
+
+class FolderGoneError(UserError):
+    """The run's folder was deleted, moved or replaced while a process used it."""
+
+
+class FolderWatch:
+    """Notices that a run's folder is gone: writing on would leave half a folder.
+
+    Args:
+      folder: the run's local folder.
+      name: what to call the run in messages.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder, self._name = folder, name
+        self._identity = self._look()
+
+    def check(self) -> None:
+        """Raise FolderGoneError unless the folder is the one from the start and holds its configuration."""
+        if self.gone:
+            raise FolderGoneError(
+                f"the folder {self._name} was deleted, moved or replaced while the run was using it; "
+                "the run stops and writes nothing more"
+            )
+
+    @property
+    def gone(self) -> bool:
+        return self._look() != self._identity
+
+    def _look(self) -> tuple[int, int] | None:
+        try:
+            found = self._folder.stat()
+            (self._folder / "config.yaml").stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
 
 
 @contextlib.contextmanager

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
+import math
 import shutil
 import tempfile
 import time
@@ -25,10 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metatrain.config import Config, UserError, differences, dump_config, load_config
+from l3rs.io.files import write_atomically
+from metatrain.config import CodeConfig, Config, UserError, differences, dump_config, load_config
 from metatrain.inner.population import Evaluator
+from metatrain.outer.code import changes, current_code
 from metatrain.outer.export import Form, save_optimizer, write_form
-from metatrain.outer.lock import BusyError, run_lock
+from metatrain.outer.lease import LeaseLostError
+from metatrain.outer.lock import BusyError, FolderGoneError, FolderWatch, run_lock
 from metatrain.outer.metrics import Metrics
 from metatrain.outer.progress import Display
 from metatrain.outer.setup import Setup
@@ -37,6 +42,8 @@ from metatrain.outer.state import Progress, StateStore
 from metatrain.outer.store import RunFolder, run_folder
 from metatrain.report.live import Live
 from metatrain.trust import refuse_links, require_trust
+
+_log = logging.getLogger("metatrain")
 
 _CHANGEABLE = ("execution", "checkpoint", "logging")  # sections that do not change what a run computes
 
@@ -51,14 +58,17 @@ class Run:
     optimizer: str | None  # the deployable optimizer, once the run is finished
 
 
-def run(config: Config, out: str | Path | None = None, *, resume_run: bool = False) -> Run:
+def run(
+    config: Config, out: str | Path | None = None, *, resume_run: bool = False, allow_other_version: bool = False
+) -> Run:
     """Start a meta-training run.
 
     Args:
       config: the run's configuration, from `load_config`.
       out: the run's folder, or a URL of an object store; `runs/NAME` by default.
       resume_run: resume the folder's run if there is one. The sections `execution`, `checkpoint` and
-        `logging` may differ then.
+        `logging` may differ then, and `outer.steps` may be larger.
+      allow_other_version: resume a run that other code has begun.
 
     Raises:
       UserError: the folder exists, or holds another run; or the configuration cannot be run here.
@@ -66,16 +76,17 @@ def run(config: Config, out: str | Path | None = None, *, resume_run: bool = Fal
     with run_folder(out if out is not None else Path("runs") / config.name) as folder:
         if resume_run and (folder.path / "config.yaml").is_file():
             refuse_links(folder.path, folder.name)
-            return _resume(folder, config)
-        setup = Setup.build(config)
+            return _resume(folder, config, allow_other_version)
+        setup = Setup.build(config.model_copy(update={"code": None}))
         if folder.path.exists():
             raise UserError(
                 f"{folder.name} exists; resume it with `metatrain resume {folder.name}` or choose another with --out"
             )
+        setup = dataclasses.replace(setup, config=setup.config.model_copy(update={"code": current_code()}))
         _create(folder, setup.config)
         try:
             return _train(folder, setup)
-        except BusyError:
+        except (BusyError, FolderGoneError):
             raise
         except UserError:
             # Refused before anything was saved: the new folder must not block the next attempt.
@@ -84,7 +95,13 @@ def run(config: Config, out: str | Path | None = None, *, resume_run: bool = Fal
             raise
 
 
-def resume(folder: str | Path, overrides: Sequence[str] = (), *, trust_task: bool = False) -> Run:
+def resume(
+    folder: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    trust_task: bool = False,
+    allow_other_version: bool = False,
+) -> Run:
     """Resume an interrupted run from its newest good checkpoint.
 
     The result is that of a run that was never interrupted, bit for bit.
@@ -92,8 +109,9 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), *, trust_task: boo
     Args:
       folder: the run; a folder or a URL.
       overrides: of `execution`, `checkpoint` or `logging`, e.g. `execution.workers=8`. They do not change
-        what the run computes.
-
+        what the run computes. A larger `outer.steps` does: the learning rate's cosine is that of the new length
+        from here on, so the result is not that of a run that was started with it.
+      allow_other_version: resume a run that other code has begun.
       trust_task: import a task `package.module:function` though the run is another user's, or at a URL.
 
     Raises:
@@ -106,7 +124,7 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), *, trust_task: boo
         if not trust_task:
             files = None if "://" in str(folder) else [opened.path, opened.path / "config.yaml"]
             require_trust(config, files, opened.name)
-        return _resume(opened, load_config(opened.path / "config.yaml", overrides))
+        return _resume(opened, load_config(opened.path / "config.yaml", overrides), allow_other_version)
 
 
 def _create(folder: RunFolder, config: Config) -> None:
@@ -119,27 +137,60 @@ def _create(folder: RunFolder, config: Config) -> None:
         new.rename(folder.path)
 
 
-def _resume(folder: RunFolder, wanted: Config) -> Run:
-    """Resume the saved run with the sections of `wanted` that may change."""
+def _resume(folder: RunFolder, wanted: Config, allow_other_version: bool) -> Run:
+    """Resume the saved run with the parts of `wanted` that may change."""
     saved = _run_config(folder)
     # How candidates are grouped decides the last bits, so it stays as it was.
     kept = {key: getattr(saved.execution, key) for key in ("plan", "members_per_call")}
     asked = {key: getattr(wanted.execution, key) for key in kept}
     if any(value not in ("auto", kept[key]) for key, value in asked.items()):
         raise UserError(f"{folder.name} was started with {kept}; that cannot be changed to {asked}")
+    steps = max(saved.outer.steps, wanted.outer.steps)
     changed = {name: getattr(wanted, name) for name in _CHANGEABLE}
-    config = saved.model_copy(update={**changed, "execution": wanted.execution.model_copy(update=kept)})
+    config = saved.model_copy(
+        update={
+            **changed,
+            "outer": saved.outer.model_copy(update={"steps": steps}),
+            "execution": wanted.execution.model_copy(update=kept),
+        }
+    )
     different = [
         f"{key} was {_shown(before)} and would become {_shown(after)}"
         for key, (before, after) in differences(config, wanted).items()
-        if not key.startswith("execution.")
+        if not key.startswith(("execution.", "code"))
     ]
     if different:
         raise UserError(
             f"{folder.name} holds another run: {'; '.join(different)}; on resume only the sections "
-            f"{', '.join(_CHANGEABLE)} may change"
+            f"{', '.join(_CHANGEABLE)} may change, and outer.steps may grow"
         )
-    return _train(folder, Setup.build(config))
+    code = _checked_code(folder, saved, allow_other_version)
+    rewritten = saved.model_copy(update={"outer": config.outer, "code": code})
+    setup = Setup.build(config.model_copy(update={"code": code}))
+    return _train(folder, setup, None if rewritten == saved else rewritten)
+
+
+def _checked_code(folder: RunFolder, saved: Config, allow_other_version: bool) -> CodeConfig:
+    """The code that will compute the rest of a run; a warning or an error if other code began it."""
+    now = current_code()
+    if saved.code is None:
+        return now
+    different = list(changes(saved.code, now).values())
+    if different and not allow_other_version:
+        raise UserError(
+            f"{folder.name} was begun by other code: {'; '.join(different)}; its result may differ from that of either "
+            "alone: resume it with that code, or accept the difference with --allow-other-version"
+        )
+    if saved.code.device != now.device:
+        different.append(f"the device was {saved.code.device} and is now {now.device}")
+    if different:
+        _log.warning("%s: %s; the last bits of its result may change", folder.name, "; ".join(different))
+    return now
+
+
+def _cosine(share: float) -> float:
+    """The learning rate after a share of the run, as a share of its first value; see `make_strategy`."""
+    return 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
 
 
 def _shown(value: object) -> str:
@@ -153,16 +204,23 @@ def _run_config(folder: RunFolder) -> Config:
     return load_config(folder.path / "config.yaml")
 
 
-def _train(folder: RunFolder, setup: Setup) -> Run:
+def _train(folder: RunFolder, setup: Setup, rewritten: Config | None = None) -> Run:
     """Compute the remaining generations and write the optimizer, while holding the run's lock.
+
+    Args:
+      folder, setup: the run.
+      rewritten: what to save as its configuration, if that may have changed.
 
     Raises:
       UserError: another process holds the lock; or too many generations in a row had no finite loss.
     """
     outer = setup.config.outer
     with run_lock(folder.path, folder.name):
+        watch = FolderWatch(folder.path, folder.name)
         with contextlib.ExitStack() as resources:
-            session = _Session(folder, setup, resources)
+            session = _Session(folder, setup, watch, resources)
+            if rewritten is not None:
+                session.rewrite(rewritten)
             finished = session.compute()
             progress = session.progress
             if progress.failures >= outer.max_failures:
@@ -176,6 +234,7 @@ def _train(folder: RunFolder, setup: Setup) -> Run:
                     f"resume with: metatrain resume {folder.name}"
                 )
                 return Run(folder.name, progress.generation, False, None)
+        watch.check()
         theta = setup.strategy.mean(progress.strategy)
         destination = folder.path / "optimizer"
         optimizer = save_optimizer(setup.config, _form(setup), progress, theta, destination, overwrite=True)
@@ -188,6 +247,7 @@ class _Session:
 
     Args:
       folder, setup: the run.
+      watch: notices that the folder is gone.
       resources: closes what is opened here.
 
     Attributes:
@@ -195,15 +255,15 @@ class _Session:
       display: the terminal.
     """
 
-    def __init__(self, folder: RunFolder, setup: Setup, resources: contextlib.ExitStack) -> None:
+    def __init__(self, folder: RunFolder, setup: Setup, watch: FolderWatch, resources: contextlib.ExitStack) -> None:
         config = setup.config
-        self._folder, self._setup = folder, setup
+        self._folder, self._setup, self._watch = folder, setup, watch
         self.display = Display(config.outer.steps)
         write_form(folder.path, _form(setup))
         self._evaluator = setup.evaluator(self.display.log)
         resources.callback(self._evaluator.close)
         resources.callback(self.display.close)
-        self._store = StateStore(folder.path / "state", config.checkpoint.keep)
+        self._store = StateStore(folder.path / "state", config.checkpoint.keep, config.code)
         resources.callback(self._store.close)
         self.progress = self._store.restore(setup.fresh().strategy) or setup.fresh()
         self._metrics = Metrics(folder.path, self.progress.generation, config.logging.tensorboard)
@@ -224,19 +284,37 @@ class _Session:
                 self._generations(interrupts)
             except KeyboardInterrupt:
                 finished = False
+            except (FolderGoneError, LeaseLostError):
+                raise
             except Exception:
+                self._watch.check()  # that the folder is gone is the cause, not the error that it leads to
                 if self.progress.generation > start:  # an error must not cost the generations before it
                     self._save()
                 raise
+            self._watch.check()
             self._store.save(self.progress)
             self._page.close()
             self._folder.saved(True)
         return finished
 
+    def rewrite(self, config: Config) -> None:
+        """Save a configuration that has changed, and say what a larger `outer.steps` means."""
+        file = self._folder.path / "config.yaml"
+        before, done = load_config(file).outer.steps, self.progress.generation
+        if before != config.outer.steps:
+            old, new = (_cosine(done / steps) for steps in (before, config.outer.steps))
+            self.display.log(
+                f"outer.steps grows from {before} to {config.outer.steps}: from generation {done} on, the learning "
+                f"rate follows the longer cosine, {new:.0%} of its first value instead of {old:.0%}; the result is not "
+                f"that of a run that was started with {config.outer.steps}"
+            )
+        write_atomically(file, dump_config(config))
+
     def _generations(self, interrupts: Interrupts) -> None:
         outer, every = self._setup.config.outer, self._setup.config.checkpoint.every
         while self.progress.generation < outer.steps:
             self.progress, line = _generation(self._setup, self._evaluator, self.progress, interrupts, self._wait)
+            self._watch.check()
             self._metrics.write(line)
             self.display.update(line)
             self._page.tick()
@@ -251,6 +329,7 @@ class _Session:
         self.display.log(f"{reason}; what is done is saved")
 
     def _save(self) -> None:
+        self._watch.check()
         self._store.save(self.progress)
         self._folder.saved(False)
 

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 
 from l3rs.io.orbax_limits import check_arrays, check_files
 from l3rs.io.orbax_store import saving
-from metatrain.config import UserError
+from metatrain.config import CodeConfig, UserError
 from metatrain.outer.strategy import State
 
 _log = logging.getLogger("metatrain")
@@ -39,10 +39,12 @@ class StateStore:
     Args:
       folder: `state/` of the run.
       keep: how many checkpoints to keep.
+      code: noted in each checkpoint: which code wrote it.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, code: CodeConfig | None = None) -> None:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        self._code = None if code is None else code.model_dump()
         self._folder = folder.absolute()
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
@@ -58,7 +60,7 @@ class StateStore:
         counters = {name: value for name, value in progress._asdict().items() if name != "strategy"}
         items = ocp.args.Composite(
             strategy=ocp.args.PyTreeSave(leaves),
-            counters=ocp.args.JsonSave({**counters, "sha256": _digest(leaves)}),
+            counters=ocp.args.JsonSave({**counters, "code": self._code, "sha256": _digest(leaves)}),
         )
         with saving(self._folder, sum(leaf.nbytes for leaf in leaves.values())):
             self._manager.save(progress.generation, args=items)
@@ -98,6 +100,7 @@ class StateStore:
         restored: Any = self._manager.restore(step, args=items)
         leaves = {name: np.asarray(leaf) for name, leaf in restored["strategy"].items()}
         counters = dict(restored["counters"])
+        counters.pop("code", None)
         if counters.pop("sha256") != _digest(leaves):
             raise ValueError("its values do not match their digest")
         expected = [(x.shape, x.dtype) for x in jax.tree.leaves(like)]

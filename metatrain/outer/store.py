@@ -26,6 +26,7 @@ from typing import Any
 from l3rs.io.files import is_inner_name, write_atomically
 from l3rs.io.locations import DRIVERS
 from metatrain.config import UserError
+from metatrain.outer.lease import LeaseLostError, lease
 from metatrain.outer.lock import LOCK_FILE
 
 _log = logging.getLogger("metatrain")
@@ -37,6 +38,7 @@ _MAX_BYTES = 64 << 30  # of a run's files together
 _MAX_DEPTH = 30  # folders in a file's name
 _PIECE = 1 << 20  # bytes that are read at a time
 _MANIFEST = re.compile(r"manifest-(\d{8,15})\.json")
+_LEASE, _MAX_LEASE_BYTES = "lease.json", 4096
 _OBJECT = re.compile(r"objects/[0-9a-f]{32}")
 
 
@@ -56,24 +58,37 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def run_folder(location: str | Path) -> Iterator[RunFolder]:
+def run_folder(location: str | Path, *, to_write: bool = True) -> Iterator[RunFolder]:
     """Open a run's folder: `location` itself, or a local copy of a URL's content.
 
+    Args:
+      location: a folder or a URL.
+      to_write: hold the lease of a run in a store, as `run_lock` does for a folder.
+
     Raises:
-      UserError: there is no driver for the URL, or the store does not answer.
+      UserError: there is no driver for the URL, the store does not answer, or another driver holds the lease.
     """
     if "://" not in str(location):
         yield RunFolder(Path(location), str(location))
         return
     store = Store(str(location))
+    with lease(store, str(location)) if to_write else contextlib.nullcontext(lambda: None) as check_lease:
+        yield from _copied_folder(store, str(location), check_lease)
+
+
+def _copied_folder(store: Store, location: str, check_lease: Callable[[], None]) -> Iterator[RunFolder]:
+    """The local copy of a run in a store; a generator of one item, for `run_folder`."""
     scratch = Path(tempfile.mkdtemp(prefix="l3rs-run-"))
     copied = True
 
     def saved(last: bool) -> None:
         nonlocal copied
         try:
+            check_lease()
             store.push(scratch / "run")
             copied = True
+        except LeaseLostError:
+            raise
         except Exception as error:  # the drivers' own exceptions have no common base
             copied = False
             if last:
@@ -82,7 +97,7 @@ def run_folder(location: str | Path) -> Iterator[RunFolder]:
 
     try:
         store.pull(scratch / "run")
-        yield RunFolder(scratch / "run", str(location), saved)
+        yield RunFolder(scratch / "run", location, saved)
     finally:
         if copied:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -179,6 +194,24 @@ class Store:
         manifest = f"{self._root}/manifest-{number:08d}.json"
         self._write(manifest, json.dumps({"objects": objects}).encode())
         self._clean()
+
+    def read_lease(self) -> bytes | None:
+        """The content of `lease.json`; None if there is none."""
+        path = f"{self._root}/{_LEASE}"
+        try:
+            self._fs.invalidate_cache()
+            self._require_file(path)
+            with self._fs.open(path, "rb") as file:
+                return bytes(file.read(_MAX_LEASE_BYTES))
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def write_lease(self, content: bytes) -> None:
+        self._fs.makedirs(self._root, exist_ok=True)
+        self._write(f"{self._root}/{_LEASE}", content)
+
+    def remove_lease(self) -> None:
+        self._fs.rm_file(f"{self._root}/{_LEASE}")
 
     def _clean(self) -> None:
         manifests = self._manifests()

@@ -106,7 +106,15 @@ def _authentication_mode(url: str) -> str:
         return "disabled"
 
 
-def submit(jobs: Any, config: Config, folder: str, *, resume: bool = False, log: Callable[[str], None] = print) -> Job:
+def submit(
+    jobs: Any,
+    config: Config,
+    folder: str,
+    *,
+    resume: bool = False,
+    allow_other_version: bool = False,
+    log: Callable[[str], None] = print,
+) -> Job:
     """Start a run on the cluster and wait until its first generation is done.
 
     Args:
@@ -114,6 +122,7 @@ def submit(jobs: Any, config: Config, folder: str, *, resume: bool = False, log:
       config: the run; execution.backend and execution.address are replaced by the cluster's.
       folder: the run's folder on the driver's machine, on a file system that outlives the driver.
       resume: resume the run of that name.
+      allow_other_version: resume it although other code has begun it.
       log: called with news for the user.
 
     Raises:
@@ -131,7 +140,7 @@ def submit(jobs: Any, config: Config, folder: str, *, resume: bool = False, log:
             "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_SECONDS),  # a last checkpoint takes longer than Ray's 3 s
             "PYTHONUNBUFFERED": "1",
         }
-        options = " --resume" if resume else ""
+        options = " --resume" * resume + " --allow-other-version" * allow_other_version
         job_id = _submit_job(
             jobs,
             # Ray makes job ids unique: of two simultaneous submissions of one name, one fails.
