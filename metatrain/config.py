@@ -24,7 +24,7 @@ from l3rs.io.files import read_regular
 from l3rs.io.manifest import check_spec_limits
 from metatrain import yaml_text
 
-Plan = Literal["fused", "stepwise"]  # how candidates run, see metatrain/inner/rollout.py
+Plan = Literal["fused", "stepwise", "torch"]  # how candidates run, see metatrain/inner/rollout.py, torch_rollout.py
 
 
 class UserError(ValueError):
@@ -143,11 +143,12 @@ class ExecutionConfig(_Section):
 
     backend: Literal["local", "ray"] = "local"
     address: Text | None = None  # of Ray: host:port or auto; null starts Ray on this machine
-    workers: Few | Literal["auto"] = "auto"  # Ray actors; auto fills the cluster, and follows it as it grows
+    # Ray actors; auto fills the cluster, and follows it as it grows. Locally, processes of the plan torch; auto: cores.
+    workers: Few | Literal["auto"] = "auto"
     resources_per_worker: dict[Text, Positive] = {"CPU": 1.0}  # Ray's names: CPU, GPU, or a custom resource
     autoscaling: Flag = False  # wait for a node that can hold a worker instead of refusing the run when there is none
     allow_unauthenticated: Flag = False  # use a cluster that others can reach, without Ray's token
-    plan: Plan | Literal["auto"] = "auto"  # auto measures both
+    plan: Plan | Literal["auto"] = "auto"  # torch is for tasks of PyTorch; auto measures the others
     members_per_call: Count | Literal["auto"] = "auto"  # candidates in one compiled call
 
     @pydantic.model_validator(mode="after")

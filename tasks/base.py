@@ -40,8 +40,27 @@ class Aux(NamedTuple):
     accuracy: jax.Array  # float32 [], the mean over the batch
 
 
+class AnyTask:
+    """The attributes that tasks of JAX (`Task`) and of PyTorch (`tasks.torch.TorchTask`) share.
+
+    Attributes:
+      name: for display.
+      data: what functions over arrays read; empty for a task of PyTorch.
+      pools: init indices, "meta_train" for meta-training and "held_out" for evaluation.
+    """
+
+    name: str
+    data: Data
+    pools: Mapping[str, Sequence[int]]
+
+    def _check_pools(self) -> None:
+        for pool in POOLS:
+            if not len(self.pools.get(pool, ())):
+                raise TaskError(f"task {self.name!r} has no inits in pool {pool!r}")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Task:
+class Task(AnyTask):
     """A training problem: data, a model's loss, and a distribution of inits.
 
     Attributes:
@@ -66,9 +85,7 @@ class Task:
                 raise TaskError(f"task {self.name!r} has no split {split!r}; a task needs {', '.join(SPLITS)}")
             if size(self.data[split]) == 0:
                 raise TaskError(f"task {self.name!r}: split {split!r} is empty")
-        for pool in POOLS:
-            if not len(self.pools.get(pool, ())):
-                raise TaskError(f"task {self.name!r} has no inits in pool {pool!r}")
+        self._check_pools()
 
     def params_shape(self) -> Params:
         """The parameters as a pytree of `jax.ShapeDtypeStruct`."""
@@ -80,7 +97,7 @@ def size(batch: Batch) -> int:
     return int(jax.tree.leaves(batch)[0].shape[0])
 
 
-def sample(task: Task, key: jax.Array, pool: str = "meta_train") -> TaskSample:
+def sample(task: AnyTask, key: jax.Array, pool: str = "meta_train") -> TaskSample:
     """A task sample: an init of the pool, and a key for the batches.
 
     Args:

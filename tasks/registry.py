@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import inspect
+import os
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from tasks.augment import Augmentation, augmented
-from tasks.base import Aux, Task, TaskError
+from tasks.base import AnyTask, Aux, Task, TaskError
 from tasks.digits import digits
 from tasks.features import features
 from tasks.images import images, prepare_images
@@ -35,18 +37,29 @@ def prepare_task(name: str, options: Mapping[str, Any] | None = None) -> list[st
     return _call(preparation, name, {**(options or {})}) if preparation else []
 
 
-def make_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
-    """Build a task.
+def make_task(name: str, options: Mapping[str, Any] | None = None) -> Any:
+    """Build a task, and check it if it is the user's own.
 
     Args:
-      name: a name of `TASKS`, or `package.module:function`. The function must declare that it returns a `Task`
-        (`def my_task(…) -> Task`); it is not called otherwise.
+      name: a name of `TASKS`, or `package.module:function`. The function must declare that it returns a `Task` or a
+        `tasks.torch.TorchTask` (`def my_task(…) -> Task`); it is not called otherwise.
       options: its keyword arguments. `augment`, a mapping, is not passed on: it wraps the task, see `tasks.augment`.
+
+    Returns:
+      A `Task` or a `TorchTask`.
 
     Raises:
       TaskError: no such task, an unknown option or a value that the task rejects, a user's own task that fails, or
-        one whose functions do not return what a `Task` needs.
+        one whose functions do not return what a task needs.
     """
+    task = build_task(name, options)
+    if name not in TASKS:
+        _check_functions(name, task)
+    return task
+
+
+def build_task(name: str, options: Mapping[str, Any] | None = None) -> AnyTask:
+    """Build a task as `make_task`, without the check of its functions."""
     function = _find(name)
     kept = dict(options or {})
     given = kept.pop("augment", None)
@@ -56,10 +69,12 @@ def make_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
             raise TaskError(f"task.augment.batch_size needs a task with the option batch_size; {name!r} has none")
         kept = augmentation.with_batch_size(name, kept)
     task = _call(function, name, kept)
+    if not isinstance(task, AnyTask):
+        raise TaskError(f"task {name!r} returned {type(task).__name__}, not a tasks.Task or tasks.torch.TorchTask")
     if not isinstance(task, Task):
-        raise TaskError(f"task {name!r} returned {type(task).__name__}, not a tasks.Task")
-    if name not in TASKS:
-        _check_functions(name, task)
+        if augmentation is not None:
+            raise TaskError(f"task.augment is for tasks of JAX; {name!r} is a TorchTask, whose dataset can augment")
+        return dataclasses.replace(task, recipe=(name, dict(options or {})))  # type: ignore[type-var]
     return task if augmentation is None else augmented(task, augmentation)
 
 
@@ -85,7 +100,7 @@ def _call(function: Callable[..., Any], name: str, options: Mapping[str, Any]) -
         raise TaskError(f"task {name!r} cannot be built from {shown[:500]}: {_first_line(error)}") from error
 
 
-def _find(name: str) -> Callable[..., Task]:
+def _find(name: str) -> Callable[..., AnyTask]:
     if not isinstance(name, str):
         raise TaskError(f"task.name is {name!r}; it must be a string")
     if name in TASKS:
@@ -100,15 +115,16 @@ def _find(name: str) -> Callable[..., Task]:
         raise TaskError(f"task {name!r}: {module_name} has no function {attribute!r}") from None
     if not _returns_task(function):
         raise TaskError(
-            f"task {name!r} does not declare that it returns a task; write `def {attribute}(…) -> Task` (tasks.Task)"
+            f"task {name!r} does not declare that it returns a task; write `def {attribute}(…) -> Task` (tasks.Task) "
+            "or `-> TorchTask` (tasks.torch.TorchTask)"
         )
     return function
 
 
 def _returns_task(function: Any) -> bool:
-    """Whether a function's return annotation is `Task`; a string is looked up in its module, not evaluated."""
+    """Whether a function's return annotation is a kind of task; a string is looked up in its module, not evaluated."""
     if isinstance(function, type):
-        return issubclass(function, Task)
+        return issubclass(function, AnyTask)
     while isinstance(function, functools.partial):
         function = function.func
     if not callable(function):
@@ -120,11 +136,22 @@ def _returns_task(function: Any) -> bool:
         annotation = getattr(function, "__globals__", {}).get(first)
         for part in rest:
             annotation = getattr(annotation, part, None)
-    return isinstance(annotation, type) and issubclass(annotation, Task)
+    return isinstance(annotation, type) and issubclass(annotation, AnyTask)
 
 
-def _check_functions(name: str, task: Task) -> None:
-    """Trace a user's task once, so that an error in its functions is reported here and not in the middle of a run."""
+def _check_functions(name: str, task: AnyTask) -> None:
+    """Call a user's functions once, so that an error in them is reported here and not in the middle of a run."""
+    if isinstance(task, Task):
+        _trace(name, task)
+        return
+    from tasks.torch import TorchTask
+    from tasks.torch_checks import check_training
+
+    assert isinstance(task, TorchTask)
+    _guarded(name, "failed:", lambda: check_training(task))
+
+
+def _trace(name: str, task: Task) -> None:
 
     def start() -> tuple[Any, Any, Any]:
         params, stats = jax.eval_shape(task.init, task.data, jnp.zeros([], jnp.int32))
@@ -164,7 +191,7 @@ def _guarded(name: str, what: str, work: Callable[[], Any]) -> Any:
 
 def _is_installed(filename: str) -> bool:
     """Whether code is Python's, a library's or ours, rather than the user's."""
-    return "site-packages" in filename or filename.startswith("<frozen") or filename == __file__
+    return "site-packages" in filename or filename.startswith(("<frozen", os.path.dirname(__file__) + os.sep))
 
 
 def _first_line(error: BaseException) -> str:

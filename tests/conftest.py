@@ -20,11 +20,14 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test goes to a network
 
 
+_CLUSTERS = ("test_chaos.py", "test_cluster.py", "test_jobs.py", "test_torch_cluster.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several processes a file's tests stay together, for their fixtures; so do all tests that start clusters,
     because some kill every worker on the machine."""
     for item in items:
-        group = "clusters" if item.path.name in ("test_chaos.py", "test_cluster.py", "test_jobs.py") else item.path.name
+        group = "clusters" if item.path.name in _CLUSTERS else item.path.name
         item.add_marker(pytest.mark.xdist_group(group))
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from l3rs.descriptors import kind
@@ -77,3 +78,22 @@ def flax_layer(name: str | None, shape: Sequence[int]) -> Layer:
 
 
 TORCH = Convention(_spellings, lambda shape: tuple(sorted(shape)), alphabetical=False)
+
+
+def network_layers(params: Iterable[tuple[str, Tensor]]) -> tuple[Layer, ...]:
+    """The layers of a network as a spec holds them: Flax's layout and Flax's name for `weight`.
+
+    Args:
+      params: (name, parameter) pairs, as of `model.named_parameters()`.
+    """
+    return tuple(_as_flax(flax_layer(name, tensor.shape)) for name, tensor in params)
+
+
+def _as_flax(layer: Layer) -> Layer:
+    *modules, leaf = layer.path.split("/")
+    if leaf != "weight":
+        return layer
+    leaf = {"matrix": "kernel", "conv": "kernel", "scale": "scale", "embedding": "embedding"}.get(
+        kind(layer.path, len(layer.shape)), leaf
+    )
+    return Layer("/".join([*modules, leaf]), layer.shape)

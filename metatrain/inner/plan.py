@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,12 @@ import numpy as np
 
 import l3rs
 from metatrain.config import Plan, UserError
+from metatrain.inner.network import is_torch
 from metatrain.inner.population import candidate_losses
 from metatrain.inner.rollout import fused_rollout, learned, stepwise_rollout
 from metatrain.outer.strategy import Strategy
 from tasks import Task, sample
+from tasks.base import AnyTask
 
 _log = logging.getLogger("metatrain")
 
@@ -33,18 +36,21 @@ def device_memory(device: jax.Device) -> int | None:
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
-def choose_plan(tasks: Sequence[Task], spec: l3rs.Spec) -> Plan:
+def choose_plan(tasks: Sequence[AnyTask], spec: l3rs.Spec) -> Plan:
     """The plan with the fewest seconds per candidate-step, averaged over the tasks; measured on one device.
 
     Models without convolutions are fused without a measurement: matrix products are as fast inside a
-    loop as outside, and the loop saves one dispatch per step.
+    loop as outside, and the loop saves one dispatch per step. Tasks of PyTorch have one plan.
     """
-    if not any(map(_has_convolutions, tasks)):
+    if all(map(is_torch, tasks)):
+        return "torch"
+    own = [task for task in tasks if isinstance(task, Task)]
+    if not any(map(_has_convolutions, own)):
         return "fused"
     seconds: dict[Plan, float] = {"stepwise": 0.0, "fused": 0.0}
-    for task in tasks:
+    for task in own:
         for plan, measured in _seconds_per_step(task, spec).items():
-            seconds[plan] += measured / len(tasks)
+            seconds[plan] += measured / len(own)
     _log.info("ms per candidate-step: %s", {plan: round(1e3 * s, 2) for plan, s in seconds.items()})
     return "stepwise" if seconds["stepwise"] < seconds["fused"] else "fused"
 
@@ -64,8 +70,21 @@ def _seconds_per_step(task: Task, spec: l3rs.Spec) -> dict[Plan, float]:
     }
 
 
+def check_plan(tasks: Sequence[AnyTask], plan: Plan | Literal["auto"]) -> None:
+    """Raise UserError unless the plan can run the tasks."""
+    kinds = {is_torch(task) for task in tasks}
+    if len(kinds) > 1:
+        raise UserError("task.variants mix tasks of JAX and of PyTorch; they must be of one kind")
+    if kinds == {True} and plan not in ("auto", "torch"):
+        raise UserError(f"execution.plan is {plan}; {tasks[0].name} is a task of PyTorch: allowed are auto and torch")
+    if kinds == {False} and plan == "torch":
+        raise UserError(
+            f"execution.plan is torch; {tasks[0].name} is a task of JAX: allowed are auto, fused and stepwise"
+        )
+
+
 def members_per_call(
-    task: Task,
+    task: AnyTask,
     spec: l3rs.Spec,
     strategy: Strategy,
     population: int,
@@ -75,14 +94,15 @@ def members_per_call(
 ) -> int:
     """How many candidates one compiled call computes.
 
-    One if stepwise. If fused, as many as it takes to compute the population in `calls` calls, or as
+    One unless fused. If fused, as many as it takes to compute the population in `calls` calls, or as
     many as fit into the memory of the smallest device. XLA states what it would allocate, so nothing runs.
 
     Raises:
       UserError: not even one candidate fits.
     """
-    if plan == "stepwise":
+    if plan != "fused":
         return 1
+    assert isinstance(task, Task)
     wanted = math.ceil(population / calls)
     free = [bytes_ for bytes_ in map(device_memory, devices) if bytes_ is not None]
     if not free:

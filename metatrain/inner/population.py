@@ -18,9 +18,10 @@ import numpy as np
 
 import l3rs
 from metatrain.config import Plan
-from metatrain.inner.rollout import fused_rollout, learned, stepwise_rollout
+from metatrain.inner.rollout import Rollout, fused_rollout, learned, stepwise_rollout
 from metatrain.outer.strategy import State, Strategy
 from tasks import Task, TaskSample
+from tasks.base import AnyTask
 
 
 class GenerationSpec(NamedTuple):
@@ -61,19 +62,20 @@ class LocalEvaluator:
       strategy: generates the members.
       population: members per generation.
       members_per_call: candidates in one compiled call; results may depend on it in the last bits.
-      plan: "fused", chunks of members in one compiled loop; "stepwise", one member at a time.
+      plan: "fused", chunks of members in one compiled loop; "stepwise" and "torch", one member at a time.
     """
 
     def __init__(
         self,
-        tasks: Sequence[Task],
+        tasks: Sequence[AnyTask],
         spec: l3rs.Spec,
         strategy: Strategy,
         population: int,
         members_per_call: int,
         plan: Plan,
     ) -> None:
-        self._devices = jax.local_devices()
+        # PyTorch's settings and generators belong to a process: one candidate at a time.
+        self._devices = jax.local_devices()[:1] if plan == "torch" else jax.local_devices()
         self._data = [[jax.device_put(task.data, device) for device in self._devices] for task in tasks]
         self._population = population
         self._chunk = members_per_call
@@ -154,27 +156,38 @@ def _parts(members: np.ndarray, chunk: int) -> list[np.ndarray]:
     return [members[first : first + chunk] for first in range(0, len(members), chunk)]
 
 
-def candidate_losses(task: Task, spec: l3rs.Spec, strategy: Strategy, plan: Plan) -> Any:
-    """(state, key, sample, horizon, data, members int32 [m]) -> meta-losses float32 [m], compiled."""
-
-    candidate = learned(spec)
+def candidate_losses(task: AnyTask, spec: l3rs.Spec, strategy: Strategy, plan: Plan) -> Any:
+    """(state, key, sample, horizon, data, members int32 [m]) -> meta-losses float32 [m]; compiled, if by JAX."""
 
     def chosen(state: State, key: jax.Array, members: jax.Array) -> l3rs.spec.Theta:
         return jax.tree.map(lambda x: x[members], strategy.ask(jax.random.wrap_key_data(key), state))
 
+    def one_by_one(rollout: Rollout) -> Any:
+        member = jax.jit(chosen)
+
+        def losses(
+            state: State, key: jax.Array, sample: TaskSample, horizon: jax.Array, data: Any, members: jax.Array
+        ) -> np.ndarray:
+            thetas = [member(state, key, m) for m in members]
+            return np.array([rollout(theta, data, sample, horizon)["outer_valid"].loss for theta in thetas])
+
+        return losses
+
+    if plan == "torch":
+        from metatrain.inner.torch_rollout import learned_torch, torch_rollout
+        from tasks.torch import TorchTask
+
+        assert isinstance(task, TorchTask)
+        return one_by_one(torch_rollout(task, learned_torch(spec), ("outer_valid",)))
+    assert isinstance(task, Task)
+    candidate, own = learned(spec), task
+    if plan == "stepwise":
+        return one_by_one(stepwise_rollout(own, candidate, ("outer_valid",)))
+
     def fused(
         state: State, key: jax.Array, sample: TaskSample, horizon: jax.Array, data: Any, members: jax.Array
     ) -> jax.Array:
-        rollout = jax.vmap(fused_rollout(task, candidate, ("outer_valid",)), (0, None, None, None))
+        rollout = jax.vmap(fused_rollout(own, candidate, ("outer_valid",)), (0, None, None, None))
         return rollout(chosen(state, key, members), data, sample, horizon)["outer_valid"].loss
 
-    rollout = stepwise_rollout(task, candidate, ("outer_valid",))
-    member = jax.jit(chosen)
-
-    def stepwise(
-        state: State, key: jax.Array, sample: TaskSample, horizon: jax.Array, data: Any, members: jax.Array
-    ) -> np.ndarray:
-        thetas = [member(state, key, m) for m in members]
-        return np.array([rollout(theta, data, sample, horizon)["outer_valid"].loss for theta in thetas])
-
-    return jax.jit(fused) if plan == "fused" else stepwise
+    return jax.jit(fused)

@@ -15,7 +15,8 @@ from metatrain.config import Config, UserError
 from metatrain.inner.plan import time_steps
 from metatrain.inner.population import candidate_losses, cut
 from metatrain.outer.setup import Setup
-from tasks import Task, sample
+from tasks import sample
+from tasks.base import AnyTask
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128)
 _STEPS, _ROUNDS = 10, 3  # of the measurement
@@ -78,7 +79,7 @@ def estimate(config: Config) -> Estimate:
     shard = cut(population, members)[0]
     device = jax.local_devices()[0]
 
-    def measure(task: Task) -> tuple[float, float]:
+    def measure(task: AnyTask) -> tuple[float, float]:
         call = candidate_losses(task, setup.spec, setup.strategy, plan)
         placed = jax.device_put((state, spec.key, sample(task, jax.random.key(0)), task.data, shard), device)
         *arguments, data, own_shard = placed

@@ -10,12 +10,15 @@ import jax
 
 import l3rs
 from metatrain.config import Config, ExecutionConfig, UserError
-from metatrain.inner.plan import choose_plan, members_per_call
+from metatrain.inner.network import make_spec, task_layers, task_matches
+from metatrain.inner.plan import check_plan, choose_plan, members_per_call
 from metatrain.inner.population import Evaluator, GenerationSpec, LocalEvaluator
+from metatrain.inner.processes import ProcessEvaluator, local_processes
 from metatrain.outer.state import Progress
 from metatrain.outer.strategy import Strategy, make_strategy
 from metatrain.system import search_current_folder
-from tasks import Task, make_task, sample
+from tasks import make_task, sample
+from tasks.base import AnyTask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Setup:
     """
 
     config: Config
-    tasks: tuple[Task, ...]
+    tasks: tuple[AnyTask, ...]
     spec: l3rs.Spec
     strategy: Strategy
 
@@ -44,7 +47,8 @@ class Setup:
         if config.own_code():
             search_current_folder()
         tasks = tuple(make_task(name, options) for name, options in config.task.forms())
-        spec = l3rs.Spec.create(tasks[0].params_shape(), **config.optimizer.model_dump())
+        check_plan(tasks, config.execution.plan)
+        spec = make_spec(task_layers(tasks[0]), config.optimizer.model_dump())
         _check_variants(tasks, spec)
         strategy = make_strategy(config.outer, l3rs.init_meta_params(jax.random.key(0), spec))
         execution = _decide(config, tasks, spec, strategy)
@@ -60,6 +64,8 @@ class Setup:
             from metatrain.ray.evaluator import RayEvaluator  # Ray's dependencies take a while to import
 
             return RayEvaluator(self.tasks, self.spec, outer, members, plan, execution, log)
+        if plan == "torch" and (processes := local_processes(execution, outer.population)) > 1:
+            return ProcessEvaluator(self.tasks, self.spec, outer, processes, log)
         return LocalEvaluator(self.tasks, self.spec, self.strategy, outer.population, members, plan)
 
     def fresh(self) -> Progress:
@@ -78,18 +84,18 @@ class Setup:
         return GenerationSpec(number, jax.random.key_data(ask_key), sample(self.tasks[task], sample_key), horizon, task)
 
 
-def _check_variants(tasks: tuple[Task, ...], spec: l3rs.Spec) -> None:
+def _check_variants(tasks: tuple[AnyTask, ...], spec: l3rs.Spec) -> None:
     """Raise UserError unless the optimizer fits the network of every variant."""
     for other in tasks[1:]:
         try:
-            l3rs.match_layers(spec, other.params_shape())
+            task_matches(spec, other)
         except l3rs.L3RSError as error:
             raise UserError(
                 f"task.variants have different networks ({error}): optimizer.embedding must be descriptor"
             ) from None
 
 
-def _decide(config: Config, tasks: tuple[Task, ...], spec: l3rs.Spec, strategy: Strategy) -> ExecutionConfig:
+def _decide(config: Config, tasks: tuple[AnyTask, ...], spec: l3rs.Spec, strategy: Strategy) -> ExecutionConfig:
     """The section `execution` without "auto" in `plan` and `members_per_call`."""
     plan, members = config.execution.plan, config.execution.members_per_call
     if plan == "auto":

@@ -25,7 +25,7 @@ from metatrain.ray.fleet import COUNT_SECONDS, Fleet, Member, Package
 from metatrain.ray.health import Health
 from metatrain.ray.shards import Shards, shard_size
 from metatrain.ray.worker import Worker, unusable
-from tasks import Task
+from tasks.base import AnyTask
 
 _WATCH_SECONDS = 0.05  # between two looks for slow shards while a worker is idle
 
@@ -66,7 +66,7 @@ class RayEvaluator:
 
     def __init__(
         self,
-        tasks: Sequence[Task],
+        tasks: Sequence[AnyTask],
         spec: l3rs.Spec,
         outer: OuterConfig,
         members_per_call: int,

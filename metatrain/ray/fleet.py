@@ -17,6 +17,7 @@ from metatrain.config import ExecutionConfig, OuterConfig, Plan, UserError
 from metatrain.ray.health import Health
 from metatrain.ray.worker import Job, versions
 from tasks import Task
+from tasks.base import AnyTask
 from tasks.data.cache import resident
 
 COUNT_SECONDS = 1.0  # between two looks at the size of the cluster
@@ -190,7 +191,7 @@ class Package:
       refs: Ray's references to arrays that were sent, by number.
     """
 
-    def __init__(self, tasks: Sequence[Task], spec: l3rs.Spec, outer: OuterConfig, plan: Plan) -> None:
+    def __init__(self, tasks: Sequence[AnyTask], spec: l3rs.Spec, outer: OuterConfig, plan: Plan) -> None:
         import ray
         from ray import cloudpickle
 
@@ -200,11 +201,11 @@ class Package:
         numbers = jax.tree.unflatten(treedef, range(len(arrays)))
         names = [field.name for field in dataclasses.fields(Task)]
         hollow = [
-            {**{name: getattr(task, name) for name in names}, "data": own}
+            {**{name: getattr(task, name) for name in names}, "data": own} if isinstance(task, Task) else task
             for task, own in zip(tasks, numbers, strict=True)
         ]
         where = [resident(array) for array in self._arrays]
-        self.blob = ray.put(cloudpickle.dumps(Job(hollow, where, spec, outer, plan, versions())))
+        self.blob = ray.put(cloudpickle.dumps(Job(hollow, where, spec, outer, plan, versions(plan))))
         self.refs: dict[int, Any] = {}
 
     def send(self, numbers: Sequence[int]) -> None:

@@ -17,7 +17,8 @@ from metatrain.config import OuterConfig, Plan
 from metatrain.inner.devices import use_cores
 from metatrain.inner.population import candidate_losses, fitness_by_halves
 from metatrain.outer.strategy import make_strategy
-from tasks import Task
+from tasks import Task, TaskError
+from tasks.base import AnyTask
 from tasks.data.cache import Resident, find_resident
 
 
@@ -34,7 +35,8 @@ class Answer(NamedTuple):
 class Job:
     """The description of a run for its workers; pickled once."""
 
-    tasks: list[dict[str, Any]]  # the fields of each Task, with arrays replaced by their numbers
+    # The fields of each Task, with arrays replaced by their numbers; a TorchTask is built anew where it is unpickled.
+    tasks: list[dict[str, Any] | AnyTask]
     arrays: list[Resident | None]  # where to find each array in a machine's cache
     spec: l3rs.Spec
     outer: OuterConfig
@@ -42,9 +44,9 @@ class Job:
     versions: dict[str, str]
 
 
-def versions() -> dict[str, str]:
+def versions(plan: Plan) -> dict[str, str]:
     """Versions that must be equal on driver and workers for equal results."""
-    packages = ("l3rs", "ray", "jax", "jaxlib", "evosax", "optax", "flax", "numpy")
+    packages = ["l3rs", "ray", "jax", "jaxlib", "evosax", "optax", "flax", "numpy"] + ["torch"] * (plan == "torch")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
@@ -72,8 +74,9 @@ class Worker:
             job: Job = cloudpickle.loads(blob)
         except (ImportError, AttributeError) as error:
             return f"the task's code cannot be imported on {socket.gethostname()}: {error}"
-        if job.versions != versions():
-            ours = versions()
+        except TaskError as error:
+            return f"the task cannot be built on {socket.gethostname()}: {error}"
+        if job.versions != (ours := versions(job.plan)):
             different = [f"{k} {ours[k]} (driver: {v})" for k, v in job.versions.items() if ours[k] != v]
             return f"{socket.gethostname()} has {', '.join(different)}; all machines need the same versions"
         found: dict[int, np.ndarray] = {i: ray.get(ref) for i, ref in sent.items()}
@@ -82,12 +85,11 @@ class Worker:
                 found[i] = array
         if missing := [i for i in range(len(job.arrays)) if i not in found]:
             return missing
-        data = [jax.tree.map(lambda i: found[i], fields["data"]) for fields in job.tasks]
-        tasks = [Task(**{**fields, "data": own}) for fields, own in zip(job.tasks, data, strict=True)]
+        tasks = [own if isinstance(own, AnyTask) else _filled(own, found) for own in job.tasks]
         strategy = make_strategy(job.outer, l3rs.init_meta_params(jax.random.key(0), job.spec))
         self._calls = [candidate_losses(task, job.spec, strategy, job.plan) for task in tasks]
         self._device = jax.local_devices()[0]
-        self._data = jax.device_put(data, self._device)
+        self._data = jax.device_put([task.data for task in tasks], self._device)
         return []
 
     def evaluate(self, round_: int, shared: Sequence[Any], shard: int, members: np.ndarray, chunk: int) -> Answer:
@@ -105,6 +107,11 @@ class Worker:
 
         fitness, chunk = fitness_by_halves(call, members, chunk)
         return Answer(round_, shard, fitness, chunk)
+
+
+def _filled(fields: Mapping[str, Any], arrays: Mapping[int, np.ndarray]) -> Task:
+    """A task from its fields in a `Job` and the arrays by number."""
+    return Task(**{**fields, "data": jax.tree.map(lambda i: arrays[i], fields["data"])})
 
 
 def unusable(answer: Any, round_: int, shard: int, members: int) -> str | None:

@@ -1,0 +1,93 @@
+"""The inner loop of a PyTorch task: an optimizer of `torch.optim`'s kind trains its model in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from torch import Tensor, nn
+
+import l3rs
+from l3rs.torch import L3RS
+from metatrain.inner.rollout import Rollout, Score
+from tasks import TaskSample
+from tasks.torch import TorchTask
+from tasks.torch_training import Training, deterministic
+
+
+class Stepper(Protocol):
+    """An optimizer whose step may read the loss."""
+
+    def step(self, *, loss: Tensor) -> Any: ...
+
+
+# (hyper-parameters, parameters by name, horizon) -> optimizer
+MakeStepper = Callable[[Any, list[tuple[str, nn.Parameter]], int], Stepper]
+
+
+def learned_torch(spec: l3rs.Spec, guard: bool | l3rs.Guard = False) -> MakeStepper:
+    """L3RS of the form `spec`, as a function of its meta-parameters."""
+
+    def make(theta: Any, params: list[tuple[str, nn.Parameter]], horizon: int) -> L3RS:
+        return L3RS(params, (jax.tree.map(np.asarray, theta), spec), horizon, guard=guard)
+
+    return make
+
+
+def torch_rollout(task: TorchTask, make: MakeStepper, splits: Sequence[str]) -> Rollout:
+    """The inner loop over a PyTorch model. Arguments and results are those of `stepwise_rollout`.
+
+    The model of an init is loaded once and put back in place for every run. PyTorch's generators and settings belong to
+    the process: one rollout at a time.
+    """
+    training = Training(task)
+
+    def rollout(
+        hyper: Any,
+        data: Any,
+        sample: TaskSample,
+        horizon: Any,
+        splits: Sequence[str] = splits,
+        points: Sequence[int] | np.ndarray | None = None,
+    ) -> dict[str, Score]:
+        del data  # the task's own objects hold it
+        done, scores = 0, []
+        with deterministic(task.device):
+            steps = _steps(training, make, hyper, sample, int(horizon))
+            for until in [int(horizon)] if points is None else [int(point) for point in points]:
+                for _ in range(done, until):
+                    next(steps)
+                done = max(done, until)
+                if done == 0:
+                    training.start(int(sample.init))
+                scores.append({split: np.array(training.score(split), np.float32) for split in splits})
+        if points is None:
+            return {split: Score(*found) for split, found in scores[0].items()}
+        return {split: Score(*np.stack([row[split] for row in scores]).T) for split in splits}
+
+    return rollout
+
+
+def torch_steps(
+    task: TorchTask, make: MakeStepper, hyper: Any, sample: TaskSample, horizon: int
+) -> Iterator[tuple[list[tuple[str, nn.Parameter]], Stepper]]:
+    """One inner loop, step by step: yields (parameters by name, optimizer) after each of `horizon` steps."""
+    with deterministic(task.device):
+        yield from _steps(Training(task), make, hyper, sample, horizon)
+
+
+def _steps(
+    training: Training, make: MakeStepper, hyper: Any, sample: TaskSample, horizon: int
+) -> Iterator[tuple[list[tuple[str, nn.Parameter]], Stepper]]:
+    key = np.asarray(sample.key).tolist()
+    params = training.start(int(sample.init))
+    optimizer = make(hyper, params, horizon)
+    for step in range(horizon):
+        for _, param in params:
+            param.grad = None
+        loss = training.loss(key, step)
+        loss.backward()
+        optimizer.step(loss=loss.detach())
+        yield params, optimizer

@@ -1,0 +1,86 @@
+"""One step of a `TorchTask` before a run, so that what is wrong with it is one sentence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tasks.base import TaskError
+from tasks.torch import TorchTask, describe_batch
+from tasks.torch_training import Training, deterministic
+
+
+class Checked(NamedTuple):
+    """What a step of a task showed."""
+
+    parameters: int  # values that train
+    loss: float  # of the first step
+    meta_loss: float  # on outer_valid, before training
+    metric: float
+
+
+def check_training(task: TorchTask) -> Checked:
+    """Load the model, take the gradients of a step, and score outer_valid.
+
+    Raises:
+      TaskError: the model cannot be trained, the loss is no finite number with a gradient, or `score` fails.
+    """
+    with deterministic(task.device):
+        training = Training(task)
+        init = int(task.pools["meta_train"][0])
+        params = training.start(init)
+        loss = _first_loss(training, task)
+        if not loss.requires_grad:
+            raise TaskError(
+                f"task {task.name!r}: the loss does not depend on a parameter that trains; is it detached, or computed "
+                "under torch.no_grad()?"
+            )
+        loss.backward()
+        if all(param.grad is None for _, param in params):
+            raise TaskError(f"task {task.name!r}: no parameter that trains gets a gradient")
+        meta_loss, metric = training.score("outer_valid")
+        if not math.isfinite(meta_loss):
+            raise TaskError(f"task {task.name!r}: the loss on outer_valid is {meta_loss} before any training")
+        return Checked(sum(param.numel() for _, param in params), loss.item(), meta_loss, metric)
+
+
+def _first_loss(training: Training, task: TorchTask) -> Tensor:
+    key = (0, 0)
+    outputs: list[Any] = []
+    hook = training.model.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    shown = ""
+    try:
+        shown = describe_batch(training.batch(key, 0))
+        loss = training.loss(key, 0)
+    except TaskError:
+        raise
+    except Exception as error:
+        if shown:
+            error.args = (f"{_first_line(error)}{_output_hint(outputs)}; a batch is {shown}",)
+        raise
+    finally:
+        hook.remove()
+    if not torch.isfinite(loss):
+        raise TaskError(
+            f"task {task.name!r}: the loss of the first step is {loss.item()}, from a batch that is {shown}; "
+            "check the inputs' scale and the labels"
+        )
+    return loss
+
+
+def _output_hint(outputs: list[Any]) -> str:
+    """What the model returned, if that is not a tensor."""
+    if not outputs or isinstance(outputs[-1], Tensor):
+        return ""
+    output = outputs[-1]
+    if isinstance(output, Mapping):
+        return f"; the model returns a mapping with {', '.join(map(repr, output))}: the loss must take one of them"
+    return f"; the model returns {describe_batch(output)}: the loss must take a tensor of it"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
