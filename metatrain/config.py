@@ -85,11 +85,17 @@ _SpecFields: Any = pydantic.create_model("_SpecFields", __base__=_Section, **_sp
 
 
 class OptimizerConfig(_SpecFields):
-    """The form of L3RS: the fields of `l3rs.Spec`, with its defaults and its checks."""
+    """The form of L3RS: the fields of `l3rs.Spec`, with its defaults and its checks; and where meta-training begins."""
+
+    start: Text | None = None  # checkpoint whose form and meta-parameters it begins with; null: new meta-parameters
+
+    def spec_fields(self) -> dict[str, Any]:
+        """The fields of `l3rs.Spec` without the layers."""
+        return self.model_dump(exclude={"start"})
 
     @pydantic.model_validator(mode="after")
     def _checked(self) -> OptimizerConfig:
-        fields = self.model_dump()
+        fields = self.spec_fields()
         try:
             check_spec_limits({key: list(v) if isinstance(v, tuple) else v for key, v in fields.items()}, "")
         except L3RSError as error:

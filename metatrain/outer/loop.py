@@ -38,6 +38,7 @@ from metatrain.outer.metrics import Metrics
 from metatrain.outer.progress import Display
 from metatrain.outer.setup import Setup
 from metatrain.outer.signals import Interrupts
+from metatrain.outer.start import resolve_start
 from metatrain.outer.state import Progress, StateStore
 from metatrain.outer.store import RunFolder, run_folder
 from metatrain.report.live import Live
@@ -76,7 +77,7 @@ def run(
     with run_folder(out if out is not None else Path("runs") / config.name) as folder:
         if resume_run and (folder.path / "config.yaml").is_file():
             refuse_links(folder.path, folder.name)
-            return _resume(folder, config, allow_other_version)
+            return _resume(folder, resolve_start(config), allow_other_version)
         setup = Setup.build(config.model_copy(update={"code": None}))
         if folder.path.exists():
             raise UserError(

@@ -9,11 +9,13 @@ from collections.abc import Callable
 import jax
 
 import l3rs
+from l3rs.spec import Theta
 from metatrain.config import Config, ExecutionConfig, UserError
 from metatrain.inner.network import make_spec, task_layers, task_matches
 from metatrain.inner.plan import check_plan, choose_plan, members_per_call
 from metatrain.inner.population import Evaluator, GenerationSpec, LocalEvaluator
 from metatrain.inner.processes import ProcessEvaluator, local_processes
+from metatrain.outer.start import resolve_start, start_theta
 from metatrain.outer.state import Progress
 from metatrain.outer.strategy import Strategy, make_strategy
 from metatrain.system import search_current_folder
@@ -30,12 +32,14 @@ class Setup:
       tasks: the variants of the task; each generation uses one of them.
       spec: the form of the optimizer.
       strategy: the evolution strategy.
+      start: the meta-parameters of `optimizer.start`; None for new ones.
     """
 
     config: Config
     tasks: tuple[AnyTask, ...]
     spec: l3rs.Spec
     strategy: Strategy
+    start: Theta | None = None
 
     @classmethod
     def build(cls, config: Config) -> Setup:
@@ -44,15 +48,17 @@ class Setup:
         Raises:
           UserError, TaskError, L3RSError: the configuration cannot be run.
         """
+        config = resolve_start(config)
         if config.own_code():
             search_current_folder()
         tasks = tuple(make_task(name, options) for name, options in config.task.forms())
         check_plan(tasks, config.execution.plan)
-        spec = make_spec(task_layers(tasks[0]), config.optimizer.model_dump())
+        spec = make_spec(task_layers(tasks[0]), config.optimizer.spec_fields())
         _check_variants(tasks, spec)
         strategy = make_strategy(config.outer, l3rs.init_meta_params(jax.random.key(0), spec))
         execution = _decide(config, tasks, spec, strategy)
-        return cls(config.model_copy(update={"execution": execution}), tasks, spec, strategy)
+        start = None if config.optimizer.start is None else start_theta(config.optimizer.start, spec, tasks[0])
+        return cls(config.model_copy(update={"execution": execution}), tasks, spec, strategy, start)
 
     def evaluator(self, log: Callable[[str], None]) -> Evaluator:
         """The evaluator of the chosen backend; `log` is called with news of the workers."""
@@ -71,7 +77,8 @@ class Setup:
     def fresh(self) -> Progress:
         """The state before the first generation, a function of the seed."""
         theta_key, strategy_key = jax.random.split(jax.random.key(self.config.seed))
-        state = self.strategy.init(strategy_key, l3rs.init_meta_params(theta_key, self.spec))
+        theta = l3rs.init_meta_params(theta_key, self.spec) if self.start is None else self.start
+        state = self.strategy.init(strategy_key, theta)
         return Progress(generation=0, failures=0, candidate_steps=0, seconds=0.0, strategy=state)
 
     def generation(self, number: int) -> GenerationSpec:

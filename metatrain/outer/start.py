@@ -1,0 +1,83 @@
+"""Where meta-training begins: `optimizer.start`, a checkpoint whose meta-parameters and form a run continues."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+import l3rs
+from l3rs.io.checkpoint import read_spec
+from l3rs.layers import Matching
+from l3rs.spec import Direction, Spec, Theta
+from metatrain.config import Config, OptimizerConfig, UserError
+from metatrain.inner.network import embeddings, is_torch
+from tasks.base import AnyTask
+
+# Smaller than those of a run from new meta-parameters: what is known already should not be lost.
+_OUTER_DEFAULTS = {"sigma": 0.02, "learning_rate": 0.01}
+
+
+def resolve_start(config: Config) -> Config:
+    """A configuration in which the form of the checkpoint `optimizer.start` is written out.
+
+    Its fields take the place of the defaults of `optimizer`, and `outer.sigma` and `outer.learning_rate` have smaller
+    defaults. A configuration without `start`, or that was resolved before, stays as it is.
+
+    Raises:
+      UserError: `optimizer` has another form than the checkpoint.
+      L3RSError: not a checkpoint.
+    """
+    optimizer = config.optimizer
+    if optimizer.start is None:
+        return config
+    spec = read_spec(optimizer.start)
+    fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec) if field.name != "layers"}
+    fields["directions"] = tuple(direction.to_json() for direction in spec.directions)
+    for name in sorted(optimizer.model_fields_set & set(fields)):
+        asked, found = getattr(optimizer, name), fields[name]
+        if name == "directions":
+            asked, found = (tuple(map(Direction.parse, each)) for each in (asked, found))
+        if name == "embedding" and (found, asked) == ("descriptor", "table"):
+            fields["embedding"] = "table"
+        elif asked != found:
+            raise UserError(
+                f"optimizer.{name} is {getattr(optimizer, name)!r}, but optimizer.start={optimizer.start} has "
+                f"{fields[name]!r}; leave it out"
+            )
+    outer = {k: v for k, v in _OUTER_DEFAULTS.items() if k not in config.outer.model_fields_set}
+    return config.model_copy(
+        update={
+            "optimizer": OptimizerConfig(start=optimizer.start, **fields),
+            "outer": config.outer.model_copy(update=outer),
+        }
+    )
+
+
+def start_theta(start: str, spec: Spec, task: AnyTask) -> Theta:
+    """The meta-parameters of a checkpoint, for the layers of a task.
+
+    A table begins as the embedding that the checkpoint gives to each layer, so that the optimizer takes the same steps.
+    A layer that is not in a checkpoint's table gets the mean of it.
+
+    Args:
+      start: the checkpoint.
+      spec: the run's spec; its embedding is the checkpoint's, or "table".
+      task: whose layers `spec` holds.
+
+    Raises:
+      L3RSError: not a checkpoint; or which of its layers is which is ambiguous.
+    """
+    theta, own, _ = l3rs.restore(start)
+    if spec.embedding == "table":
+        how = Matching(by="auto", on_unknown="mean") if own.embedding == "table" else Matching()
+        # To the last bit what the inner loop computes: XLA and NumPy add in another order.
+        rows: Any = embeddings(theta, own, task, how) if is_torch(task) else _by_xla(theta, own, task, how)
+        theta = {**theta, "embedding": np.asarray(rows)}
+    return theta
+
+
+def _by_xla(theta: Theta, own: Spec, task: AnyTask, how: Matching) -> Any:
+    return jax.jit(lambda each: embeddings(each, own, task, how))(theta)

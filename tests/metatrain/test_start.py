@@ -1,0 +1,129 @@
+"""`optimizer.start`: meta-training that begins with a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import l3rs
+from metatrain.config import UserError, load_config
+from metatrain.inner.rollout import inner_steps, learned
+from metatrain.outer.loop import run
+from metatrain.outer.setup import Setup
+from metatrain.outer.start import start_theta
+from tasks import TaskSample, make_task
+from tests.metatrain.common import REGRESSION, assert_same_theta, metrics, small_config
+from tests.metatrain.test_trainer import stopped_at
+
+_SAMPLE = TaskSample(jax.numpy.int32(3), jax.random.key_data(jax.random.key(4)))
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["form1", "form2"])
+def general(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint with descriptors of another network, whose output layer is not near zero."""
+    fields = {"form": 2, "step": "initial"} if request.param == 2 else {}
+    spec = l3rs.Spec.create({"w": np.ones((3, 2))}, embedding="descriptor", hidden=(4,), embedding_dim=3, **fields)
+    theta = jax.tree.map(lambda x: x + 0.1, l3rs.init_meta_params(jax.random.key(1), spec))
+    return str(l3rs.save(tmp_path_factory.mktemp("general") / "general", theta, spec, {}))
+
+
+def small_bare(**sections: Any) -> Any:
+    """As `small_config`, without a form of the optimizer."""
+    from metatrain.config import check_config
+
+    data = small_config(**{key: value for key, value in sections.items() if key != "optimizer"}).model_dump()
+    data["outer"] = {"steps": 6, "population": 4, "horizon": {"min": 2, "max": 9}, **sections.get("outer", {})}
+    data["optimizer"] = sections["optimizer"]
+    return check_config(data)
+
+
+@pytest.mark.parametrize("embedding", [None, "table"])
+def test_generation_0_is_the_checkpoint(general: str, embedding: str | None) -> None:
+    """Bit for bit on a fine-tuning run, with the checkpoint's descriptors and with a table."""
+    asked = {} if embedding is None else {"embedding": embedding}
+    setup = Setup.build(small_bare(optimizer={"start": general, **asked}))
+    assert setup.spec.embedding == (embedding or "descriptor")
+    theta = setup.strategy.mean(setup.fresh().strategy)
+    task = make_task(REGRESSION)
+    if embedding == "table":
+        assert theta["embedding"].shape == (2, 3)  # a row for each layer
+    base, spec, _ = l3rs.restore(general)
+
+    def params(spec: l3rs.Spec, values: Any) -> list[np.ndarray]:
+        carries = inner_steps(task, learned(spec), values, task.data, _SAMPLE, 20)
+        return [np.concatenate([np.ravel(x) for x in jax.tree.leaves(carry.params)]) for carry in carries]
+
+    expected, found = params(spec, base), params(setup.spec, theta)
+    np.testing.assert_array_equal(found, expected)
+    assert np.ptp(np.stack(expected), axis=0).min() > 1e-3  # every parameter moves
+
+
+def test_generation_0_is_the_checkpoint_in_pytorch(general: str) -> None:
+    pytest.importorskip("torch")
+    from metatrain.inner.network import task_layers
+    from metatrain.inner.torch_rollout import learned_torch, torch_rollout
+    from tests.metatrain.torch_tasks import tiny
+
+    task = tiny()
+    base, spec, _ = l3rs.restore(general)
+    own = dataclasses.replace(spec, embedding="table", layers=task_layers(task))
+    theta = start_theta(general, own, task)
+    assert theta["embedding"].shape == (6, 3)
+    scores = [
+        torch_rollout(task, learned_torch(form), ())(values, {}, _SAMPLE, 15, ("test",), [0, 1, 15])["test"].loss
+        for form, values in ((spec, base), (own, theta))
+    ]
+    np.testing.assert_array_equal(*scores)
+    assert len(set(scores[0].tolist())) == 3
+
+
+def test_the_form_and_smaller_defaults_are_written_out(general: str, tmp_path: Path) -> None:
+    started = small_bare(optimizer={"start": general})
+    run(started, tmp_path / "run")
+    saved = load_config(tmp_path / "run" / "config.yaml")
+    assert (saved.optimizer.start, saved.optimizer.embedding_dim, saved.optimizer.embedding) == (
+        general,
+        3,
+        "descriptor",
+    )
+    assert (saved.outer.sigma, saved.outer.learning_rate) == (0.02, 0.01)
+    own = Setup.build(small_bare(optimizer={"start": general}, outer={"sigma": 0.1})).config.outer
+    assert (own.sigma, own.learning_rate) == (0.1, 0.01)
+    assert run(started, tmp_path / "run", resume_run=True).finished  # the same configuration, not a changed one
+
+
+def test_resumes_bit_for_bit(general: str, tmp_path: Path) -> None:
+    sections = {"optimizer": {"hidden": [4], "embedding_dim": 3, "embedding": "table", "start": general}}
+    spec = l3rs.info(general)["spec"]
+    sections["optimizer"] |= {key: spec[key] for key in ("form", "step") if key in spec}
+    run(small_config(**sections), tmp_path / "quiet")
+    stopped_at(3, tmp_path / "run", **sections)
+    assert run(small_config(**sections), tmp_path / "run", resume_run=True).finished
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "quiet")
+    assert_same_theta(tmp_path / "run" / "optimizer", tmp_path / "quiet" / "optimizer")
+
+
+def test_from_a_table(tmp_path: Path) -> None:
+    """Layers that the checkpoint knows keep their rows, others get the mean."""
+    params = {"w": np.ones(4), "other": np.ones(7)}
+    spec = l3rs.Spec.create(params, hidden=(4,), embedding_dim=3)
+    theta = l3rs.init_meta_params(jax.random.key(1), spec)
+    start = str(l3rs.save(tmp_path / "table", theta, spec, {}))
+    setup = Setup.build(small_bare(optimizer={"start": start}))
+    rows = {layer.path: row for layer, row in zip(setup.spec.layers, setup.start["embedding"], strict=True)}
+    np.testing.assert_array_equal(rows["w"], theta["embedding"][1])
+    np.testing.assert_allclose(rows["b"], theta["embedding"].mean(0), rtol=1e-6)
+    with pytest.raises(UserError, match=r"optimizer.embedding is 'descriptor', but optimizer.start=.* has 'table'"):
+        Setup.build(small_bare(optimizer={"start": start, "embedding": "descriptor"}))
+
+
+def test_refused(general: str) -> None:
+    with pytest.raises(UserError, match=r"optimizer.hidden is \(5,\), but optimizer.start=.* has \(4,\); leave it out"):
+        Setup.build(small_bare(optimizer={"start": general, "hidden": [5]}))
+    with pytest.raises(l3rs.L3RSError, match="nowhere"):
+        Setup.build(small_bare(optimizer={"start": "nowhere"}))
