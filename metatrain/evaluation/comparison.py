@@ -43,6 +43,7 @@ from metatrain.evaluation.records import (
 )
 from metatrain.evaluation.runner import Conditions, Runner, held_out_samples, maker
 from metatrain.evaluation.tuning import edge_notes, search
+from metatrain.inner.network import is_torch
 from metatrain.inner.plan import choose_plan
 from tasks import Task, make_task
 
@@ -86,6 +87,8 @@ def evaluate(
     refused: list[str] = []
     for setting, task_options in _settings(config, settings).items():
         task = make_task(*config.task.form(task_options))
+        if is_torch(task):
+            raise UserError(f"{task.name} is a task of PyTorch; metatrain evaluate takes tasks of JAX")
         label = f"{setting}: {task.name}" if setting else task.name
         try:
             if ours is not None:

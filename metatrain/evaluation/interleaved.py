@@ -42,6 +42,7 @@ def trainers(task: Task, plan: Plan) -> Trainers:
 
     @functools.cache
     def trainer(stage_steps: int, moments: iomt.space.Moments) -> Callable[..., iomt.Result]:
+        assert plan != "torch", "IOMT trains tasks of JAX"
         return iomt.make_train(loss, batch, options=iomt.Options(stage_steps=stage_steps, moments=moments), plan=plan)
 
     return trainer
