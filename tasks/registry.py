@@ -113,7 +113,7 @@ def _find(name: str) -> Callable[..., AnyTask]:
         function = getattr(module, attribute)
     except AttributeError:
         raise TaskError(f"task {name!r}: {module_name} has no function {attribute!r}") from None
-    if not _returns_task(function):
+    if _returned(function) is None:
         raise TaskError(
             f"task {name!r} does not declare that it returns a task; write `def {attribute}(…) -> Task` (tasks.Task) "
             "or `-> TorchTask` (tasks.torch.TorchTask)"
@@ -121,14 +121,24 @@ def _find(name: str) -> Callable[..., AnyTask]:
     return function
 
 
-def _returns_task(function: Any) -> bool:
-    """Whether a function's return annotation is a kind of task; a string is looked up in its module, not evaluated."""
+def is_torch_task(name: str) -> bool:
+    """Whether a task's function declares that it returns a `TorchTask`; the function is not called.
+
+    Raises:
+      TaskError: there is no such function, or it declares no task.
+    """
+    returned = _returned(_find(name))
+    return returned is not None and not issubclass(returned, Task)
+
+
+def _returned(function: Any) -> type[AnyTask] | None:
+    """The kind of task of a function's return annotation; a string is looked up in its module, not evaluated."""
     if isinstance(function, type):
-        return issubclass(function, AnyTask)
+        return function if issubclass(function, AnyTask) else None
     while isinstance(function, functools.partial):
         function = function.func
     if not callable(function):
-        return False
+        return None
     function = inspect.unwrap(function)
     annotation = getattr(function, "__annotations__", {}).get("return")
     if isinstance(annotation, str):
@@ -136,7 +146,7 @@ def _returns_task(function: Any) -> bool:
         annotation = getattr(function, "__globals__", {}).get(first)
         for part in rest:
             annotation = getattr(annotation, part, None)
-    return isinstance(annotation, type) and issubclass(annotation, AnyTask)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, AnyTask) else None
 
 
 def _check_functions(name: str, task: AnyTask) -> None:

@@ -20,7 +20,7 @@ from l3rs.baselines import iomt
 from metatrain.config import UserError, one_line
 
 SCHEDULES = ("constant", "cosine", "warmup_cosine")
-_WARMUP = 0.1  # of the horizon
+WARMUP = 0.1  # of the horizon
 
 
 class Baseline(NamedTuple):
@@ -152,7 +152,7 @@ def make_baseline(
     constant: the learning rate itself. cosine: decays to zero over the horizon. warmup_cosine: rises linearly over the
     first tenth of the horizon, at least one step, then decays to zero along a cosine.
     """
-    warmup = jnp.maximum(jnp.round(_WARMUP * horizon), 1.0)
+    warmup = jnp.maximum(jnp.round(WARMUP * horizon), 1.0)
 
     def schedule(step: jax.Array) -> jax.Array:
         def cosine(fraction: jax.Array) -> jax.Array:
@@ -247,15 +247,20 @@ def _named(name: str) -> Baseline:
 
 
 def chosen_baselines(
-    entries: Sequence[str | Mapping[str, Any]], schedules: Sequence[str]
+    entries: Sequence[str | Mapping[str, Any]],
+    schedules: Sequence[str],
+    find: Callable[[str, Mapping[str, Any]], Baseline | Interleaved] = find_baseline,
+    every: Sequence[str] = ALL,
 ) -> tuple[dict[str, Baseline | Interleaved], list[str]]:
     """The baselines of a configuration: {label: baseline, with the schedules that suit it}, and why some are left out.
 
     Args:
       entries: names, or mappings of a name, options and a label: {name: mada, b1: 0.5, label: mada, poor β1}.
-        Without a label it is the name with the options: mada(b1=0.5). "all" stands for every name of `ALL`. They
+        Without a label it is the name with the options: mada(b1=0.5). "all" stands for `every`. They
         keep their order, and repeated entries count once.
       schedules: of the learning rate.
+      find: finds a baseline by name and options.
+      every: names.
 
     Raises:
       UserError: a name, option or schedule that does not exist, or two baselines with one label.
@@ -263,7 +268,7 @@ def chosen_baselines(
     if unknown := [schedule for schedule in schedules if schedule not in SCHEDULES]:
         raise UserError(f"no schedule {', '.join(unknown)}; allowed are {', '.join(SCHEDULES)}")
     parsed: dict[str, tuple[str, dict[str, Any]]] = {}
-    for entry in (own for given in entries for own in (ALL if given == "all" else [given])):
+    for entry in (own for given in entries for own in (every if given == "all" else [given])):
         label, name, options = parse_entry(entry)
         if parsed.setdefault(label, (name, options)) != (name, options):
             raise UserError(f"two baselines have the label {label!r}; give one of them another label")
@@ -271,7 +276,7 @@ def chosen_baselines(
     missing = []
     for label, (name, options) in parsed.items():
         try:
-            found = find_baseline(name, options)
+            found = find(name, options)
         except MissingBaselineError as error:
             missing.append(str(error))
             continue

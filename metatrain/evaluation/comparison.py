@@ -20,6 +20,7 @@ import jax
 
 import l3rs
 from l3rs import L3RSError
+from l3rs.layers import Matching
 from metatrain.config import Config, EvaluationConfig, UserError, as_written, check_section, portable
 from metatrain.evaluation.analysis import speedups
 from metatrain.evaluation.baselines import Baseline, Interleaved, Tuned, chosen_baselines
@@ -41,11 +42,13 @@ from metatrain.evaluation.records import (
     Results,
     SwitchHistory,
 )
-from metatrain.evaluation.runner import Conditions, Runner, held_out_samples, maker
+from metatrain.evaluation.runner import Conditions, Runner, held_out_samples, learned_maker, maker
 from metatrain.evaluation.tuning import edge_notes, search
-from metatrain.inner.network import is_torch
-from metatrain.inner.plan import choose_plan
+from metatrain.inner.network import is_torch, task_layers, task_matches
+from metatrain.inner.plan import check_plan, choose_plan
 from tasks import Task, make_task
+from tasks.base import AnyTask
+from tasks.registry import is_torch_task
 
 _log = logging.getLogger("metatrain")
 
@@ -76,28 +79,30 @@ def evaluate(
     began = time.perf_counter()
     how = _options(config.evaluation, options)
     config = config.model_copy(update={"evaluation": how})
-    rivals, notes = chosen_baselines(how.baselines, how.schedules)
+    chosen = _settings(config, settings)
+    forms = {setting: config.task.form(task_options) for setting, task_options in chosen.items()}
+    kinds = {setting: is_torch_task(name) for setting, (name, _) in forms.items()}
+    all_rivals = {torch: _rivals(how, torch) for torch in sorted(set(kinds.values()))}
+    notes = list(dict.fromkeys(note for _, found in all_rivals.values() for note in found))
     ours, info = restore_optimizer(optimizer, how.make_guard())
-    if ours is None and not rivals:
+    if ours is None and not any(rivals for rivals, _ in all_rivals.values()):
         raise UserError(f"there is nothing to compare: no optimizer and no baseline{''.join(f'; {n}' for n in notes)}")
     if ours is not None and ours.guard:
         notes.append(f"L3RS runs with its guard, which takes Adam steps while the loss rises: {ours.guard}")
     all_parts = _Part()
     costs: list[Cost] = []
     refused: list[str] = []
-    for setting, task_options in _settings(config, settings).items():
-        task = make_task(*config.task.form(task_options))
-        if is_torch(task):
-            raise UserError(f"{task.name} is a task of PyTorch; metatrain evaluate takes tasks of JAX")
+    for setting, form in forms.items():
+        task, rivals = make_task(*form), all_rivals[kinds[setting]][0]
         label = f"{setting}: {task.name}" if setting else task.name
         try:
             if ours is not None:
-                l3rs.match_layers(ours.spec, task.params_shape())
+                task_matches(ours.spec, task, Matching(by="auto") if is_torch(task) else None)
         except L3RSError as error:
             refused.append(f"{label} is left out: {error}")
             continue
         conditions = _conditions(label, task, ours, config, log)
-        for part in _on_devices(_jobs(ours, rivals, how.multipliers, conditions)):
+        for part in _on_devices(_jobs(ours, rivals, how.multipliers, conditions), conditions):
             all_parts.add(part)
         costs = costs or measure_costs(ours, rivals, conditions)
     if not all_parts.records:
@@ -121,6 +126,15 @@ def evaluate(
     )
 
 
+def _rivals(how: EvaluationConfig, torch: bool) -> tuple[dict[str, Baseline | Interleaved], list[str]]:
+    """The baselines for tasks of JAX or of PyTorch, and why some are left out."""
+    if not torch:
+        return chosen_baselines(how.baselines, how.schedules)
+    from metatrain.evaluation.torch_baselines import TORCH_BASELINES, find_torch_baseline
+
+    return chosen_baselines(how.baselines, how.schedules, find_torch_baseline, tuple(TORCH_BASELINES))
+
+
 def _options(section: EvaluationConfig, options: Mapping[str, Any]) -> EvaluationConfig:
     data = {**section.model_dump(), **{key: value for key, value in options.items() if value is not None}}
     return check_section(EvaluationConfig, data, "evaluation")
@@ -135,11 +149,12 @@ def _settings(config: Config, chosen: Sequence[str] | None) -> dict[str, dict[st
 
 
 def _conditions(
-    setting: str, task: Task, ours: LearnedOptimizer | None, config: Config, log: Callable[[str], None]
+    setting: str, task: AnyTask, ours: LearnedOptimizer | None, config: Config, log: Callable[[str], None]
 ) -> Conditions:
     how, plan = config.evaluation, config.execution.plan
+    check_plan([task], plan)
     if plan == "auto":
-        plan = choose_plan([task], l3rs.Spec.create(task.params_shape()) if ours is None else ours.spec)
+        plan = choose_plan([task], l3rs.Spec(task_layers(task)) if ours is None else ours.spec)
     return Conditions(
         setting=setting,
         task=task,
@@ -148,7 +163,7 @@ def _conditions(
         tuning_seeds=how.tuning_seeds or how.seeds,
         points=how.curve_points,
         plan=plan,
-        trainers=trainers(task, plan),
+        trainers=trainers(task, plan) if isinstance(task, Task) else None,
         log=log,
     )
 
@@ -192,16 +207,16 @@ def _jobs(
     return jobs + [functools.partial(_run_baseline, name, baseline, conditions) for name, baseline in rivals.items()]
 
 
-def _on_devices(jobs: Iterable[_Job]) -> list[_Part]:
-    """Run jobs side by side, one per device at a time; results in the jobs' order."""
-    devices = jax.local_devices()
+def _on_devices(jobs: Iterable[_Job], conditions: Conditions) -> list[_Part]:
+    """Run jobs side by side, one per device at a time, those of PyTorch one by one; results in the jobs' order."""
+    devices = jax.local_devices()[:1] if conditions.plan == "torch" else jax.local_devices()
     with ThreadPoolExecutor(len(devices)) as pool:
         futures = [pool.submit(job, devices[i % len(devices)]) for i, job in enumerate(jobs)]
         return [future.result() for future in futures]
 
 
 def _run_learned(ours: LearnedOptimizer, conditions: Conditions, device: jax.Device) -> _Part:
-    run = Runner(conditions, ours.make, device)
+    run = Runner(conditions, learned_maker(ours, conditions), device)
     part = _Part(tuning={conditions.setting: {}})
     for horizon in conditions.horizons:
         records, curve = run.judge(ours.rows, L3RS, horizon, {})
@@ -214,7 +229,7 @@ def _run_learned(ours: LearnedOptimizer, conditions: Conditions, device: jax.Dev
 
 def _run_baseline(name: str, baseline: Baseline | Interleaved, conditions: Conditions, device: jax.Device) -> _Part:
     """Tune a baseline for every schedule and horizon, and judge it with the learning rate that was best."""
-    run = Runner(conditions, maker(baseline), device)
+    run = Runner(conditions, maker(baseline, conditions), device)
     part = _Part(tuning={conditions.setting: {}})
     for schedule in baseline.schedules:
         label = f"{name}/{schedule}"
@@ -230,7 +245,7 @@ def _run_baseline(name: str, baseline: Baseline | Interleaved, conditions: Condi
             conditions.log(f"{where}, {horizon} steps, best of {len(grid['learning_rate'])} learning rates")
         if run.stages:
             part.switches.append(switch_history(conditions.setting, label, run.stages))
-        if isinstance(baseline, Baseline):
+        if isinstance(baseline, Baseline) and conditions.plan != "torch":
             path, note = baseline_path(label, baseline, rate, schedule, conditions, device)
             part.coefficients += [] if path is None else [path]
             part.notes += [] if note is None else [note]

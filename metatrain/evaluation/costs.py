@@ -16,6 +16,7 @@ from metatrain.evaluation.records import L3RS, Cost
 from metatrain.evaluation.runner import Conditions, Runner, maker
 from metatrain.inner.plan import time_steps
 from metatrain.inner.rollout import MakeOptimizer
+from tasks import Task
 
 _TIMED_STEPS = {"fused": 60, "stepwise": 8}  # long enough for the clock, short enough to wait for
 _ROUNDS = 3
@@ -25,11 +26,15 @@ def measure_costs(
     ours: LearnedOptimizer | None, rivals: Mapping[str, Baseline | Interleaved], conditions: Conditions
 ) -> list[Cost]:
     """The cost of a training step with each optimizer and schedule, on the first device."""
+    if conditions.plan == "torch":
+        from metatrain.evaluation.torch_runs import torch_costs
+
+        return torch_costs(ours, rivals, conditions)
     costs = [] if ours is None else _measure([L3RS], ours.make, [ours.rows], conditions)
     for name, baseline in rivals.items():
         labels = [f"{name}/{schedule}" for schedule in baseline.schedules]
         hypers = [Tuned.grid([baseline.learning_rate], schedule) for schedule in baseline.schedules]
-        costs += _measure(labels, maker(baseline), hypers, conditions)
+        costs += _measure(labels, maker(baseline, conditions), hypers, conditions)
     return costs
 
 
@@ -38,6 +43,7 @@ def _measure(
 ) -> list[Cost]:
     """Of one optimizer with several hyper-parameters, each with a leading axis [1]."""
     run = Runner(conditions, make, jax.local_devices()[0])
+    assert isinstance(conditions.task, Task)
     shape = conditions.task.params_shape()
     size = max(sum(leaf.size for leaf in jax.tree.leaves(shape)), 1)
     costs = []

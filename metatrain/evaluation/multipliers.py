@@ -28,7 +28,7 @@ def multiplier_grids(
       device: where the runs take place.
     """
 
-    def make(hyper: Any, horizon: jax.Array) -> optax.GradientTransformationExtraArgs:
+    def make_by_jax(hyper: Any, horizon: jax.Array) -> optax.GradientTransformationExtraArgs:
         theta, multiplier = hyper
         return optax.with_extra_args_support(optax.chain(ours.make(theta, horizon), optax.scale(multiplier)))
 
@@ -36,6 +36,11 @@ def multiplier_grids(
         theta = jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * len(chosen)), ours.theta)
         return theta, jnp.asarray(chosen, jnp.float32)
 
+    make: Any = make_by_jax
+    if conditions.plan == "torch":
+        from metatrain.evaluation.torch_runs import torch_multiplied
+
+        make = torch_multiplied(ours)
     run = Runner(conditions, make, device)
     found = []
     for horizon in conditions.horizons:

@@ -21,6 +21,7 @@ from metatrain.evaluation.learned import LearnedOptimizer
 from metatrain.evaluation.records import CoefficientPath, DecisionPath, SwitchHistory
 from metatrain.evaluation.runner import Conditions, four_digits
 from metatrain.inner.rollout import inner_steps
+from tasks import Task
 
 _COEFFICIENT_POINTS = 100  # steps of a run at which MADA's coefficients are kept
 _DECISION_STEPS = 100  # decisions are those of a run over the horizon nearest to this
@@ -32,6 +33,11 @@ def decision_path(ours: LearnedOptimizer, conditions: Conditions, device: jax.De
     """μ and λ at every step of the first seed's run."""
     horizon = min(conditions.horizons, key=lambda steps: abs(math.log(steps / _DECISION_STEPS)))
     task = conditions.task
+    if conditions.plan == "torch":
+        from metatrain.evaluation.torch_runs import torch_decisions
+
+        return torch_decisions(ours, conditions, horizon)
+    assert isinstance(task, Task)
     theta, data, samples = jax.device_put((ours.theta, task.data, conditions.samples), device)
     first = jax.tree.map(lambda x: x[0], samples)
     steps = [
@@ -61,6 +67,7 @@ def baseline_path(
       that says when it switched to SGD, else None.
     """
     unused = Tuned(jnp.float32(0.1), jnp.int32(0))
+    assert isinstance(conditions.task, Task)
     shape = conditions.task.params_shape()
     state = jax.eval_shape(lambda params: make_baseline(baseline, unused, 10).init(params), shape)
     learns, switches = (_only(state, kind) is not None for kind in (MADAState, SWATSState))

@@ -16,27 +16,29 @@ from l3rs.baselines import iomt
 from metatrain.config import Plan
 from metatrain.evaluation.baselines import Baseline, Interleaved, make_baseline
 from metatrain.evaluation.interleaved import Trainers, interleaved_rollout
+from metatrain.evaluation.learned import LearnedOptimizer
 from metatrain.evaluation.records import Curve, Record
 from metatrain.evaluation.statistics import area_under_curve
-from metatrain.inner.rollout import MakeOptimizer, Score, fused_rollout, stepwise_rollout
+from metatrain.inner.rollout import Score, fused_rollout, stepwise_rollout
 from tasks import Task, TaskSample
+from tasks.base import AnyTask
 
 
 class Conditions(NamedTuple):
     """What all optimizers of one setting share."""
 
     setting: str
-    task: Task
+    task: AnyTask
     samples: TaskSample  # one a seed, leading axis [S]
     horizons: Sequence[int]  # increasing
     tuning_seeds: int  # the first of the samples are those that tune
     points: int  # how often a run is judged on test
     plan: Plan
-    trainers: Trainers  # of IOMT
+    trainers: Trainers | None  # of IOMT; None for a task of PyTorch
     log: Callable[[str], None]
 
 
-def held_out_samples(task: Task, seed: int, count: int) -> TaskSample:
+def held_out_samples(task: AnyTask, seed: int, count: int) -> TaskSample:
     """`count` task samples with inits that meta-training never used; leading axis [count]."""
     inits = task.pools["held_out"]
     rows = np.array([inits[i % len(inits)] for i in range(count)], np.int32)
@@ -47,9 +49,23 @@ def held_out_samples(task: Task, seed: int, count: int) -> TaskSample:
     return TaskSample(jnp.asarray(rows), jax.random.key_data(keys))
 
 
-def maker(baseline: Baseline | Interleaved) -> MakeOptimizer | Interleaved:
+def maker(baseline: Baseline | Interleaved, conditions: Conditions) -> Any:
     """A baseline as `Runner` takes it."""
+    if conditions.plan == "torch":
+        from metatrain.evaluation.torch_runs import torch_maker
+
+        assert isinstance(baseline, Baseline)
+        return torch_maker(baseline)
     return baseline if isinstance(baseline, Interleaved) else functools.partial(make_baseline, baseline)
+
+
+def learned_maker(ours: LearnedOptimizer, conditions: Conditions) -> Any:
+    """The learned optimizer as `Runner` takes it."""
+    if conditions.plan == "torch":
+        from metatrain.evaluation.torch_runs import torch_learned
+
+        return torch_learned(ours)
+    return ours.make
 
 
 class Runner:
@@ -57,25 +73,33 @@ class Runner:
 
     Args:
       conditions: of the setting.
-      make: the optimizer as a function of its hyper-parameters, or a variant of IOMT.
+      make: the optimizer as a function of its hyper-parameters, see `maker` and `learned_maker`, or a variant of IOMT.
       device: where the runs take place.
 
     Attributes:
       stages: (stages, training losses [steps + 1]) of each run of the last call; only IOMT has any.
     """
 
-    def __init__(self, conditions: Conditions, make: MakeOptimizer | Interleaved, device: jax.Device) -> None:
+    def __init__(self, conditions: Conditions, make: Any, device: jax.Device) -> None:
         self.stages: list[tuple[list[iomt.Stage], np.ndarray]] = []
         self._conditions = conditions
         self._interleaved = make if isinstance(make, Interleaved) else None
-        self._on_host = conditions.plan == "stepwise" or self._interleaved is not None
+        self._on_host = conditions.plan != "fused" or self._interleaved is not None
         self._device = device
         self._data, self._samples = jax.device_put((conditions.task.data, conditions.samples), device)
         self._call = self._rollout(make)
 
-    def _rollout(self, make: MakeOptimizer | Interleaved) -> Callable[..., Any]:
+    def _rollout(self, make: Any) -> Callable[..., Any]:
         task, plan = self._conditions.task, self._conditions.plan
+        if plan == "torch":
+            from metatrain.inner.torch_rollout import torch_rollout
+            from tasks.torch import TorchTask
+
+            assert isinstance(task, TorchTask)
+            return torch_rollout(task, make, ())
+        assert isinstance(task, Task)
         if isinstance(make, Interleaved):
+            assert self._conditions.trainers is not None
             return interleaved_rollout(
                 task, make, plan, self._conditions.trainers, lambda *run: self.stages.append(run)
             )

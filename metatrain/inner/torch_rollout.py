@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -72,7 +72,7 @@ def torch_rollout(task: TorchTask, make: MakeStepper, splits: Sequence[str]) -> 
 
 def torch_steps(
     task: TorchTask, make: MakeStepper, hyper: Any, sample: TaskSample, horizon: int
-) -> Iterator[tuple[list[tuple[str, nn.Parameter]], Stepper]]:
+) -> Generator[tuple[list[tuple[str, nn.Parameter]], Stepper], None, None]:
     """One inner loop, step by step: yields (parameters by name, optimizer) after each of `horizon` steps."""
     with deterministic(task.device):
         yield from _steps(Training(task), make, hyper, sample, horizon)
@@ -80,7 +80,7 @@ def torch_steps(
 
 def _steps(
     training: Training, make: MakeStepper, hyper: Any, sample: TaskSample, horizon: int
-) -> Iterator[tuple[list[tuple[str, nn.Parameter]], Stepper]]:
+) -> Generator[tuple[list[tuple[str, nn.Parameter]], Stepper], None, None]:
     key = np.asarray(sample.key).tolist()
     params = training.start(int(sample.init))
     optimizer = make(hyper, params, horizon)

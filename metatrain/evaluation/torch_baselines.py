@@ -1,0 +1,124 @@
+"""The optimizers of `torch.optim` that L3RS is compared with on tasks of PyTorch, as functions of a learning rate."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from metatrain.config import UserError, one_line
+from metatrain.evaluation.baselines import SCHEDULES, WARMUP, Baseline, MissingBaselineError, Tuned
+
+# Where the search for the learning rate begins: as for optax's optimizers of the same name.
+TORCH_BASELINES = {
+    "sgd": Baseline(torch.optim.SGD, 2.0**-3),
+    "sgdm": Baseline(functools.partial(torch.optim.SGD, momentum=0.9), 2.0**-5),
+    "adam": Baseline(torch.optim.Adam, 2.0**-9),
+    "adamw": Baseline(torch.optim.AdamW, 2.0**-9),  # its weight decay is 0.01, PyTorch's default
+    "adagrad": Baseline(torch.optim.Adagrad, 2.0**-6),
+    "rmsprop": Baseline(torch.optim.RMSprop, 2.0**-10),
+    "nadam": Baseline(torch.optim.NAdam, 2.0**-9),
+}
+
+
+def find_torch_baseline(name: str, options: Mapping[str, Any] | None = None) -> Baseline:
+    """Find a baseline by name, or by `package.module:Class` for another optimizer of `torch.optim`'s kind.
+
+    Such a class takes the parameters and `lr`. The search for the learning rate starts at its attribute
+    `learning_rate`, or 2⁻⁹.
+
+    Args:
+      name: a key of `TORCH_BASELINES`, or a class.
+      options: of its constructor. A `learning_rate` is used as it is, and not tuned.
+
+    Raises:
+      MissingBaselineError: its module cannot be imported.
+      UserError: no such name or class, or an option that it does not accept.
+    """
+    found, options = _named(name), dict(options or {})
+    if "learning_rate" in options:
+        rate = options.pop("learning_rate")
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+            raise UserError(f"baseline {name}: learning_rate is {rate!r}; it must be one number > 0")
+        found = found._replace(learning_rate=float(rate), tuned=False)
+    if not options:
+        return found
+    known = [key for key in inspect.signature(found.make).parameters if key not in ("params", "lr")]
+    if unknown := [key for key in options if key not in known]:
+        raise UserError(
+            f"baseline {name} has no option {', '.join(unknown)}; allowed are {', '.join(['learning_rate', *known])}"
+        )
+    bound = found._replace(make=functools.partial(found.make, **options))
+    try:
+        bound.make([nn.Parameter(torch.zeros(1))], lr=0.1)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"baseline {name}: {one_line(error)}") from None
+    return bound
+
+
+def _named(name: str) -> Baseline:
+    if name in TORCH_BASELINES:
+        return TORCH_BASELINES[name]
+    module_name, _, attribute = name.partition(":")
+    if not attribute:
+        known = ", ".join(TORCH_BASELINES)
+        raise UserError(f"no baseline {name} for tasks of PyTorch; allowed are {known} and package.module:Class")
+    try:
+        make = getattr(importlib.import_module(module_name), attribute)
+    except ImportError as error:
+        raise MissingBaselineError(f"baseline {name} is left out: {error}") from None
+    except AttributeError:
+        raise UserError(f"baseline {name}: {module_name} has no class {attribute!r}") from None
+    return Baseline(make, getattr(make, "learning_rate", 2.0**-9))
+
+
+class Scheduled:
+    """An optimizer of `torch.optim`'s kind under a schedule of the learning rate; see `make_baseline` for its formulas.
+
+    Args:
+      optimizer: made with the learning rate's peak.
+      schedule: one of `SCHEDULES`.
+      horizon: steps.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, schedule: str, horizon: int) -> None:
+        self.optimizer = optimizer
+        self._peaks = [group["lr"] for group in optimizer.param_groups]
+        self._schedule, self._horizon, self._step = schedule, horizon, 0
+
+    def step(self, *, loss: Tensor) -> None:
+        del loss  # torch.optim's optimizers do not read it
+        factor = schedule_factor(self._schedule, self._step, self._horizon)
+        for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * factor
+        self.optimizer.step()
+        self._step += 1
+
+
+def schedule_factor(schedule: str, step: int, horizon: int) -> float:
+    """The learning rate over its peak at a step, from 0."""
+
+    def cosine(fraction: float) -> float:
+        return 0.5 * (1 + math.cos(math.pi * min(max(fraction, 0.0), 1.0)))
+
+    if schedule == "constant":
+        return 1.0
+    if schedule == "cosine":
+        return cosine(step / horizon)
+    warmup = max(float(np.round(WARMUP * horizon)), 1.0)
+    return (step + 1) / (warmup + 1) if step < warmup else cosine((step - warmup) / max(horizon - warmup, 1.0))
+
+
+def make_torch_baseline(
+    baseline: Baseline, hyper: Tuned, params: list[tuple[str, nn.Parameter]], horizon: int
+) -> Scheduled:
+    """A baseline with one learning rate and schedule."""
+    optimizer = baseline.make([param for _, param in params], lr=float(hyper.learning_rate))
+    return Scheduled(optimizer, SCHEDULES[int(hyper.schedule)], horizon)

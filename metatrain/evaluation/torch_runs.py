@@ -1,0 +1,103 @@
+"""What an evaluation does differently for a task of PyTorch: the optimizers that it runs, and what it reads of them."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from torch import Tensor, nn
+
+import l3rs.torch
+from metatrain.evaluation.baselines import Baseline, Interleaved, Tuned
+from metatrain.evaluation.learned import LearnedOptimizer
+from metatrain.evaluation.records import L3RS, Cost, DecisionPath
+from metatrain.evaluation.runner import Conditions, four_digits
+from metatrain.evaluation.torch_baselines import Scheduled, make_torch_baseline
+from metatrain.inner.torch_rollout import MakeStepper, learned_torch, torch_steps
+from tasks.torch import TorchTask
+
+_TIMED_STEPS = 10
+
+
+def torch_learned(ours: LearnedOptimizer) -> MakeStepper:
+    """The learned optimizer, as a function of its meta-parameters."""
+    return learned_torch(ours.spec, ours.guard)
+
+
+def torch_multiplied(ours: LearnedOptimizer) -> MakeStepper:
+    """The learned optimizer with its steps multiplied, as a function of (meta-parameters, multiplier)."""
+
+    def make(hyper: Any, params: list[tuple[str, nn.Parameter]], horizon: int) -> l3rs.torch.L3RS:
+        theta, multiplier = hyper
+        theta = jax.tree.map(np.asarray, theta)
+        return l3rs.torch.L3RS(params, (theta, ours.spec), horizon, lr=float(multiplier), guard=ours.guard)
+
+    return make
+
+
+def torch_maker(baseline: Baseline) -> MakeStepper:
+    """A baseline, as a function of its hyper-parameters."""
+    return functools.partial(make_torch_baseline, baseline)
+
+
+def torch_decisions(ours: LearnedOptimizer, conditions: Conditions, horizon: int) -> DecisionPath:
+    """μ and λ at every step of the first seed's run."""
+    task = conditions.task
+    assert isinstance(task, TorchTask)
+    sample = jax.tree.map(lambda x: x[0], conditions.samples)
+    mixes, rms = [], []
+    for params, optimizer in torch_steps(task, torch_learned(ours), ours.theta, sample, horizon):
+        assert isinstance(optimizer, l3rs.torch.L3RS)
+        states = [optimizer.state[param] for _, param in params]
+        if not all(states):
+            continue  # a parameter that had no gradient yet
+        mixes.append(np.stack([state["mix"].numpy() for state in states]))
+        sizes = np.sqrt([max(param.numel(), 1) for _, param in params])
+        rms.append(np.array([float(state["step_norm"]) for state in states]) / sizes)
+    return DecisionPath(
+        setting=conditions.setting,
+        horizon=horizon,
+        layers=[name for name, _ in params],
+        shapes=[list(param.shape) for _, param in params],
+        directions=[direction.name for direction in ours.spec.directions],
+        mix=np.stack(mixes).round(4).tolist(),
+        step_rms=four_digits(np.stack(rms)).tolist(),
+    )
+
+
+def torch_costs(
+    ours: LearnedOptimizer | None, rivals: Mapping[str, Baseline | Interleaved], conditions: Conditions
+) -> list[Cost]:
+    """The cost of a training step with each optimizer and schedule."""
+    costs = [] if ours is None else [_cost(L3RS, torch_learned(ours), ours.theta, conditions)]
+    for name, baseline in rivals.items():
+        assert isinstance(baseline, Baseline)
+        for schedule in baseline.schedules:
+            hyper = jax.tree.map(lambda x: x[0], Tuned.grid([baseline.learning_rate], schedule))
+            costs.append(_cost(f"{name}/{schedule}", torch_maker(baseline), hyper, conditions))
+    return costs
+
+
+def _cost(label: str, make: MakeStepper, hyper: Any, conditions: Conditions) -> Cost:
+    task = conditions.task
+    assert isinstance(task, TorchTask)
+    sample = jax.tree.map(lambda x: x[0], conditions.samples)
+    seconds, began = [], time.perf_counter()
+    steps = torch_steps(task, make, hyper, sample, _TIMED_STEPS)
+    for _ in range(_TIMED_STEPS):
+        params, optimizer = next(steps)
+        seconds.append(time.perf_counter() - began)
+        began = time.perf_counter()
+    steps.close()
+    inner: Any = optimizer.optimizer if isinstance(optimizer, Scheduled) else optimizer
+    held = sum(_floats(list(inner.state[param].values())) for _, param in params if param in inner.state)
+    size = sum(param.numel() for _, param in params)
+    return Cost(conditions.setting, label, float(np.median(seconds[1:])), held / size)
+
+
+def _floats(values: Sequence[Any]) -> int:
+    return sum(value.numel() if isinstance(value, Tensor) else 1 for value in values)

@@ -1,0 +1,131 @@
+"""`metatrain evaluate` on tasks of PyTorch: baselines of torch.optim, and the same results and page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import l3rs  # noqa: E402
+from metatrain import report  # noqa: E402
+from metatrain.config import UserError  # noqa: E402
+from metatrain.evaluation.analysis import Analysis  # noqa: E402
+from metatrain.evaluation.baselines import SCHEDULES, Tuned, make_baseline  # noqa: E402
+from metatrain.evaluation.comparison import evaluate  # noqa: E402
+from metatrain.evaluation.records import Results  # noqa: E402
+from metatrain.evaluation.torch_baselines import (  # noqa: E402
+    TORCH_BASELINES,
+    Scheduled,
+    find_torch_baseline,
+    make_torch_baseline,
+    schedule_factor,
+)
+from metatrain.inner.network import make_spec, task_layers  # noqa: E402
+from tests.metatrain.common import small_config  # noqa: E402
+from tests.metatrain.torch_tasks import TINY, tiny  # noqa: E402
+
+_HOW = {"horizons": [3, 6], "seeds": 2, "curve_points": 2}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    spec = make_spec(task_layers(tiny()), {"hidden": (4,), "embedding_dim": 2})
+    theta = l3rs.init_meta_params(jax.random.key(0), spec)
+    saved = l3rs.save(tmp_path_factory.mktemp("optimizer") / "own", theta, spec, {})
+    how = {**_HOW, "baselines": ["adamw", {"name": "sgdm", "momentum": 0.8}], "multipliers": [0.3, 1.0]}
+    return evaluate(saved, small_config(task={"name": TINY}, evaluation=how))
+
+
+def test_results_and_page_are_those_of_other_tasks(results: Results, tmp_path: Path) -> None:
+    labels = {f"{name}/{s}" for name in ("adamw", "sgdm(momentum=0.8)") for s in ("constant", "cosine")} | {"l3rs"}
+    assert {record.optimizer for record in results.records} == labels
+    assert len(results.records) == 5 * 2 * 2
+    assert all(np.isfinite(record.loss) and 0 <= record.accuracy <= 1 for record in results.records)
+    grid = results.tuning["tiny"]["adamw/cosine"]["6"]
+    assert len(grid["learning_rate"]) >= 12
+    assert grid["chosen"] in grid["learning_rate"]
+    assert {cost.optimizer for cost in results.costs} == labels
+    costs = {cost.optimizer: cost.state_floats_a_parameter for cost in results.costs}
+    assert costs["adamw/constant"] > 2 > costs["sgdm(momentum=0.8)/constant"] >= 1
+    path = results.paths[0]
+    assert path.layers[:2] == ["body.0.weight", "body.0.bias"]
+    assert np.shape(path.mix) == (6, 6, 2)
+    np.testing.assert_allclose(np.sum(path.mix, -1), 1, atol=2e-4)
+    assert [grid.horizon for grid in results.multipliers] == [3, 6]
+    again = Results.load(results.save(tmp_path))
+    assert again.records == results.records
+    assert report.write(Analysis(again), tmp_path).is_file()
+
+
+def test_multiplier_1_is_the_optimizer(results: Results) -> None:
+    losses = [record.loss for record in results.records if (record.optimizer, record.horizon) == ("l3rs", 6)]
+    found = next(grid for grid in results.multipliers if grid.horizon == 6)
+    if found.best == 1.0:
+        assert found.loss == pytest.approx(np.mean(losses), rel=1e-6)
+    assert set(found.multipliers) == {0.3, 1.0}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_are_those_of_jax(schedule: str) -> None:
+    """SGD's step on a gradient of 1 is the learning rate."""
+    horizon = 25
+    hyper = jax.tree.map(lambda x: x[0], Tuned.grid([1.0], schedule))
+    tx = make_baseline("sgd", hyper, horizon)
+    params, state = np.float32(0.0), tx.init(np.float32(0.0))
+    for step in range(horizon + 2):
+        updates, state = tx.update(np.float32(1.0), state, params)
+        assert schedule_factor(schedule, step, horizon) == pytest.approx(-float(updates), abs=1e-6)
+    assert optax.tree.norm(params) == 0
+
+
+@pytest.mark.parametrize("name", TORCH_BASELINES)
+def test_every_baseline_descends(name: str) -> None:
+    param = torch.nn.Parameter(torch.ones(3))
+    baseline = find_torch_baseline(name)
+    hyper = jax.tree.map(lambda x: x[0], Tuned.grid([baseline.learning_rate], "cosine"))
+    optimizer = make_torch_baseline(baseline, hyper, [("w", param)], 20)
+    assert isinstance(optimizer, Scheduled)
+    losses = []
+    for _ in range(20):
+        optimizer.optimizer.zero_grad()
+        loss = (param**2).sum()
+        loss.backward()
+        optimizer.step(loss=loss.detach())
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sentence"),
+    [
+        ("lion", {}, "no baseline lion for tasks of PyTorch; allowed are sgd, sgdm"),
+        ("adam", {"beta": 1}, "baseline adam has no option beta; allowed are learning_rate, betas"),
+        ("adam", {"betas": [2, 0.9]}, "baseline adam: Invalid beta"),
+        ("adam", {"learning_rate": 0}, "learning_rate is 0; it must be one number > 0"),
+        ("torch.optim:Nothing", {}, "torch.optim has no class 'Nothing'"),
+    ],
+)
+def test_refused(name: str, options: dict, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        find_torch_baseline(name, options)
+
+
+def test_own_classes_and_missing_packages() -> None:
+    assert find_torch_baseline("torch.optim:RAdam").make is torch.optim.RAdam
+    found = evaluate(
+        "-",
+        small_config(
+            task={"name": TINY},
+            evaluation={
+                "horizons": [2], "seeds": 1, "curve_points": 1, "schedules": ["constant"],
+                "baselines": ["no_such_package:Adam", {"name": "torch.optim:RAdam", "learning_rate": 0.01}],
+            },
+        ),
+    )  # fmt: skip
+    assert [record.optimizer for record in found.records] == ["torch.optim:RAdam(learning_rate=0.01)/constant"]
+    assert any("no_such_package:Adam is left out" in note for note in found.notes)
