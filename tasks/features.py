@@ -29,7 +29,7 @@ _MOST_WIDTH = 1 << 14
 _MOST_BYTES = 16 << 30  # of a feature file, unpacked
 _LAYOUTS = "x and y; train/x, train/y, test/x and test/y; or x and y of each of " + ", ".join(SPLITS)
 
-Source = Literal["mnist", "uci"]
+Source = Literal["mnist", "uci", "mixture"]
 HeadInit = Literal["zero", "default"]
 
 
@@ -37,6 +37,7 @@ def features(
     file: str | None = None,
     source: Source = "mnist",
     width: int = 512,
+    classes: int = 10,
     input_scale: float = 1.0,
     hidden: int = 0,
     head_init: HeadInit = "zero",
@@ -48,14 +49,16 @@ def features(
       file: a .npz or .safetensors file of features, float [n, width], and labels, integers [n]: arrays x and y, or
         train/x, train/y, test/x and test/y, or x and y of each split (inner_train/x, …). Random features of digits
         when not given.
-      source: the digits that random features are computed from.
+      source: what random features are computed from: digits; or "mixture", points around random centres.
+      classes: of "mixture"; digits have 10.
       width: the number of random features: ReLU of a fixed Gaussian projection, with root mean square 1.
       input_scale: multiplies all features.
       hidden: units of a hidden ReLU layer; 0 for a linear head.
       head_init: "zero", or "default": random kernels of variance 1 / fan-in.
       batch_size: examples a step.
     """
-    for name, value, least in (("width", width, 1), ("hidden", hidden, 0), ("batch_size", batch_size, 1)):
+    sizes = (("width", width, 1), ("classes", classes, 2), ("hidden", hidden, 0), ("batch_size", batch_size, 1))
+    for name, value, least in sizes:
         if type(value) is not int or not least <= value <= _MOST_WIDTH:
             raise TaskError(f"task.{name} is {value!r}; it must be an integer from {least} to {_MOST_WIDTH}")
     if isinstance(input_scale, bool) or not 0 < input_scale < float("inf"):
@@ -63,15 +66,15 @@ def features(
     for name, choice, allowed in (("source", source, get_args(Source)), ("head_init", head_init, get_args(HeadInit))):
         if choice not in allowed:
             raise TaskError(f"task.{name} is {choice!r}; allowed are {', '.join(allowed)}")
-    splits = _random_features(source, width) if file is None else _read(Path(file).expanduser())
+    splits = _random_features(source, width, classes) if file is None else _read(Path(file).expanduser())
     count = len(splits["inner_train"]["label"])
     if batch_size > count:
         raise TaskError(f"task.batch_size is {batch_size}; there are {count} training examples")
     if input_scale != 1:
         splits = {k: {**split, "x": (split["x"] * input_scale).astype(np.float32)} for k, split in splits.items()}
-    classes = 1 + max(int(split["label"].max()) for split in splits.values())
+    count = 1 + max(int(split["label"].max()) for split in splits.values())
     inputs = splits["inner_train"]["x"].shape[1]
-    network = functional(lambda rngs: Head(inputs, hidden, classes, zero=head_init == "zero", rngs=rngs))
+    network = functional(lambda rngs: Head(inputs, hidden, count, zero=head_init == "zero", rngs=rngs))
 
     def loss(params: Params, stats: Stats, batch: Batch, train: bool) -> tuple[jax.Array, Aux]:
         logits, stats = network.apply(params, stats, batch["x"], train)
@@ -124,17 +127,26 @@ def optimum(task: Task, l2: float = 0.0) -> Params:
     return unravel(jnp.asarray(found.x, flat.dtype))
 
 
-def _random_features(source: str, width: int) -> dict[str, dict[str, np.ndarray]]:
+def _random_features(source: str, width: int, classes: int) -> dict[str, dict[str, np.ndarray]]:
     def build() -> dict[str, np.ndarray]:
-        images, labels = digits_data.SOURCES[source]()
-        flat = images.reshape(len(images), -1)
+        points, labels = _mixture(classes) if source == "mixture" else digits_data.SOURCES[source]()
+        flat = points.reshape(len(points), -1)
         projection = np.random.default_rng(0).standard_normal((flat.shape[1], width), np.float32)
         x = np.maximum(flat @ projection, 0)
         parts = {k: {"x": part["image"], "label": part["label"]} for k, part in cut(x, labels).items()}
         scale = np.sqrt(np.mean(parts["inner_train"]["x"] ** 2))
         return _flat({k: {**part, "x": (part["x"] / scale).astype(np.float32)} for k, part in parts.items()})
 
-    return _nested(cached({"features": _VERSION, "source": source, "width": width}, build))
+    key = {"features": _VERSION, "source": source, "width": width}
+    return _nested(cached(key if source != "mixture" else {**key, "classes": classes}, build))
+
+
+def _mixture(classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Points [4000, 32] around a centre of each class, so noisy that some are on another's side, and labels."""
+    rng = np.random.default_rng(classes)
+    centres = rng.standard_normal((classes, 32), np.float32)
+    labels = rng.permutation(np.arange(4000) % classes)
+    return centres[labels] + 0.8 * rng.standard_normal((4000, 32), np.float32), labels
 
 
 def _read(file: Path) -> dict[str, dict[str, np.ndarray]]:

@@ -16,9 +16,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tasks.base import TaskError
+from tasks.models.convolution import SlicedConv
 
 Norm = Literal["batch", "group", "frozen", "none"]
 Shortcut = Literal["pad", "projection"]
+Implementation = Literal["xla", "sliced"]
 
 _IMAGENET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 _EPSILON = 1e-5
@@ -36,12 +38,14 @@ class Style:
       shortcut: of blocks that change the shape: "pad", every second pixel and zero channels (option A of the paper),
         or "projection", a 1 × 1 convolution (option B).
       bottleneck: blocks of 1 × 1, 3 × 3 and 1 × 1, four times as wide outside, instead of two 3 × 3.
+      convolution: "xla", or "sliced", which is fast inside compiled loops on a CPU, see `SlicedConv`.
     """
 
     norm: Norm
     groups: int
     shortcut: Shortcut
     bottleneck: bool
+    convolution: Implementation = "xla"
 
 
 def cifar_resnet(
@@ -53,6 +57,8 @@ def cifar_resnet(
     norm: Norm = "batch",
     groups: int = 8,
     shortcut: Shortcut = "pad",
+    convolution: Implementation = "xla",
+    stem_stride: int = 1,
     rngs: nnx.Rngs,
 ) -> ResNet:
     """A CIFAR ResNet: a 3 × 3 stem, then three stages of basic blocks with width, 2 · width, 4 · width channels.
@@ -62,14 +68,16 @@ def cifar_resnet(
       image_shape: [H, W, C].
       classes: the number of logits.
       width: channels of the first stage.
-      norm, groups, shortcut: see `Style`; groups divides width.
+      norm, groups, shortcut, convolution: see `Style`; groups divides width.
+      stem_stride: 2 halves the image in the stem.
       rngs: random streams.
 
     Raises:
       TaskError: an option has a value that is not allowed.
     """
-    style = _checked(Style(norm, groups, shortcut, bottleneck=False), width)
-    return ResNet(image_shape[-1], width, [(depth - 2) // 6] * 3, classes, style, imagenet_stem=False, rngs=rngs)
+    style = _checked(Style(norm, groups, shortcut, bottleneck=False, convolution=convolution), width)
+    blocks = [(depth - 2) // 6] * 3
+    return ResNet(image_shape[-1], width, blocks, classes, style, stem=(3, stem_stride), rngs=rngs)
 
 
 def imagenet_resnet(
@@ -96,11 +104,16 @@ def imagenet_resnet(
       TaskError: an option has a value that is not allowed.
     """
     style = _checked(Style(norm, groups, "projection", bottleneck=depth >= 50), width)
-    return ResNet(image_shape[-1], width, _IMAGENET_BLOCKS[depth], classes, style, imagenet_stem=True, rngs=rngs)
+    return ResNet(image_shape[-1], width, _IMAGENET_BLOCKS[depth], classes, style, stem=(7, 2), rngs=rngs)
 
 
 def _checked(style: Style, width: int) -> Style:
-    for name, value, allowed in (("norm", style.norm, Norm), ("shortcut", style.shortcut, Shortcut)):
+    choices = (
+        ("norm", style.norm, Norm),
+        ("shortcut", style.shortcut, Shortcut),
+        ("convolution", style.convolution, Implementation),
+    )
+    for name, value, allowed in choices:
         if value not in get_args(allowed):
             raise TaskError(f"{name} is {value!r}; allowed are {', '.join(get_args(allowed))}")
     if style.norm == "group" and width % style.groups:
@@ -119,12 +132,11 @@ class ResNet(nnx.Module):
         classes: int,
         style: Style,
         *,
-        imagenet_stem: bool,
+        stem: tuple[int, int],
         rngs: nnx.Rngs,
     ) -> None:
-        self.imagenet_stem = imagenet_stem
-        kernel, stride = (7, 2) if imagenet_stem else (3, 1)
-        self.stem = Convolution(channels, width, kernel, stride, style, rngs=rngs)
+        self.pools = stem[0] == 7  # ImageNet's stem
+        self.stem = Convolution(channels, width, *stem, style, rngs=rngs)
         stages: list[nnx.List[Block]] = []
         before, after = width, width * (4 if style.bottleneck else 1)
         for stage, count in enumerate(blocks):
@@ -139,7 +151,7 @@ class ResNet(nnx.Module):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         x = nnx.relu(self.stem(images))
-        if self.imagenet_stem:
+        if self.pools:
             x = nnx.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for stage in self.stages:
             for block in stage:
@@ -180,12 +192,13 @@ class Convolution(nnx.Module):
     """A convolution with the same padding on both sides, and its normalization."""
 
     def __init__(self, before: int, after: int, kernel: int, stride: int, style: Style, *, rngs: nnx.Rngs) -> None:
-        self.conv = nnx.Conv(
+        make: type[nnx.Conv] | type[SlicedConv] = SlicedConv if style.convolution == "sliced" else nnx.Conv
+        self.conv = make(
             before,
             after,
             (kernel, kernel),
             stride,
-            padding=kernel // 2,  # "SAME" pads only one side when the stride is 2
+            padding=kernel // 2,  # "SAME" pads only one side where the stride is 2
             use_bias=style.norm == "none",
             kernel_init=_he_normal,
             rngs=rngs,

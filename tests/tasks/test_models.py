@@ -282,17 +282,3 @@ def test_wrong_image_shape_is_one_sentence() -> None:
         TaskError, match=r"model 'mlp': image_shape is \(32, 32\); it must be \(height, width, channels"
     ):
         make_model("mlp", (32, 32), CLASSES)
-
-
-def test_the_small_cnn_is_a_convolution_of_stride_two() -> None:
-    from flax import nnx
-
-    from tasks.models.cnn import Conv
-
-    conv = Conv(3, 5, rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(1), (2, 7, 14, 3))
-    expected = jax.lax.conv_general_dilated(
-        x, conv.kernel[...], (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-    assert conv(x).shape == (2, 4, 7, 5)
-    np.testing.assert_allclose(conv(x), expected, atol=1e-5)

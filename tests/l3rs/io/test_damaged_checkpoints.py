@@ -52,7 +52,7 @@ def test_manifest_lacks_a_key(checkpoint, key):
     assert sentence_of(l3rs.restore, checkpoint) == f"{checkpoint / 'l3rs.json'} is damaged: it lacks {key}"
 
 
-@pytest.mark.parametrize(("key", "newest"), [("format", 2), ("features", 1)])
+@pytest.mark.parametrize(("key", "newest"), [("format", 2), ("features", 2)])
 @pytest.mark.parametrize("version", [3, 0, -1, "1", None, 1.5, True, [1]], ids=repr)
 def test_other_version(checkpoint, key, newest, version):
     rewrite(checkpoint, lambda manifest: manifest.update({key: version}))
