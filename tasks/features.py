@@ -24,7 +24,7 @@ from tasks.data.cache import cached
 from tasks.data.splits import TRAIN_FRACTIONS, cut, stratified
 from tasks.models.functional import functional
 
-_VERSION = 1  # a change of the features or of the splits is a new version
+_VERSION = 2  # a change of the features or of the splits is a new version
 _MOST_WIDTH = 1 << 14
 _MOST_BYTES = 16 << 30  # of a feature file, unpacked
 _LAYOUTS = "x and y; train/x, train/y, test/x and test/y; or x and y of each of " + ", ".join(SPLITS)
@@ -142,11 +142,11 @@ def _random_features(source: str, width: int, classes: int) -> dict[str, dict[st
 
 
 def _mixture(classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Points [4000, 32] around a centre of each class, so noisy that some are on another's side, and labels."""
+    """Points [4000, 32] around a centre of each class, so noisy that classes overlap, and labels."""
     rng = np.random.default_rng(classes)
     centres = rng.standard_normal((classes, 32), np.float32)
     labels = rng.permutation(np.arange(4000) % classes)
-    return centres[labels] + 0.8 * rng.standard_normal((4000, 32), np.float32), labels
+    return centres[labels] + 1.8 * rng.standard_normal((4000, 32), np.float32), labels
 
 
 def _read(file: Path) -> dict[str, dict[str, np.ndarray]]:
