@@ -71,7 +71,20 @@ def _decide_form_1(
     shared, per_layer = core.features(spec, memory, measured, log_norms, facts.embedding, total_steps, xp)
     mix, log_step, _ = core.network(theta, spec, shared, per_layer, xp)
     step_norm = spec.step_scale * core.base_norm(spec, measured, xp) * xp.exp(log_step)
+    gone = measured.gradient_norm == 0
+    step_norm = xp.where(gone, step_norm * _remaining_signal(mix, measured, spec, xp), step_norm)
     return Decision(core.mixture_coefficients(mix, step_norm, measured, xp), mix, step_norm), memory
+
+
+def _remaining_signal(mix: Any, measured: Statistics, spec: Spec, xp: Any) -> Any:
+    """Form 1, for a layer without a gradient: what share of a step its moments still carry, float32 [L].
+
+    Without it weight decay, or momentum that has all but vanished, would be given the whole λ. The RMS of Adam, RMSprop
+    and Lion is a signal by itself; other directions have none here, as form 1 does not remember their norms.
+    """
+    normalised = np.array([direction.name in scale_free.NORMALISED for direction in spec.directions], np.float32)
+    signal = xp.minimum(measured.direction_norm / measured.root_n[:, None], 1.0) * normalised
+    return (mix * signal).sum(1)
 
 
 def _watch(guard: Guard, state: GuardState, loss: LossState, value: Any, spec: Spec, xp: Any) -> GuardState:
