@@ -206,6 +206,11 @@ def loss_features(state: LossState, decays: Sequence[float], xp: Any) -> Any:
     return xp.where(state.observed > 0, found, 0.0)
 
 
+def fast_loss(state: LossState, decays: Sequence[float], xp: Any) -> Any:
+    """The fastest EMA of the loss, bias-corrected, float32 []; NaN before the first finite loss."""
+    return state.ema[0] / (1 - np.float32(decays[0]) ** state.observed.astype(xp.float32))
+
+
 def layer_log_norms(measured: Statistics, xp: Any) -> Any:
     """Log of each norm over √n, float32 [L, S]: gradient, parameters, directions."""
     single = [measured.gradient_norm[:, None], measured.parameter_norm[:, None]]

@@ -89,8 +89,8 @@ def _remaining_signal(mix: Any, measured: Statistics, spec: Spec, xp: Any) -> An
 
 def _watch(guard: Guard, state: GuardState, loss: LossState, value: Any, spec: Spec, xp: Any) -> GuardState:
     """Advance the guard by the fastest EMA of the loss, bias-corrected: NaN before the first finite loss."""
-    weight = 1 - np.float32(spec.loss_decays[0]) ** loss.observed.astype(xp.float32)
-    return advance(guard, state, xp.asarray(value, xp.float32), loss.ema[0] / weight, loss.first, xp)
+    ema = core.fast_loss(loss, spec.loss_decays, xp)
+    return advance(guard, state, xp.asarray(value, xp.float32), ema, loss.first, xp)
 
 
 def _take_over(guard: Guard, active: Any, decision: Decision, direction_norm: Any, spec: Spec, xp: Any) -> Decision:

@@ -38,6 +38,7 @@ BEGAN_AT_ZERO = 0.03  # a layer whose RMS is less than this share of its natural
 ADAPTATION_LIMIT = 5.0  # |A|: a factor of 150
 
 SIGNAL_LOG_LIMIT = -5.0  # natural logs of signals are no lower, then divided by 2
+LEVERAGE_LOG_LIMIT = 6.0
 TIME_LOG_RANGE = (-2.0, 1.5)  # log10(steps / 100): 1 … 3,000 steps
 
 
@@ -78,7 +79,7 @@ def n_layer_features(spec: Spec) -> int:
     names = [direction.name for direction in spec.directions]
     n_averaged = sum(name in AVERAGED for name in names)
     n_pairs = len(names) * (len(names) - 1) // 2
-    return (2 + n_driven(spec)) + n_driven(spec) + n_averaged + n_pairs + 2 + (spec.adaptation > 0)
+    return (2 + n_driven(spec)) + n_driven(spec) + n_averaged + n_pairs + 3 + (spec.adaptation > 0)
 
 
 def n_shared_features(spec: Spec) -> int:
@@ -199,6 +200,8 @@ def _layer_features(spec: Spec, memory: Memory, measured: Statistics, signals: A
     - signals of the directions (log / 2, in -2.5 … 0)
     - norms of averaged gradients over the gradient's (log, in ±3): near 0 the gradient is steady, below -1 noise
     - its RMS over b (log, in ±3), and whether it began at zero
+    - its leverage √n b ‖g‖ / loss (log / 3, in ±2): the share of the loss that a step of the layer's own size promises,
+      which is large where inputs are, and unlike them known
     - cosines of all pairs of directions: gradient against momentum turns negative as a step overshoots
     - A / 3
     """
@@ -215,7 +218,10 @@ def _layer_features(spec: Spec, memory: Memory, measured: Statistics, signals: A
     logs = xp.clip(core.safe_log(logs, xp), -core.RATIO_LIMIT, core.RATIO_LIMIT)
     rows, columns = np.triu_indices(len(names), 1)
     cosines = core.cosines(measured, xp)[:, rows, columns]
-    found = [changes, seen, logs, cosines, layers.from_zero[:, None]]
+    loss = xp.abs(core.fast_loss(memory.loss, spec.loss_decays, xp))
+    promised = measured.root_n * layers.size * measured.gradient_norm * core.inverse(loss, xp)
+    leverage = xp.clip(core.safe_log(promised, xp), -LEVERAGE_LOG_LIMIT, LEVERAGE_LOG_LIMIT)[:, None] / 3
+    found = [changes, seen, logs, cosines, layers.from_zero[:, None], leverage]
     if spec.adaptation > 0:
         found.append(layers.adaptation[:, None] / 3)
     return xp.concatenate(found, axis=1)
