@@ -4,12 +4,12 @@ Per layer l with n_l parameters, directions d_p, and outputs (μ, out, a) of the
 
     b_l  = RMS of the layer when training began, or its natural size if it began at zero
     s_p  = how much signal a direction carries, in [0, 1]; 0 for weight decay
-    λ_l  = step_scale · √n_l · b_l / √M · exp(step_gain · out + A_l) · s_l
+    λ_l  = step_scale · √n_l · b_l · √(100 / (T M)) · exp(step_gain · out + A_l) · s_l
     s_l  = Σ_p μ_p s_p / Σ_p μ_p, without weight decay
     A_l  = the sum of adaptation · tanh(a) over all steps so far, in ±5
     Δθ_l = -λ_l · unit( Σ_p μ_p unit(d_p) )
 
-with M the number of matrices that train. Multiplying a layer's parameters by c > 0 and its gradients by 1/c multiplies
+with T the horizon and M the number of matrices that train. Multiplying a layer's parameters by c > 0 and its gradients by 1/c multiplies
 its update by c; multiplying the loss and all gradients by c changes nothing.
 
 The signal of a direction is its norm over a reference that only a gradient moves: for Adam, RMSprop and Lion an RMS of
@@ -38,6 +38,7 @@ BEGAN_AT_ZERO = 0.03  # a layer whose RMS is less than this share of its natural
 ADAPTATION_LIMIT = 5.0  # |A|: a factor of 150
 
 SIGNAL_LOG_LIMIT = -5.0  # natural logs of signals are no lower, then divided by 2
+USUAL_HORIZON = np.float32(100.0)  # the horizon at which step_scale is what it says
 LEVERAGE_LOG_LIMIT = 6.0
 TIME_LOG_RANGE = (-2.0, 1.5)  # log10(steps / 100): 1 … 3,000 steps
 
@@ -117,6 +118,8 @@ def decide(
         adaptation = xp.where(has_gradient, xp.clip(adapted, -ADAPTATION_LIMIT, ADAPTATION_LIMIT), adaptation)
     depth = math.sqrt(max(facts.n_matrices, 1)) if spec.depth_scaling else 1.0
     scale = np.float32(spec.step_scale / depth) * measured.root_n * layers.size
+    if spec.horizon_scaling:
+        scale = scale * xp.sqrt(USUAL_HORIZON / total_steps.astype(xp.float32))
     step_norm = scale * xp.exp(log_step + adaptation) * _signal(mix, signals, spec, xp)
     decision = Decision(core.mixture_coefficients(mix, step_norm, measured, xp), mix, step_norm)
     layers = layers._replace(mix=mix, log_step=log_step, adaptation=adaptation)

@@ -73,6 +73,7 @@ class Spec:
       form: 1, or 2: features without a scale, see `scale_free`. What follows is of form 2 only.
       natural_size: the RMS of a layer that begins at zero, over `descriptors.natural_rms`; > 0.
       depth_scaling: divide λ by the root of the number of matrices that train.
+      horizon_scaling: divide λ by the root of the horizon, as theory has it for a constant learning rate.
       signal: shorten a step as its gradient loses signal; without it only a gradient of zero stops it.
       adaptation: how far a layer's log λ may move in a step for good; 0 for not at all.
 
@@ -95,8 +96,9 @@ class Spec:
     form: Literal[1, 2] = 1
     natural_size: float = 0.5
     depth_scaling: bool = True
+    horizon_scaling: bool = True
     signal: bool = True
-    adaptation: float = 0.2
+    adaptation: float = 0.0
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -139,7 +141,14 @@ class Spec:
         return cls(**fields)
 
 
-_FORM_2 = ("form", "natural_size", "depth_scaling", "signal", "adaptation")  # fields that form 1 does not store
+_FORM_2 = (
+    "form",
+    "natural_size",
+    "depth_scaling",
+    "horizon_scaling",
+    "signal",
+    "adaptation",
+)  # fields that form 1 does not store
 
 
 def _check_types(spec: Spec) -> None:
@@ -149,7 +158,7 @@ def _check_types(spec: Spec) -> None:
     for name in ("step_scale", "step_gain", "mix_bias", "natural_size", "adaptation"):
         if type(getattr(spec, name)) not in (int, float) or not math.isfinite(getattr(spec, name)):
             raise L3RSError(f"spec.{name} is {getattr(spec, name)!r}; it must be a finite number")
-    for name in ("absolute_time", "depth_scaling", "signal"):
+    for name in ("absolute_time", "depth_scaling", "horizon_scaling", "signal"):
         if type(getattr(spec, name)) is not bool:
             raise L3RSError(f"spec.{name} is {getattr(spec, name)!r}; it must be true or false")
     for layer in spec.layers:

@@ -41,6 +41,8 @@ ORBAX = "theta"
 SAFETENSORS = "theta.safetensors"
 _HEADER_BYTES = 1 << 16  # of a safetensors file, at most: 100 bytes an array
 
+DEFAULT = "universal"  # the shipped optimizer that fits any network
+
 
 def save(
     path: str | os.PathLike[str],
@@ -122,7 +124,7 @@ def restore(path: str | os.PathLike[str]) -> tuple[Theta, Spec, dict[str, Any]]:
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] = DEFAULT,
     total_steps: int | jax.Array | None = None,
     *,
     rename: Mapping[str, str] | None = None,
@@ -134,7 +136,8 @@ def load(
 
     Args:
       path: a checkpoint: its folder, a name of `l3rs.available()`, `hf://owner/name[@revision]`, or `gs://…` or another
-        URL that fsspec has a driver for. A folder that exists goes before a name.
+        URL that fsspec has a driver for. A folder that exists goes before a name. The optimizer for any network when
+        not given.
       total_steps: the number of steps you are going to train. None means the longest horizon that the checkpoint was
         meta-trained on.
       rename, match, on_unknown: how the layers of the params are matched with those of the checkpoint.

@@ -24,7 +24,7 @@ from l3rs import core
 from l3rs.core import check_total_steps
 from l3rs.decide import decide
 from l3rs.guard import Guard, GuardState, init_guard, make_guard, report
-from l3rs.io.checkpoint import restore, trained_horizon
+from l3rs.io.checkpoint import DEFAULT, restore, trained_horizon
 from l3rs.layers import Convention, Match, MatchBy, Matching, OnUnknown, match_network, network_facts
 from l3rs.spec import L3RSError, Spec, Theta
 from l3rs.theta import check_theta, digest
@@ -53,7 +53,7 @@ class L3RS(torch.optim.Optimizer):
       params: `model.named_parameters()`, parameters, or param groups of either. Pass frozen parameters, too,
         unless the names are the checkpoint's. Descriptor embeddings need names; where a name does not tell how deep
         a layer is, its position among the parameters does, or among the sorted names if there are several groups.
-      checkpoint: a folder, a shipped name or a URL, as in `l3rs.load`; or meta-parameters and their spec,
+      checkpoint: a folder, a shipped name or a URL, as in `l3rs.load`, or meta-parameters and their spec,
         `(theta, spec)`.
       total_steps: the number of steps that you are going to train, the horizon T. None means the longest
         horizon of the checkpoint's meta-training. Training may go past it, with one warning.
@@ -104,7 +104,7 @@ class L3RS(torch.optim.Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        checkpoint: str | os.PathLike[str] | tuple[Theta, Spec],
+        checkpoint: str | os.PathLike[str] | tuple[Theta, Spec] = DEFAULT,
         total_steps: int | None = None,
         *,
         lr: float | Tensor = 1.0,

@@ -328,7 +328,15 @@ UNUSUAL = {
     "norm_decays": (0.0, 0.5),
     "absolute_time": True,
 }
-FORM_2 = {"form": 2, "step": "initial", "natural_size": 0.1, "depth_scaling": False, "signal": False, "adaptation": 0.0}
+FORM_2 = {
+    "form": 2,
+    "step": "initial",
+    "natural_size": 0.1,
+    "depth_scaling": False,
+    "horizon_scaling": False,
+    "signal": False,
+    "adaptation": 0.1,
+}
 
 
 def test_json_round_trip():

@@ -26,7 +26,7 @@ def tree(seed, scale=1.0):
 
 
 def optimizer(directions=DIRECTIONS, seed=0, total_steps=50, **fields):
-    fields = {"embedding": "descriptor", "step": "initial", "step_scale": 0.05, **fields}
+    fields = {"adaptation": 0.2, "embedding": "descriptor", "step": "initial", "step_scale": 0.05, **fields}
     spec = l3rs.Spec.create(tree(0), directions, form=2, **fields)
     theta = l3rs.init_meta_params(jax.random.key(seed), spec)
     noise = np.random.default_rng(seed)
@@ -161,12 +161,13 @@ def test_layers_that_begin_at_zero_have_their_natural_size():
     np.testing.assert_array_equal(np.asarray(state.layers.from_zero), [1, 1, 0, 0, 0, 0])
 
 
-def test_untrained_steps_shrink_with_depth():
-    """λ of one step: step_scale · √n · RMS / √(number of matrices), along Adam, whose signal is 1 at first."""
+@pytest.mark.parametrize(("total_steps", "factor"), [(100, 1.0), (400, 0.5)])
+def test_untrained_steps_shrink_with_depth_and_horizon(total_steps, factor):
+    """λ of a step: step_scale · √n · RMS · √(100 / T) / √(number of matrices), along Adam, whose signal is 1 at first."""
     spec = l3rs.Spec.create(tree(0), ("adam",), form=2, step="initial", embedding="descriptor", step_scale=0.05)
     theta = jax.tree.map(jnp.zeros_like, l3rs.init_meta_params(jax.random.key(0), spec))
-    updates, _, _ = run(l3rs.learned_optimizer(theta, spec, 10), tree(1), [tree(2)], [1.0])
-    expected = 0.05 / np.sqrt(2) * norms(tree(1))
+    updates, _, _ = run(l3rs.learned_optimizer(theta, spec, total_steps), tree(1), [tree(2)], [1.0])
+    expected = factor * 0.05 / np.sqrt(2) * norms(tree(1))
     np.testing.assert_allclose(norms(updates[0]), expected, rtol=1e-5)
 
 

@@ -77,8 +77,11 @@ def assert_parity(
             ({"name": "adam", "eps_root": 1e-6}, "momentum"),
             {"loss_decays": (0.5, 0.9, 0.99), "norm_decays": (0.0, 0.9)},
         ),
-        (("adam", "first_moment", "sgd", "weight_decay"), {"form": 2, "step": "initial", "step_scale": 0.05}),
-        (("momentum", "lion", "rmsprop"), {"form": 2, "step": "relative", "step_scale": 0.02, "adaptation": 0.0}),
+        (
+            ("adam", "first_moment", "sgd", "weight_decay"),
+            {"form": 2, "step": "initial", "step_scale": 0.05, "adaptation": 0.2},
+        ),
+        (("momentum", "lion", "rmsprop"), {"form": 2, "step": "relative", "step_scale": 0.02}),
     ],
     ids=["adam sgd", "relative", "all", "eps_root", "form 2", "form 2, relative"],
 )
