@@ -9,8 +9,8 @@ Per layer l with n_l parameters, directions d_p, and outputs (μ, out, a) of the
     A_l  = the sum of adaptation · tanh(a) over all steps so far, in ±5
     Δθ_l = -λ_l · unit( Σ_p μ_p unit(d_p) )
 
-with T the horizon and M the number of matrices that train. Multiplying a layer's parameters by c > 0 and its gradients by 1/c multiplies
-its update by c; multiplying the loss and all gradients by c changes nothing.
+with T the horizon and M the number of matrices that train. Multiplying a layer's parameters by c > 0 and its gradients
+by 1/c multiplies its update by c; multiplying the loss and all gradients by c changes nothing.
 
 The signal of a direction is its norm over a reference that only a gradient moves: for Adam, RMSprop and Lion an RMS of
 1, which they have for a steady gradient; for SGD and momentum the root mean square of their norms so far. So a step

@@ -107,7 +107,7 @@ def members_per_call(
     free = [bytes_ for bytes_ in map(device_memory, devices) if bytes_ is not None]
     if not free:
         return wanted
-    lowered = functools.partial(_scratch, task, spec, strategy)
+    lowered = functools.partial(scratch_bytes, task, spec, strategy)
     one, two = lowered(1), lowered(2)
     each, shared = max(two - one, 1), max(2 * one - two, 0) + sum(x.nbytes for x in jax.tree.leaves(task.data))
     fits = int(_MEMORY_SHARE * min(free) - shared) // each
@@ -119,7 +119,7 @@ def members_per_call(
     return min(wanted, fits)
 
 
-def _scratch(task: Task, spec: l3rs.Spec, strategy: Strategy, members: int) -> int:
+def scratch_bytes(task: Task, spec: l3rs.Spec, strategy: Strategy, members: int) -> int:
     """Bytes of temporary memory that XLA allocates for a fused call of `members` candidates."""
     state = jax.eval_shape(strategy.init, jax.random.key(0), l3rs.init_meta_params(jax.random.key(0), spec))
     key = jax.random.key_data(jax.random.key(0))

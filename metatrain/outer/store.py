@@ -184,7 +184,7 @@ class Store:
             name = file.relative_to(folder).as_posix()
             if file.is_file() and not file.is_symlink() and "tmp" not in name and name != LOCK_FILE:
                 content = file.read_bytes()
-                objects[name] = _object(content)
+                objects[name] = object_name(content)
                 if objects[name] not in self._verified:
                     self._fs.makedirs(f"{self._root}/objects", exist_ok=True)
                     self._write(f"{self._root}/{objects[name]}", content)
@@ -281,7 +281,7 @@ def _is_entry(name: str, stored: Any) -> bool:
     )
 
 
-def _object(content: bytes) -> str:
+def object_name(content: bytes) -> str:
     """An object's name: the digest of its content."""
     return _object_name(hashlib.sha256(content).hexdigest())
 

@@ -141,7 +141,7 @@ def submit(
             "PYTHONUNBUFFERED": "1",
         }
         options = " --resume" * resume + " --allow-other-version" * allow_other_version
-        job_id = _submit_job(
+        job_id = submit_job(
             jobs,
             # Ray makes job ids unique: of two simultaneous submissions of one name, one fails.
             submission_id=f"{config.name}-{len(earlier) + 1}",
@@ -153,7 +153,7 @@ def submit(
     return _wait_for_start(jobs, job_id, log)
 
 
-def _submit_job(jobs: Any, **job: Any) -> str:
+def submit_job(jobs: Any, **job: Any) -> str:
     """Submit a job; returns its id. A cluster that has just started cannot take jobs yet: it is asked again."""
     deadline = time.monotonic() + _AGENT_SECONDS
     while True:

@@ -163,7 +163,7 @@ def test_layers_that_begin_at_zero_have_their_natural_size():
 
 @pytest.mark.parametrize(("total_steps", "factor"), [(100, 1.0), (400, 0.5)])
 def test_untrained_steps_shrink_with_depth_and_horizon(total_steps, factor):
-    """λ of a step: step_scale · √n · RMS · √(100 / T) / √(number of matrices), along Adam, whose signal is 1 at first."""
+    """λ of a step: step_scale · √n · RMS · √(100 / T) / √(number of matrices), along Adam, with signal 1 at first."""
     spec = l3rs.Spec.create(tree(0), ("adam",), form=2, step="initial", embedding="descriptor", step_scale=0.05)
     theta = jax.tree.map(jnp.zeros_like, l3rs.init_meta_params(jax.random.key(0), spec))
     updates, _, _ = run(l3rs.learned_optimizer(theta, spec, total_steps), tree(1), [tree(2)], [1.0])

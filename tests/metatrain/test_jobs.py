@@ -16,7 +16,7 @@ import pytest
 from metatrain.config import UserError, dump_config
 from metatrain.outer.loop import run
 from metatrain.ray.connection import is_loopback, require_token, split_address
-from metatrain.ray.jobs import CLIENT, _submit_job, check_client, client
+from metatrain.ray.jobs import CLIENT, submit_job, check_client, client
 from tests.metatrain.common import assert_same_theta, small_config
 from tests.metatrain.nodes import Nodes, free_port, ray_nodes
 
@@ -252,13 +252,13 @@ def test_a_cluster_that_has_just_started_is_asked_again(monkeypatch: pytest.Monk
                 raise answer
             return answer
 
-    assert _submit_job(Jobs(), submission_id="small-1") == "small-1"
+    assert submit_job(Jobs(), submission_id="small-1") == "small-1"
     with pytest.raises(UserError, match="cannot be submitted: RuntimeError: status code 400: small-1 exists"):
-        _submit_job(Jobs(), submission_id="small-1")
+        submit_job(Jobs(), submission_id="small-1")
     monkeypatch.setattr("metatrain.ray.jobs._AGENT_SECONDS", -1.0)
     answers.append(RuntimeError("No available agent to submit job"))
     with pytest.raises(UserError, match="cannot be submitted: RuntimeError: No available agent"):
-        _submit_job(Jobs(), submission_id="small-1")
+        submit_job(Jobs(), submission_id="small-1")
 
 
 def test_a_driver_refuses_a_client_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:

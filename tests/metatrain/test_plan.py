@@ -11,7 +11,7 @@ import pytest
 
 import l3rs
 from metatrain.config import Plan, UserError, load_config
-from metatrain.inner.plan import _scratch, choose_plan, members_per_call, time_steps
+from metatrain.inner.plan import scratch_bytes, choose_plan, members_per_call, time_steps
 from metatrain.inner.rollout import fused_rollout, stepwise_rollout
 from metatrain.outer.loop import resume, run
 from metatrain.outer.strategy import make_strategy
@@ -114,7 +114,7 @@ def test_a_call_holds_as_many_candidates_as_fit_the_memory(monkeypatch: pytest.M
     assert members(None) == members(2**30) == 64  # no limit, and one that is far away
     assert members(2**30, calls=4) == 16
     assert members(2**30, "stepwise") == 1
-    need = {n: _scratch(task, spec, strategy, n) for n in (1, 8, 64)}
+    need = {n: scratch_bytes(task, spec, strategy, n) for n in (1, 8, 64)}
     data = sum(x.nbytes for x in jax.tree.leaves(task.data))
     assert need[64] > need[8] > need[1]
     found = members(int((need[8] + data) / 0.8))

@@ -19,7 +19,7 @@ import l3rs
 from metatrain.config import UserError, dump_config
 from metatrain.outer import loop as trainer
 from metatrain.outer.export import export
-from metatrain.outer.store import Store, _object
+from metatrain.outer.store import Store, object_name
 from tests.metatrain.common import assert_same_theta, metrics, small_config
 from tests.metatrain.test_trainer import stopped_at
 
@@ -104,8 +104,8 @@ def test_a_damaged_object_means_the_manifest_before(
 @pytest.mark.parametrize("name", ["/tmp/x", "../x", "a/../../x", "C:/x", "..\\x"])
 def test_a_manifest_that_names_files_outside_the_run_is_refused(url: str, tmp_path: Path, name: str) -> None:
     store = fsspec.filesystem("memory")
-    store.pipe_file("/bucket/runs/small/" + _object(b"harm"), b"harm")
-    manifest = {"objects": {name: _object(b"harm")}}
+    store.pipe_file("/bucket/runs/small/" + object_name(b"harm"), b"harm")
+    manifest = {"objects": {name: object_name(b"harm")}}
     store.pipe_file("/bucket/runs/small/manifest-00000001.json", json.dumps(manifest).encode())
     with pytest.raises(UserError, match="none of the 1 manifests"):
         Store(url).pull(tmp_path / "deep" / "run")
@@ -121,7 +121,7 @@ def test_a_damaged_object_is_written_again(url: str, tmp_path: Path) -> None:
     for name in ("a", "b"):
         (folder / name).write_text(name)
         store.push(folder)
-    fsspec.filesystem("memory").pipe_file(f"/bucket/runs/small/{_object(b'b')}", b"")
+    fsspec.filesystem("memory").pipe_file(f"/bucket/runs/small/{object_name(b'b')}", b"")
     store = Store(url)
     store.pull(tmp_path / "resumed")
     assert not (tmp_path / "resumed" / "b").exists()
