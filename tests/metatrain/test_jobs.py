@@ -16,7 +16,7 @@ import pytest
 from metatrain.config import UserError, dump_config
 from metatrain.outer.loop import run
 from metatrain.ray.connection import is_loopback, require_token, split_address
-from metatrain.ray.jobs import CLIENT, submit_job, check_client, client
+from metatrain.ray.jobs import CLIENT, check_client, client, submit_job
 from tests.metatrain.common import assert_same_theta, small_config
 from tests.metatrain.nodes import Nodes, free_port, ray_nodes
 

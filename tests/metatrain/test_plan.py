@@ -11,7 +11,7 @@ import pytest
 
 import l3rs
 from metatrain.config import Plan, UserError, load_config
-from metatrain.inner.plan import scratch_bytes, choose_plan, members_per_call, time_steps
+from metatrain.inner.plan import choose_plan, members_per_call, scratch_bytes, time_steps
 from metatrain.inner.rollout import fused_rollout, stepwise_rollout
 from metatrain.outer.loop import resume, run
 from metatrain.outer.strategy import make_strategy
