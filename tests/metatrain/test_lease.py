@@ -65,7 +65,9 @@ def test_a_lease_without_a_heartbeat_expires() -> None:
         assert 0.5 < time.monotonic() - began < 5
 
 
-@pytest.mark.parametrize("content", [foreign(seconds_ago=5.0), b"nonsense", b"{}", b"[" * 4096])
+@pytest.mark.parametrize(
+    "content", [foreign(seconds_ago=5.0), b"nonsense", b"{}", b"[" * 4096], ids=["old", "text", "empty", "deep"]
+)
 def test_an_old_or_damaged_lease_is_replaced_at_once(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LOOK_SECONDS", 60.0)
     store = Memory()
