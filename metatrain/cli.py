@@ -31,16 +31,27 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_NAMES = {errno.ENAMETOOLONG, errno.ELOOP}
 # A folder without write permission, a file in place of a folder: the user can choose another.
-_USER_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, *_FULL}
+_USER_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, *_NAMES, *_FULL}
+
+
+_UsageError: Any = typer.BadParameter.__base__  # of Click, whether typer brings its own or not
 
 
 def main() -> None:
     """Entry point: turns errors of the user's input into one sentence."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logging.getLogger("absl").setLevel(logging.ERROR)
+    if any("\0" in word for word in sys.argv):
+        sys.exit(_refuse("an argument contains a NUL character"))
     try:
-        app()
+        app(standalone_mode=False)
+    except _UsageError as error:
+        message = " ".join(error.format_message().split())  # none for a lack of arguments: that has shown the help
+        sys.exit(_refuse(f"{message}; see metatrain --help") if message else 2)
+    except typer.Abort:
+        sys.exit(1)
     except ValueError as error:
         if not _is_input_error(error):
             raise
@@ -50,6 +61,9 @@ def main() -> None:
             raise
         _refuse(f"{error.filename or 'a file'} cannot be written: {error.strerror}")
         sys.exit(3 if error.errno in _FULL else 2)
+    except MemoryError as error:
+        _refuse(f"there is not enough memory: {error}")
+        sys.exit(1)
 
 
 def _is_input_error(error: ValueError) -> bool:
@@ -61,7 +75,8 @@ def _is_input_error(error: ValueError) -> bool:
 
 
 def _refuse(sentence: str) -> int:
-    print(f"metatrain: {sentence}", file=sys.stderr)
+    shown = " ".join(sentence.split()).encode(errors="backslashreplace").decode()  # half a character has no UTF-8
+    print(f"metatrain: {shown}", file=sys.stderr)
     return 2
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from metatrain.config import UserError
@@ -47,6 +48,11 @@ def check_destination(folder: Path, *files: str) -> None:
         raise UserError(f"{folder} cannot be written: {parent} is not a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"{folder} cannot be written: there is no permission to write in {parent}")
+    try:  # some file systems have no files, /proc for one
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}") from None
     for file in files:
         if (folder / file).is_dir():
             raise UserError(f"{folder / file} cannot be written: it is a folder")

@@ -17,6 +17,7 @@ import optax.contrib
 
 from l3rs.baselines import BASELINES as OWN
 from l3rs.baselines import iomt
+from l3rs.io.files import first_line
 from metatrain.config import UserError, one_line
 
 SCHEDULES = ("constant", "cosine", "warmup_cosine")
@@ -242,8 +243,26 @@ def _named(name: str) -> Baseline:
         raise MissingBaselineError(f"baseline {name} is left out: {error}") from None
     except AttributeError:
         raise UserError(f"baseline {name}: {module_name} has no function {attribute!r}") from None
-    wants_horizon = "total_steps" in inspect.signature(make).parameters
-    return Baseline(make, getattr(make, "learning_rate", 2.0**-9), knows_horizon=wants_horizon)
+    except (Exception, SystemExit) as error:  # whatever the user's module raises
+        raise UserError(f"baseline {name}: {module_name} cannot be imported: {first_line(error)}") from None
+    return _own(name, make)
+
+
+def _own(name: str, make: Any) -> Baseline:
+    """A user's own function as a baseline, called once to see whether it returns an optimizer."""
+    rate = getattr(make, "learning_rate", 2.0**-9)
+    if not callable(make):
+        raise UserError(f"baseline {name} is {type(make).__name__}, not a function")
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+        raise UserError(f"baseline {name}: its attribute learning_rate is {rate!r}; it must be one number > 0")
+    try:
+        baseline = Baseline(make, float(rate), knows_horizon="total_steps" in inspect.signature(make).parameters)
+        made = make(rate, **({"total_steps": 10} if baseline.knows_horizon else {}))
+    except (Exception, SystemExit) as error:
+        raise UserError(f"baseline {name} failed: {first_line(error)}") from None
+    if not isinstance(made, optax.GradientTransformation):
+        raise UserError(f"baseline {name} returned {type(made).__name__}, not an optax.GradientTransformation")
+    return baseline
 
 
 def chosen_baselines(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from l3rs.io.files import write_atomically
-from metatrain.config import UserError
+from metatrain.evaluation.results_file import read_results
 
 L3RS = "l3rs"
 NO_OPTIMIZER = "-"  # in place of a checkpoint: compare the baselines only
@@ -223,16 +223,9 @@ class Results(RecordTable):
         Raises:
           UserError: the file cannot be read, or is not a `results.json`.
         """
-        try:
-            data = json.loads(Path(file).read_text())
-            data["records"] = [Record(**_numbers(record)) for record in data["records"]]
-            for field, kind in _PARTS.items():
-                data[field] = [kind(**_numbers(part)) for part in data.get(field, ())]
-            return cls(**data)
-        except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file} is not a results.json: {error!r}") from None
+        found = read_results(file, cls, _PARTS)
+        assert isinstance(found, cls)
+        return found
 
     def save(self, folder: Path) -> Path:
         """Write `results.json`."""
@@ -242,15 +235,8 @@ class Results(RecordTable):
         return folder / "results.json"
 
 
-_PARTS: dict[str, Any] = {
-    "speedup": Speedup,
-    "curves": Curve,
-    "paths": DecisionPath,
-    "coefficients": CoefficientPath,
-    "switches": SwitchHistory,
-    "costs": Cost,
-    "multipliers": MultiplierGrid,
-}
+# Fields that are lists of objects; older files lack some of them.
+_PARTS = ("speedup", "curves", "paths", "coefficients", "switches", "costs", "multipliers")
 
 
 def family(label: str) -> str:
@@ -261,13 +247,6 @@ def family(label: str) -> str:
 def nan_as_inf(loss: float) -> float:
     """A loss that can be ordered: infinite where it is NaN."""
     return math.inf if math.isnan(loss) else loss
-
-
-def _numbers(fields: dict[str, Any]) -> dict[str, Any]:
-    """JSON's null stands for NaN in these fields."""
-    return {
-        **fields, **{key: math.nan for key in ("loss", "accuracy", "auc") if key in fields and fields[key] is None}
-    }  # fmt: skip
 
 
 def _finite(value: Any) -> Any:

@@ -58,10 +58,14 @@ def lease(store: LeaseStore, name: str) -> Iterator[Callable[[], None]]:
 
     Raises:
       BusyError: another driver holds the lease and is alive.
+      UserError: the store cannot be written.
     """
     owner, over = secrets.token_hex(8), threading.Event()
     _wait_until_free(store, name)
-    _renew(store, owner)
+    try:
+        _renew(store, owner)
+    except Exception as error:  # the drivers' own exceptions have no common base
+        raise UserError(f"{name} cannot be written: {error}") from None
 
     def check() -> None:
         found = _read(store)

@@ -42,6 +42,7 @@ from metatrain.outer.start import resolve_start
 from metatrain.outer.state import Progress, StateStore
 from metatrain.outer.store import RunFolder, run_folder
 from metatrain.report.live import Live
+from metatrain.system import check_destination
 from metatrain.trust import refuse_links, require_trust
 
 _log = logging.getLogger("metatrain")
@@ -78,6 +79,8 @@ def run(
         if resume_run and (folder.path / "config.yaml").is_file():
             refuse_links(folder.path, folder.name)
             return _resume(folder, resolve_start(config), allow_other_version)
+        if not folder.path.exists():
+            check_destination(folder.path)
         setup = Setup.build(config.model_copy(update={"code": None}))
         if folder.path.exists():
             raise UserError(
@@ -119,7 +122,7 @@ def resume(
       UserError: not a run's folder, no checkpoint can be read, an override would change the run, or its task is not
         trusted.
     """
-    with run_folder(folder) as opened:
+    with run_folder(folder, must_exist=True) as opened:
         config = _run_config(opened)  # reports a folder that is not a run
         refuse_links(opened.path, opened.name)
         if not trust_task:

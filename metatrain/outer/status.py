@@ -23,6 +23,7 @@ def local_status(folder: Path, name: str) -> str:
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{name} is not a run: it has no config.yaml")
     refuse_links(folder, name)
+    load_config(folder / "config.yaml")  # a damaged one is refused before there are metrics, too
     try:
         with run_lock(folder, name):
             state = "finished" if (folder / "optimizer").is_dir() else "stopped"

@@ -58,12 +58,13 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def run_folder(location: str | Path, *, to_write: bool = True) -> Iterator[RunFolder]:
+def run_folder(location: str | Path, *, to_write: bool = True, must_exist: bool = False) -> Iterator[RunFolder]:
     """Open a run's folder: `location` itself, or a local copy of a URL's content.
 
     Args:
       location: a folder or a URL.
       to_write: hold the lease of a run in a store, as `run_lock` does for a folder.
+      must_exist: refuse a store that holds no run, before anything is written there.
 
     Raises:
       UserError: there is no driver for the URL, the store does not answer, or another driver holds the lease.
@@ -72,6 +73,8 @@ def run_folder(location: str | Path, *, to_write: bool = True) -> Iterator[RunFo
         yield RunFolder(Path(location), str(location))
         return
     store = Store(str(location))
+    if must_exist and store.is_empty():
+        raise UserError(f"{location} is not a run: it has no manifest")
     with lease(store, str(location)) if to_write else contextlib.nullcontext(lambda: None) as check_lease:
         yield from _copied_folder(store, str(location), check_lease)
 
@@ -111,6 +114,8 @@ class Store:
 
         self._verified: set[str] = set()  # objects that this process has read or written
         scheme = url.partition("://")[0]
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
+            raise UserError(f"{url} is not a URL for a run: it begins with no protocol such as file:// or gs://")
         try:
             self._fs, self._root = fsspec.core.url_to_fs(url)
             self._refuse_links()
@@ -123,6 +128,10 @@ class Store:
             raise UserError(f"{url} is not a URL for a run: {error}") from None
         except Exception as error:  # the drivers' own exceptions have no common base
             raise UserError(f"{url} does not answer: {type(error).__name__}: {error}") from None
+
+    def is_empty(self) -> bool:
+        """Whether the store holds no run."""
+        return not self._manifests()
 
     def pull(self, folder: Path) -> None:
         """Copy the newest complete state to `folder`, which is not created if the store is empty.

@@ -22,6 +22,8 @@ from pathlib import Path
 from metatrain.config import ExecutionConfig, UserError, one_line
 from metatrain.waiting import noticed
 
+_log = logging.getLogger("metatrain")
+
 _PROBE_SECONDS = 10.0
 
 
@@ -126,7 +128,8 @@ def split_address(address: str) -> tuple[str, int]:
       UserError: another format.
     """
     host, _, port = address.removeprefix("http://").removeprefix("https://").rstrip("/").rpartition(":")
-    if not host or not port.isdigit():
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host  # an IPv6 address has brackets
+    if not bare or not port.isdigit() or "[" in bare or "]" in bare:
         raise UserError(f"{address!r} is not an address; write host:port, e.g. 10.0.0.5:6379")
     return host.strip("[]"), int(port)
 
@@ -166,11 +169,14 @@ def require_token(host: str, allow_unauthenticated: bool, accept: str = "executi
 
 
 def has_token() -> bool:
-    """Whether Ray finds a token in this process."""
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    if os.environ.get("RAY_AUTH_TOKEN") or path:
+    """Whether Ray finds a token in this process. A token file that other users can read is named in a warning."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
         return True
-    return (Path.home() / ".ray" / "auth_token").is_file()
+    given = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(given) if given else Path.home() / ".ray" / "auth_token"
+    if os.name == "posix" and path.is_file() and path.stat().st_mode & 0o077:
+        _log.warning("%s holds Ray's token, and other users can read it; make it yours with: chmod 600 %s", path, path)
+    return bool(given) or path.is_file()
 
 
 def probe(host: str, port: int) -> None:

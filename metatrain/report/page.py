@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from markupsafe import Markup
-from omegaconf import OmegaConf
 
 from metatrain.evaluation.analysis import Analysis
 from metatrain.evaluation.payback import Payback, paybacks
@@ -60,7 +60,7 @@ def write_report(analysis: Analysis, folder: Path) -> Path:
         costs=tables.costs(analysis),
         payback=[tables.payback_row(payback) for payback in paid],
         tuning=[grid for setting in results.settings() if (grid := tables.tuning(analysis, setting))],
-        config=OmegaConf.to_yaml(OmegaConf.create(results.config)) if results.config else "",
+        config=yaml.safe_dump(results.config, allow_unicode=True, sort_keys=False) if results.config else "",
         environment=_flat(results.environment),
         meta_training=_meta_training(results.meta_training),
     )

@@ -7,6 +7,7 @@ the whole plate.
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from l3rs.io.files import write_atomically
 from metatrain.report import formatting
 from metatrain.report.theme import FILE_DPI, MUTED, STYLE, Look, inline_svg
 
@@ -75,8 +77,10 @@ class Plate:
                 for label, k in self.legend
             ]
             figure.legend(handles=handles, loc="lower center", ncols=max(len(handles), 1))
-            figure.savefig(folder / f"{self.name}.png", dpi=FILE_DPI)
-            figure.savefig(folder / f"{self.name}.svg", metadata={"Date": None})
+            for kind, options in (("png", {"dpi": FILE_DPI}), ("svg", {"metadata": {"Date": None}})):
+                content = io.BytesIO()
+                figure.savefig(content, format=kind, **options)
+                write_atomically(folder / f"{self.name}.{kind}", content.getvalue())  # a link is not followed
 
 
 def _cut(title: str, length: int = 46) -> str:

@@ -27,6 +27,7 @@ FILE_DPI = 200
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "l3rs",
+    "text.parse_math": False,  # a dollar sign in the name of a setting is a dollar sign
     "font.size": 8,
     "text.color": INK,
     "axes.labelcolor": MUTED,

@@ -1,0 +1,92 @@
+"""Reading a `results.json` that others may have made: size, types and numbers are checked before anything is drawn."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from l3rs.io.files import first_line, read_regular
+from metatrain.config import UserError
+
+_MAX_BYTES = 64 << 20
+_MAX_DEPTH = 20
+_MAX_NAMES = 300  # settings, optimizers, horizons or seeds that differ
+_MAX_TEXT = 10_000  # characters
+_MAX_NUMBER = 10**15
+_NAN = ("loss", "accuracy", "auc")  # fields of a record in which null stands for NaN
+
+
+def read_results(file: str | Path, results: type[Any], parts: Sequence[str]) -> Any:
+    """The content of a `results.json`, also one that an older version wrote.
+
+    Args:
+      file: its path.
+      results: the dataclass that it becomes.
+      parts: its fields that are lists of objects.
+
+    Raises:
+      UserError: the file cannot be read, or is not a `results.json`.
+    """
+    try:
+        data = json.loads(read_regular(file, _MAX_BYTES))
+        _check_values(data)
+        if unknown := sorted(set(data) - {field.name for field in dataclasses.fields(results)}):
+            raise ValueError(f"it has an unknown key {unknown[0]!r}")
+        data["records"] = [_with_nan(record) for record in data["records"]]
+        for name in parts:
+            data[name] = [_with_nan(part) for part in data.get(name, ())]
+        found = pydantic.TypeAdapter(results).validate_python(data)
+        _check_names(found)
+        return found
+    except FileNotFoundError:
+        raise UserError(f"{file} cannot be read: there is no such file") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{file} is not a results.json: {where[:200]}: {first['msg'][:200]}") from None
+    except RecursionError:
+        raise UserError(f"{file} is not a results.json: it is nested too deeply") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is not a results.json: {first_line(error)}") from None
+
+
+def _with_nan(fields: dict[str, Any]) -> dict[str, Any]:
+    return {**fields, **{key: math.nan for key in _NAN if key in fields and fields[key] is None}}
+
+
+def _check_values(data: Any) -> None:
+    pending: list[tuple[Any, int]] = [(data, 0)]
+    while pending:
+        value, depth = pending.pop()
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"it is nested more than {_MAX_DEPTH} levels deep")
+        if isinstance(value, dict):
+            pending += [(item, depth + 1) for pair in value.items() for item in pair]
+        elif isinstance(value, list):
+            pending += [(item, depth + 1) for item in value]
+        elif isinstance(value, str):
+            if len(value) > _MAX_TEXT:
+                raise ValueError(f"it has a text of {len(value)} characters; at most {_MAX_TEXT} are allowed")
+            value.encode()  # half a character cannot be written to a page
+        elif isinstance(value, int) and abs(value) > _MAX_NUMBER:
+            raise ValueError(f"it has a number of {value.bit_length()} bits; at most {_MAX_NUMBER} is allowed")
+
+
+def _check_names(results: Any) -> None:
+    for field in ("setting", "optimizer", "horizon", "seed"):
+        n_different = len({getattr(record, field) for record in results.records})
+        if n_different > _MAX_NAMES:
+            raise ValueError(f"its records have {n_different} values of {field}; at most {_MAX_NAMES} are allowed")
+    if not results.records:
+        raise ValueError("it has no records")
+    for record in results.records:
+        if record.horizon < 1 or len(record.setting) > 300 or len(record.optimizer) > 300:
+            raise ValueError("a record has a horizon below 1 or a name of more than 300 characters")
