@@ -73,7 +73,14 @@ def optimizer(model: torch.nn.Module, steps: int) -> L3RS:
     )
 
 
-def trainer(model: torch.nn.Module, opt: torch.optim.Optimizer, folder: object, **arguments: object) -> object:
+def trainer(
+    model: torch.nn.Module,
+    opt: torch.optim.Optimizer,
+    folder: object,
+    data: object = None,
+    options: dict[str, object] | None = None,
+    **arguments: object,
+) -> object:
     args = transformers.TrainingArguments(
         output_dir=str(folder),
         lr_scheduler_type="constant",
@@ -85,7 +92,8 @@ def trainer(model: torch.nn.Module, opt: torch.optim.Optimizer, folder: object, 
         seed=0,
         **arguments,
     )
-    return transformers.Trainer(model, args, train_dataset=dataset(256), optimizers=(opt, None))
+    data = dataset(256) if data is None else data
+    return transformers.Trainer(model, args, train_dataset=data, optimizers=(opt, None), **(options or {}))
 
 
 def losses_of(run: object) -> list[float]:
@@ -106,27 +114,77 @@ def test_fine_tuning(tmp_path):
     assert set(groups.values()) == {"descriptor"}
 
 
-def test_gradient_accumulation(tmp_path):
-    """Two micro-batches of 16 equal a batch of 32: the same losses reach the optimizer, which takes the same steps."""
+def gpt(vocabulary: int = WORDS) -> torch.nn.Module:
+    """A causal language model: it divides its loss by the Trainer's `num_items_in_batch`."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=vocabulary, n_positions=LENGTH, n_embd=32, n_layer=1, n_head=2, resid_pdrop=0.0, attn_pdrop=0.0,
+        embd_pdrop=0.0,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config)
+
+
+def sentences(n: int) -> list[dict[str, object]]:
+    """Sentences of different lengths, so that a mean over micro-batches is not a mean over tokens."""
+    return [
+        {"input_ids": each["input_ids"], "labels": [t if t and i < 8 + 5 * (k % 8) else -100 for i, t in ids]}
+        for k, each in enumerate(dataset(n))
+        for ids in [list(enumerate(each["input_ids"]))]
+    ]
+
+
+class Ours(torch.nn.Module):
+    """A model that is not one of transformers' and takes no keyword but its inputs."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = torch.nn.EmbeddingBag(WORDS, 16), torch.nn.Linear(16, 2)
+
+    def forward(self, input_ids, labels):
+        logits = self.head(self.embedding(input_ids))
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def per_item(outputs, labels, num_items_in_batch=None):
+    """A `compute_loss_func` that divides by the number of items."""
+    return torch.nn.functional.cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
+
+
+@pytest.mark.parametrize(
+    ("make", "data", "options"),
+    [(bert, dataset, {}), (gpt, sentences, {}), (Ours, dataset, {}), (bert, dataset, {"compute_loss_func": per_item})],
+    ids=["BERT ignores the items", "GPT divides by them", "own model", "own loss"],
+)
+def test_gradient_accumulation(tmp_path, make, data, options):
+    """The optimizer sees the plain loss of a batch, in however many micro-batches it comes."""
     found = []
-    for size, micro_batches in ((32, 1), (16, 2)):
-        model = bert()
-        opt = optimizer(model, 6)
-        run = trainer(
-            model,
-            opt,
-            tmp_path,
-            max_steps=6,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=micro_batches,
-        )
-        run.model_accepts_loss_kwargs = False  # BERT takes `num_items_in_batch`, and leaves it
+    for size, micro_batches in ((32, 1), (8, 4)):
+        model = make()
+        opt = optimizer(model, 3)
+        arguments = {"max_steps": 3, "per_device_train_batch_size": size, "gradient_accumulation_steps": micro_batches}
+        run = trainer(model, opt, tmp_path, data(256), options, **arguments)
         observe_trainer(run).train()
-        found.append((opt.param_groups[0]["shared"], losses_of(run)))
-    (whole, losses), (parts, losses_of_parts) = found
-    assert parts["step"] == whole["step"] == 6
-    assert parts["loss_ema"] == pytest.approx(whole["loss_ema"], rel=1e-4)
-    assert losses_of_parts == pytest.approx(losses, rel=1e-3)  # the Trainer rounds what it logs
+        found.append(opt.param_groups[0]["shared"])
+    whole, parts = found
+    assert parts["step"] == whole["step"] == parts["losses"] == 3
+    assert parts["first_loss"] == pytest.approx(whole["first_loss"], rel=1e-4)
+    # BERT's gradients are the sum over micro-batches, so that its later steps differ.
+    assert parts["loss_ema"] == pytest.approx(whole["loss_ema"], rel=0.05)
+
+
+def test_a_training_step_without_compute_loss(tmp_path):
+    class Own(transformers.Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = model(**inputs)[0]
+            loss.backward()
+            return loss.detach()
+
+    model = bert()
+    args = transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, max_steps=1)
+    run = observe_trainer(Own(model, args, train_dataset=dataset(8), optimizers=(optimizer(model, 1), None)))
+    with pytest.raises(l3rs.L3RSError, match=r"does not call compute_loss.*observe\(loss\)"):
+        run.train()
 
 
 def test_resuming(tmp_path):
