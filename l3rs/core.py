@@ -115,11 +115,11 @@ def measure(
       xp: `jax.numpy` or `numpy`.
     """
     finite = xp.isfinite(gradient_squared)
-    gradient_norm = xp.sqrt(xp.where(finite, gradient_squared, 0.0))
-    parameter_norm = xp.sqrt(parameter_squared)
+    gradient_norm = root(xp.where(finite, gradient_squared, 0.0), xp)
+    parameter_norm = root(parameter_squared, xp)
     moves = finite & xp.isfinite(gram).all((1, 2))  # a direction's norm can overflow, too
     gram = xp.where(moves[:, None, None], gram, 0.0)
-    direction_norm = xp.sqrt(xp.diagonal(gram, axis1=1, axis2=2))
+    direction_norm = root(xp.diagonal(gram, axis1=1, axis2=2), xp)
     return Statistics(loss, steps, root_n, gradient_norm, parameter_norm, direction_norm, gram, moves)
 
 
@@ -296,7 +296,7 @@ def mixture_coefficients(mix: Any, step_norm: Any, measured: Statistics, xp: Any
 
     A direction of norm 0 has no unit vector: its coefficient is 0.
     """
-    mixed_norm = xp.sqrt(xp.maximum(xp.einsum("lp,lpq,lq->l", mix, cosines(measured, xp), mix), 0.0))
+    mixed_norm = root(xp.maximum(xp.einsum("lp,lpq,lq->l", mix, cosines(measured, xp), mix), 0.0), xp)
     shares = mix * inverse(measured.direction_norm, xp)
     return shares * (step_norm / xp.maximum(mixed_norm, MIN_MIX_NORM))[:, None]
 
@@ -305,6 +305,11 @@ def cosines(measured: Statistics, xp: Any) -> Any:
     """Between all directions, float32 [L, P, P]; 0 for a direction of norm 0."""
     scale = inverse(measured.direction_norm, xp)
     return measured.gram * scale[:, :, None] * scale[:, None, :]
+
+
+def root(x: Any, xp: Any) -> Any:
+    """√x, with a derivative of 0 at 0: gradients through an update would be NaN where a layer has norm 0."""
+    return xp.where(x == 0, 0.0, xp.sqrt(xp.where(x == 0, 1.0, x)))
 
 
 def inverse(x: Any, xp: Any) -> Any:

@@ -14,6 +14,8 @@ import numpy as np
 
 from l3rs.spec import L3RSError, Spec
 
+_NO_LOSS = np.finfo(np.float32).max  # not infinity: jax_debug_infs would stop at the state
+
 
 @dataclasses.dataclass(frozen=True)
 class Guard:
@@ -60,7 +62,7 @@ class GuardState(NamedTuple):
     adam_steps: Any  # int32 [], steps that Adam took in total
     left: Any  # int32 [], steps that Adam has left, including this one
     high: Any  # int32 [], steps in a row with a loss above the bound
-    best: Any  # float32 [], the lowest loss EMA; infinity before the first loss
+    best: Any  # float32 [], the lowest loss EMA; the largest number before the first loss
 
 
 def make_guard(guard: bool | Guard, spec: Spec) -> Guard | None:
@@ -91,7 +93,7 @@ def adam_share(spec: Spec) -> np.ndarray:
 def init_guard(xp: Any) -> GuardState:
     """Before the first step; `xp` is `jax.numpy` or `numpy`."""
     zero = xp.zeros([], xp.int32)
-    return GuardState(zero, zero, zero, zero, xp.asarray(np.inf, xp.float32))
+    return GuardState(zero, zero, zero, zero, xp.asarray(_NO_LOSS, xp.float32))
 
 
 def advance(guard: Guard, state: GuardState, value: Any, ema: Any, first: Any, xp: Any) -> GuardState:
@@ -125,5 +127,5 @@ def report(state: GuardState) -> dict[str, Any]:
         "count": int(state.count),
         "adam_steps": int(state.adam_steps),
         "active": int(state.left) > 1,
-        "best_loss": float(state.best),
+        "best_loss": float(state.best) if state.best < _NO_LOSS else math.inf,
     }

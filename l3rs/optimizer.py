@@ -6,21 +6,26 @@ What belongs to JAX is here: the directions of the parameters' size, their inner
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from l3rs import core, scale_free
+from l3rs import core, first_steps, scale_free
 from l3rs.decide import decide, n_norms
 from l3rs.guard import Guard, GuardState, init_guard, make_guard, report
 from l3rs.layers import Match, MatchBy, Matching, NetworkFacts, OnUnknown, network_facts
 from l3rs.spec import L3RSError, Layer, Spec, Theta
 from l3rs.theta import check_theta
 from l3rs.transforms import BaseOptimizer, Lazy, make_directions
-from l3rs.trees import layers_of, match_params
+from l3rs.trees import check_grads, check_loss, layers_of, match_params
+
+Mask = Any | Callable[[optax.Params], Any]
 
 _CACHED = 1 << 16  # layers of fewer parameters stay in a processor's cache: storing their directions is cheap
 
@@ -47,12 +52,17 @@ def learned_optimizer(
     match: MatchBy = "path",
     on_unknown: OnUnknown = "error",
     guard: bool | Guard = False,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The learned optimizer with meta-parameters `theta`.
 
     Statistics are kept in float32, updates have the parameters' dtype. A layer whose gradient is not
     finite (or so large that its squared norm is not) stays where it is for that step, and its
     gradient counts as zero in the moments; a non-finite loss does not enter the loss features.
+
+    An update that is called outside of `jax.jit` warns if one of the first steps changes most layers by more than half
+    their norm. Compiled code cannot warn: compare `state.step_norm` with the norms of the params.
 
     Args:
       theta: meta-parameters, from `init_meta_params`, a meta-training run or a checkpoint.
@@ -67,13 +77,19 @@ def learned_optimizer(
       on_unknown: "error", or "mean": a layer that is not in the table, or has another shape there, gets the
         mean of all embeddings. "descriptor" is for checkpoints with descriptor embeddings, which take any layer.
       guard: True, or a `Guard`: take plain Adam steps for a while when the loss diverges, see `guard_report`.
+      weight_decay: decoupled, as in AdamW: the update of a layer with n parameters p also has -weight_decay · r · p,
+        where r = λ/√n is the RMS of the learned step. It takes the place of AdamW's learning rate, which is about the
+        RMS of Adam's step: values for AdamW can be kept. 0 or more, or a traced scalar.
+      mask: as in `optax.adamw`: a tree of bools like the params, or a prefix of it, or a function of the params that
+        returns one; True where weights decay. None means everywhere.
 
     Returns:
       A transformation whose update needs the params and the loss:
       `tx.update(grads, state, params, value=loss)`.
 
     Raises:
-      L3RSError: params do not match `spec.layers`; params or `value` are missing; total_steps < 1.
+      L3RSError: params do not match `spec.layers`; params or `value` are missing; total_steps < 1; the gradients are
+        not a tree like the params; a leaf is not an array of real floating-point numbers; the state is of another form.
 
     Example:
       >>> import jax, optax, l3rs
@@ -91,7 +107,10 @@ def learned_optimizer(
     bases = make_directions(spec.directions)
     how = Matching.of(spec, rename, match, on_unknown)
     rules = make_guard(guard, spec)
+    if not isinstance(weight_decay, jax.core.Tracer) and not _is_decay(weight_decay):
+        raise L3RSError(f"weight_decay is {weight_decay!r}; it must be a number ≥ 0")
 
+    @_own_modes()
     def init_fn(params: optax.Params) -> L3RSState:
         n_layers = len(match_params(spec, params, how))
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
@@ -106,6 +125,7 @@ def learned_optimizer(
             layers=scale_free.init_layers(n_layers, len(bases), jnp) if spec.form == 2 else None,
         )
 
+    @_own_modes()
     def update_fn(
         updates: optax.Updates,
         state: L3RSState,
@@ -117,20 +137,26 @@ def learned_optimizer(
         del extra_args
         if params is None or value is None:
             raise L3RSError("L3RS needs the params and the loss: call update(grads, state, params, value=loss)")
-        if rules is not None and state.guard is None:
-            raise L3RSError("the state is from an optimizer without a guard; create it with this optimizer's init")
         matches = match_params(spec, params, how)
-        _check_call(updates, params, value)
+        check_grads(updates, params)
+        check_loss(value)
+        _check_state(state, spec, len(matches), len(bases), rules is not None)
         if not matches:  # every layer is frozen
             return updates, state
+        params = jax.tree.map(jnp.asarray, params)
         memory = core.Memory(state.count, state.loss, state.log_norms, state.guard, state.layers)
         measured, layers, moments = _measure(spec, bases, updates, state, params, value)
         facts = _facts(theta, spec, matches, how, params)
         decision, memory = decide(theta, spec, memory, measured, facts, jnp.asarray(total_steps), rules, jnp)
-        new_updates = [
-            _mixture(measured.moves[i], layer, decision.coefficients[i]).astype(param.dtype)
-            for i, (layer, param) in enumerate(zip(layers, jax.tree.leaves(params), strict=True))
-        ]
+        decays = _decays(weight_decay, mask, params)
+        new_updates = []
+        for i, (layer, param) in enumerate(zip(layers, jax.tree.leaves(params), strict=True)):
+            update = _mixture(measured.moves[i], layer, decision.coefficients[i])
+            if decays[i] is not None:
+                shrinking = decays[i] * decision.step_norm[i] / measured.root_n[i] * param.astype(jnp.float32)
+                update = update - jnp.where(measured.moves[i], shrinking, 0.0)
+            new_updates.append(update.astype(param.dtype))
+        _warn_of_first_steps(memory, measured, decision, params)
         new_state = L3RSState(
             count=memory.step,
             loss=memory.loss,
@@ -175,9 +201,9 @@ def _measure(
     value: jax.Array,
 ) -> tuple[core.Statistics, list[list[Lazy]], tuple[optax.OptState, ...]]:
     """The statistics of a step, its directions (L lists of P) and the base optimizers' new moments."""
-    treedef = jax.tree.structure(grads)
+    treedef = jax.tree.structure(params)
     leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(params)]
-    raw = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(grads)]
+    raw = [jnp.asarray(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(grads)]
     squared = [_squared_norm(gradient) for gradient in raw]
     finite = [jnp.isfinite(x) for x in squared]
     # A NaN must not enter moments, which would keep it.
@@ -204,13 +230,62 @@ def _facts(theta: Theta, spec: Spec, matches: Sequence[Match], how: Matching, pa
     return network_facts(theta, spec, matches, described)
 
 
-def _check_call(grads: optax.Updates, params: optax.Params, value: jax.Array) -> None:
-    found = [leaf.shape for leaf in jax.tree.leaves(grads)]
-    expected = [leaf.shape for leaf in jax.tree.leaves(params)]
-    if found != expected:
-        raise L3RSError(f"gradients have the shapes {found[:6]}; the params have {expected[:6]}")
-    if jnp.shape(value) != ():
-        raise L3RSError(f"value has shape {jnp.shape(value)}; it must be one number, the loss")
+def _check_state(state: Any, spec: Spec, n_layers: int, n_bases: int, guarded: bool) -> None:
+    """Refuse a state that was restored as plain dicts, or that is another optimizer's."""
+    whole = isinstance(state, L3RSState) and isinstance(state.loss, core.LossState)
+    if not whole or not isinstance(state.layers, scale_free.LayerMemory if spec.form == 2 else type(None)):
+        raise L3RSError(
+            f"the state is a {type(state).__name__} that `init` of this optimizer did not make; restore a saved state "
+            f"into the structure of tx.init(params), e.g. with orbax.checkpoint.args.StandardRestore(tx.init(params))"
+        )
+    if guarded and state.guard is None:
+        raise L3RSError("the state is from an optimizer without a guard; create it with this optimizer's init")
+    expected = (2, n_layers, n_norms(spec))
+    if jnp.shape(state.log_norms) != expected or len(state.directions) != n_bases:
+        raise L3RSError(
+            f"the state has log_norms {list(jnp.shape(state.log_norms))} and {len(state.directions)} directions; this "
+            f"optimizer with these params has {list(expected)} and {n_bases}: create it with tx.init(params)"
+        )
+
+
+def _is_decay(value: Any) -> bool:
+    number = isinstance(value, int | float | np.number | np.ndarray | jax.Array) and not isinstance(value, bool)
+    return number and np.ndim(value) == 0 and bool(0 <= value < np.inf)
+
+
+def _decays(weight_decay: float | jax.Array, mask: Mask | None, params: optax.Params) -> list[Any]:
+    """The weight decay of each layer; None where there is none."""
+    n_layers = len(jax.tree.leaves(params))
+    if not isinstance(weight_decay, jax.Array) and weight_decay == 0:
+        return [None] * n_layers
+    if mask is None:
+        return [weight_decay] * n_layers
+    chosen = mask(params) if callable(mask) else mask
+    try:
+        whole = jax.tree.map(lambda each, below: jax.tree.map(lambda _: each, below), chosen, params)
+    except ValueError:
+        raise L3RSError("mask is not a tree of bools like the params, nor a prefix of one") from None
+    return [weight_decay if each else None for each in jax.tree.leaves(whole)]
+
+
+def _warn_of_first_steps(
+    memory: core.Memory, measured: core.Statistics, decision: core.Decision, params: optax.Params
+) -> None:
+    """Warn of steps that are too long. Outside of compiled code only: its values are not known here."""
+    norms = (memory.step, decision.step_norm, measured.parameter_norm)
+    if any(isinstance(x, jax.core.Tracer) for x in norms) or int(memory.step) > first_steps.N_STEPS:
+        return
+    is_matrix = np.array([leaf.ndim > 1 for leaf in jax.tree.leaves(params)])
+    found = first_steps.too_long(np.asarray(decision.step_norm), np.asarray(measured.parameter_norm), is_matrix)
+    if found is not None:
+        warnings.warn(found, stacklevel=4)
+
+
+@contextlib.contextmanager
+def _own_modes() -> Iterator[None]:
+    """Promotion of ranks and dtypes as the code here means it, whatever the caller's program allows in its own."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 def _squared_norm(x: jax.Array) -> jax.Array:

@@ -143,7 +143,7 @@ def _observe(before: LayerMemory, measured: Statistics, facts: NetworkFacts, spe
     power = POWER_DECAY * before.power + (1 - POWER_DECAY) * measured.direction_norm**2
     weight = xp.maximum(1 - np.float32(POWER_DECAY) ** xp.maximum(observed, 1), 1e-8)
     normalised = np.array([direction.name in NORMALISED for direction in spec.directions])
-    usual = xp.where(normalised, measured.root_n[:, None], xp.sqrt(power / weight[:, None]))
+    usual = xp.where(normalised, measured.root_n[:, None], core.root(power / weight[:, None], xp))
     reference = xp.maximum(usual, measured.direction_norm)  # so that a signal is at most 1
     size, from_zero = _size(before, measured, facts, spec, xp)
     return before._replace(

@@ -36,6 +36,18 @@ class BaseOptimizer(NamedTuple):
     reads_adam: bool = False
 
 
+@jax.custom_jvp
+def _root(x: jax.Array) -> jax.Array:
+    """√x, with a derivative of 0 at 0, for gradients through an update."""
+    return jnp.sqrt(x)
+
+
+@_root.defjvp
+def _root_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    root = jnp.sqrt(primals[0])
+    return root, jnp.where(root > 0, tangents[0] / jnp.where(root > 0, 2 * root, 1.0), 0.0)
+
+
 def _stored(updates: optax.Updates, state: Any, grads: optax.Updates) -> list[Lazy]:
     del state, grads
     return [Lazy(lambda d: d, (leaf,)) for leaf in jax.tree.leaves(updates)]
@@ -48,7 +60,7 @@ def _adam(b1: float, b2: float, eps: float, eps_root: float) -> BaseOptimizer:
         def compute(mu: jax.Array, nu: jax.Array) -> jax.Array:
             mu_hat = optax.tree.bias_correction(mu, b1, state.count)
             nu_hat = optax.tree.bias_correction(nu, b2, state.count)
-            return mu_hat / (jnp.sqrt(nu_hat + eps_root) + eps)
+            return mu_hat / (_root(nu_hat + eps_root) + eps)
 
         return [Lazy(compute, m) for m in zip(jax.tree.leaves(state.mu), jax.tree.leaves(state.nu), strict=True)]
 

@@ -131,6 +131,8 @@ def load(
     match: MatchBy = "path",
     on_unknown: OnUnknown = "error",
     guard: bool | Guard = False,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """A meta-trained optimizer, ready to use with optax: see `learned_optimizer` for its arguments and errors.
 
@@ -142,6 +144,7 @@ def load(
         meta-trained on.
       rename, match, on_unknown: how the layers of the params are matched with those of the checkpoint.
       guard: a safety net.
+      weight_decay, mask: decoupled weight decay, and where.
 
     Raises:
       ImportError: JAX or optax is not installed.
@@ -150,7 +153,8 @@ def load(
     theta, spec, info = restore(path)
     steps = trained_horizon(info) if total_steps is None else total_steps
     options = {"rename": rename, "match": match, "on_unknown": on_unknown, "guard": guard}
-    tx: optax.GradientTransformationExtraArgs = learned_optimizer(theta, spec, steps, **options)
+    decay = {"weight_decay": weight_decay, "mask": mask}
+    tx: optax.GradientTransformationExtraArgs = learned_optimizer(theta, spec, steps, **options, **decay)
     return tx
 
 

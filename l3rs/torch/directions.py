@@ -262,21 +262,28 @@ def make_inputs(bucket: Bucket, directions: Sequence[BaseDirection], finite: np.
 
 
 def add_directions(
-    bucket: Bucket, directions: Sequence[BaseDirection], inputs: Inputs, factors: np.ndarray, moves: np.ndarray
+    bucket: Bucket,
+    directions: Sequence[BaseDirection],
+    inputs: Inputs,
+    factors: np.ndarray,
+    decay: np.ndarray,
+    moves: np.ndarray,
 ) -> None:
-    """Add Σ_p factor_p d_p to the parameters of a bucket, and update the moments that the directions must not see.
+    """Add decay · θ + Σ_p factor_p d_p to the parameters θ of a bucket, and update the moments that the directions
+    must not see.
 
     Args:
       bucket, directions: see `make_inputs`, which makes `inputs` of them.
       inputs: after `advance` of all directions.
       factors: float32 [pieces, P].
+      decay: float32 [pieces], 0 or less.
       moves: bool [L]; the parameters of a layer that does not move stay, but its moments are updated.
     """
     params, moving = bucket.arrays[0], moves[bucket.layers].tolist()
     aside = any(direction.reads_params for direction in directions)
     updates = [
-        param if ok and param.dtype == torch.float32 and not aside else torch.zeros_like(param, dtype=torch.float32)
-        for param, ok in zip(params, moving, strict=True)
+        _begin(param, factor, in_place=ok and param.dtype == torch.float32 and not aside)
+        for param, factor, ok in zip(params, decay.tolist(), moving, strict=True)
     ]
     for direction, moments, factor in zip(directions, inputs.moments, factors.T.tolist(), strict=True):
         direction.add(updates, factor, moments, inputs)
@@ -285,3 +292,10 @@ def add_directions(
     for param, update, ok in zip(params, updates, moving, strict=True):
         if ok and update is not param:
             param.add_(update.to(param.dtype))
+
+
+def _begin(param: Tensor, decay: float, in_place: bool) -> Tensor:
+    """The float32 tensor that directions are added to: the parameter itself, or its update."""
+    if in_place:
+        return param.mul_(1 + decay) if decay else param
+    return param.float() * decay if decay else torch.zeros_like(param, dtype=torch.float32)

@@ -103,8 +103,8 @@ class FlatLayers:
         n = len(self._rows)
         return gram_matrices(self._sums([(self._rows[p], self._rows[q]) for p in range(n) for q in range(p, n)]), n)
 
-    def add(self, factors: np.ndarray, moves: np.ndarray) -> None:
-        """Add Σ_p factor_p d_p to the parameters of layers that move: float32 [L, P], bool [L]."""
+    def add(self, factors: np.ndarray, decay: np.ndarray, moves: np.ndarray) -> None:
+        """Add decay · θ + Σ_p factor_p d_p to the parameters θ of layers that move: float32 [L, P], [L], bool [L]."""
         update = self._update.view(-1, TILE)
         each = torch.from_numpy(np.ascontiguousarray(factors[self._index].T))[:, :, None]
         first, *others = zip(self._rows, each, strict=True)
@@ -112,6 +112,8 @@ class FlatLayers:
         for row, factor in others:
             update.addcmul_(row.view(-1, TILE), factor)
         moving = [i for i, ok in enumerate(moves.tolist()) if ok]
+        for i in np.flatnonzero(decay * moves):
+            self._params[i].mul_(1 + float(decay[i]))
         if moving:
             torch._foreach_add_([self._params[i] for i in moving], [self._update_views[i] for i in moving])
         for direction, own in zip(self._directions, self._inputs.moments, strict=True):

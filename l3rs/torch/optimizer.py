@@ -8,9 +8,7 @@ processor's cache and allocate nothing of the parameters' size.
 
 from __future__ import annotations
 
-import numbers
 import os
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from l3rs import core
+from l3rs import core, first_steps
 from l3rs.core import check_total_steps
 from l3rs.decide import decide
 from l3rs.guard import Guard, GuardState, init_guard, make_guard, report
@@ -28,12 +26,22 @@ from l3rs.io.checkpoint import DEFAULT, restore, trained_horizon
 from l3rs.layers import Convention, Match, MatchBy, Matching, OnUnknown, match_network, network_facts
 from l3rs.spec import L3RSError, Spec, Theta
 from l3rs.theta import check_theta, digest
+from l3rs.torch.checks import as_loss, check_devices, check_group, check_params, warn_of_small_lr
 from l3rs.torch.directions import make_directions
 from l3rs.torch.flat import FlatLayers, flat_groups
 from l3rs.torch.names import TORCH, flax_layer
 from l3rs.torch.passes import ActiveLayer, host, mean_over_ranks
 from l3rs.torch.pieces import Pieces
-from l3rs.torch.state import SmallState, check_state, read_memory, small_state, write_memory
+from l3rs.torch.state import (
+    SmallState,
+    check_state,
+    keep_precision,
+    numpy_theta,
+    read_memory,
+    small_state,
+    warn_of_identity,
+    write_memory,
+)
 
 
 class L3RS(torch.optim.Optimizer):
@@ -58,7 +66,10 @@ class L3RS(torch.optim.Optimizer):
       total_steps: the number of steps that you are going to train, the horizon T. None means the longest
         horizon of the checkpoint's meta-training. Training may go past it, with one warning.
       lr: a factor on the step that the network chooses, for learning-rate schedulers and param groups. The
-        optimizer was meta-trained with 1.
+        optimizer was meta-trained with 1; a rate for Adam, such as 1e-3, is far too small.
+      weight_decay: decoupled, as in AdamW, for all groups that have none of their own: a parameter p of n elements
+        becomes p · (1 - lr · weight_decay · r) before the learned step λ is taken, where r = λ/√n is its RMS. It takes
+        the place of AdamW's learning rate, which is about the RMS of Adam's step: values for AdamW can be kept.
       rename: {name of a parameter: path of its layer in the checkpoint}. With descriptor embeddings, the name from
         which a layer's descriptors are computed.
       match: how parameters map to layers, see `match_layers`: by "path", by "order", or "auto": by path,
@@ -71,13 +82,14 @@ class L3RS(torch.optim.Optimizer):
     Attributes:
       spec: the optimizer's spec.
       total_steps: T.
-      param_groups: besides `params` and `lr`, `layers`: the path of each parameter's layer; None if it has the mean
-        embedding. With descriptor embeddings, the name from which its descriptors are computed.
+      param_groups: besides `params`, `lr` and `weight_decay`, `layers`: the path of each parameter's layer; None if it
+        has the mean embedding. With descriptor embeddings, the name from which its descriptors are computed.
       state: per parameter `step`, the moments (float32, of its shape), and of the last step `log_norms`
         ([2, S] EMAs), `mix` ([P], μ) and `step_norm` ([], λ without `lr`).
 
     Raises:
-      L3RSError: a parameter has no layer in the checkpoint; the checkpoint cannot be read; a step has no loss.
+      L3RSError: a parameter has no layer in the checkpoint; the checkpoint cannot be read; a step has no loss; a param
+        group has an unknown key.
 
     Example:
       >>> import torch
@@ -108,6 +120,7 @@ class L3RS(torch.optim.Optimizer):
         total_steps: int | None = None,
         *,
         lr: float | Tensor = 1.0,
+        weight_decay: float = 0.0,
         rename: Mapping[str, str] | None = None,
         match: MatchBy = "auto",
         on_unknown: OnUnknown = "error",
@@ -119,16 +132,16 @@ class L3RS(torch.optim.Optimizer):
             check_theta(theta, self.spec, "theta")
         else:
             theta, self.spec, info = restore(checkpoint)
-        if not lr >= 0:
-            raise L3RSError(f"lr is {lr}; it must be a number ≥ 0")
+        check_group({"lr": lr, "weight_decay": weight_decay})
         self.total_steps = check_total_steps(trained_horizon(info) if total_steps is None else total_steps)
-        self._theta = _numpy(theta)
+        self._theta = numpy_theta(theta)
         self._guard = make_guard(guard, self.spec)
         self._matching = Matching.of(self.spec, rename, match, on_unknown)
         self._directions = make_directions(self.spec.directions)
         self._observed: list[Tensor] = []
-        self._warned = False
-        super().__init__(params, {"lr": lr})
+        self._warned = self._warned_of_first_steps = False
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        warn_of_small_lr(self.param_groups)
         self._match(self.param_groups, self._matching)
         # What all layers share is in the first group: besides a parameter's own state, this is the only place
         # that every tool for saving and sharding optimizers keeps.
@@ -154,9 +167,13 @@ class L3RS(torch.optim.Optimizer):
           L3RSError: a parameter has no layer in the checkpoint, or another parameter has that layer.
         """
         group = dict(param_group)
-        rename = group.pop("rename", None)
+        constructing = not (self.param_groups and "shared" in self.param_groups[0])  # all groups are matched at once
+        rename = None if constructing else group.pop("rename", None)
+        if "rename" in group:
+            raise L3RSError("a param group has 'rename'; pass it to L3RS(…, rename=…), for all groups")
+        check_group(group)
         super().add_param_group(group)
-        if "shared" in self.param_groups[0]:  # while constructing, all groups are matched at once
+        if not constructing:
             try:
                 how = self._matching
                 self._match(self.param_groups[-1:], Matching.of(self.spec, rename, how.by, how.on_unknown))
@@ -167,16 +184,8 @@ class L3RS(torch.optim.Optimizer):
     def _match(self, groups: Sequence[dict[str, Any]], how: Matching) -> None:
         params = [param for group in groups for param in group["params"]]
         names = [name for group in groups for name in group.get("param_names", [None] * len(group["params"]))]
-        for name, param in zip(names, params, strict=True):
-            if hasattr(param, "device_mesh") or re.search("_fsdp_wrapped_module|_flat_param", name or ""):
-                raise L3RSError(
-                    f"parameter {name or ''}{tuple(param.shape)} is sharded; L3RS needs norms of whole layers: use DDP"
-                )
-            if param.is_complex():
-                raise L3RSError(f"parameter {name or ''}{tuple(param.shape)} is complex; L3RS needs real parameters")
-        devices = {str(param.device) for group in self.param_groups for param in group["params"]}
-        if len(devices) > 1:
-            raise L3RSError(f"parameters are on {', '.join(sorted(devices))}; they must all be on one device")
+        check_params(names, params)
+        check_devices([param for group in self.param_groups for param in group["params"]])
         taken = {path for group in self.param_groups for path in group.get("layers", ())}
         network = [(name, tuple(param.shape)) for name, param in zip(names, params, strict=True)]
         matches = match_network(self.spec, network, how, self._convention, taken - {None})
@@ -221,13 +230,7 @@ class L3RS(torch.optim.Optimizer):
         micro-batch's own mean loss, not divided by the number of micro-batches. If `GradScaler` skips a step, its
         losses count in the next one.
         """
-        if not isinstance(loss, (Tensor, numbers.Real)):
-            raise L3RSError(f"the loss is {loss!r}; it must be a number or a tensor of one")
-        value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss), device="cpu")
-        if value.numel() != 1 or value.is_complex():
-            raise L3RSError(f"the loss is {value.dtype}{list(value.shape)}; it must be one real number")
-        # A copy, because the caller may change the tensor in place.
-        self._observed.append(value.reshape(()).float().clone())
+        self._observed.append(as_loss(loss))
 
     def guard_report(self) -> dict[str, Any]:
         """What the guard did so far, see `l3rs.guard_report`.
@@ -254,7 +257,7 @@ class L3RS(torch.optim.Optimizer):
         Args:
           closure: clears the gradients, computes them again and returns the loss. Losses that were passed to `observe`
             since the last step, or by the closure, count in place of the one that it returns.
-          loss: the loss of the gradients; in place of a closure.
+          loss: the loss of the gradients; in place of a closure, or with one that returns None.
 
         Returns:
           The loss that was passed, or that the closure returned; None, without a step, if the closure produces neither
@@ -265,19 +268,24 @@ class L3RS(torch.optim.Optimizer):
           L3RSError: there is no loss; a gradient is sparse.
         """
         if closure is not None:
-            if loss is not None:
-                raise L3RSError("step takes a closure or a loss, not both")
             if not callable(closure):
                 raise L3RSError("pass the loss by keyword: step(loss=loss)")
             with torch.enable_grad():
-                loss = closure()
+                returned = closure()
+            if loss is not None and returned is not None:
+                raise L3RSError("step takes a closure that returns a loss, or a loss, not both")
+            # Lightning adds a closure that does nothing to a loss.
+            closure, loss = (closure, returned) if loss is None else (None, loss)
         layers = self._layers()
         if loss is not None and not (closure is not None and self._observed):
             self.observe(loss)
         if not self._observed:
             if (closure is not None and not layers) or not any(float(group["lr"]) for group in self.param_groups):
                 return None
-            raise L3RSError("L3RS needs the loss: call step(loss=loss), step(closure), or observe(loss) before step()")
+            raise L3RSError(
+                "L3RS needs the loss: call step(loss=loss), step(closure), or observe(loss) before step(); where "
+                "Accelerate or Lightning wraps the optimizer, optimizer.optimizer.observe(loss)"
+            )
         observed, self._observed = self._observed, []
         if layers:
             with np.errstate(all="ignore"):  # non-finite values are detected and excluded
@@ -307,7 +315,8 @@ class L3RS(torch.optim.Optimizer):
                     }
                     for key in self._moments():
                         state[key] = torch.zeros_like(param, dtype=torch.float32)
-                layers.append(ActiveLayer(param, param.grad, state, self._rows[param], group["lr"]))
+                options = group["lr"], group["weight_decay"]
+                layers.append(ActiveLayer(param, param.grad, state, self._rows[param], *options))
         return layers
 
     def _moments(self) -> list[str]:
@@ -355,12 +364,12 @@ class L3RS(torch.optim.Optimizer):
 
         root_n = core.root_sizes([layer.param.numel() for layer in layers])
         measured = core.measure(loss, steps, root_n, gradient_squared, parameter_squared, gram, np)
-        coefficients = self._decide(layers, measured)
+        factors, decay = self._decide(layers, measured)
         for each, block in blocks:
-            block.add(coefficients[each], measured.moves[each])
+            block.add(factors[each], decay[each], measured.moves[each])
 
-    def _decide(self, layers: Sequence[ActiveLayer], measured: core.Statistics) -> np.ndarray:
-        """Choose the step and remember it; the factor of each direction, [L, P]."""
+    def _decide(self, layers: Sequence[ActiveLayer], measured: core.Statistics) -> tuple[np.ndarray, np.ndarray]:
+        """Choose the step and remember it; the factor of each direction, [L, P], and of the parameters, [L]."""
         guard = None if self._guard is None else self._guard_state()
         states = [layer.state for layer in layers]
         if self._small is None or not self._small.holds(states):
@@ -373,7 +382,20 @@ class L3RS(torch.optim.Optimizer):
         self._remember(memory)
         write_memory(memory, decision, self._small.values)
         lr = np.array([float(layer.lr) for layer in layers], np.float32)
-        return -lr[:, None] * decision.coefficients
+        self._warn_of_first_steps(layers, lr * decision.step_norm, measured)
+        weight_decay = np.array([float(layer.weight_decay) for layer in layers], np.float32)
+        return -lr[:, None] * decision.coefficients, -lr * weight_decay * decision.step_norm / measured.root_n
+
+    def _warn_of_first_steps(
+        self, layers: Sequence[ActiveLayer], step_norm: np.ndarray, measured: core.Statistics
+    ) -> None:
+        if self._warned_of_first_steps or measured.steps.max() > first_steps.N_STEPS:
+            return
+        is_matrix = np.array([layer.param.dim() > 1 for layer in layers])
+        found = first_steps.too_long(step_norm, measured.parameter_norm, is_matrix)
+        if found is not None:
+            self._warned_of_first_steps = True
+            warnings.warn(found, stacklevel=2)
 
     def _remember(self, memory: core.Memory) -> None:
         """Store what all layers share."""
@@ -401,48 +423,26 @@ class L3RS(torch.optim.Optimizer):
         Warns if the state was saved with other meta-parameters or another `total_steps`: this optimizer keeps its own.
 
         Raises:
-          L3RSError: the state is from another kind of optimizer, or has other layers.
+          L3RSError: the state is from another kind of optimizer, or has other layers, or the same in another order.
         """
         groups = state_dict["param_groups"]
         averages = {"log_norms": small_state(self.spec)["log_norms"]}
         shapes = [{key: tuple(param.shape) for key in self._moments()} | averages
                   for group in self.param_groups for param in group["params"]]  # fmt: skip
-        check_state(state_dict, self.spec, shapes)
-        for name, own in self._identity().items():
-            saved = groups[0]["shared"].get(name, own)
-            if saved != own:
-                what = "other meta-parameters" if name == "theta" else f"{name}={saved}, not {own}"
-                warnings.warn(f"the state was saved with {what}; this optimizer keeps its own", stacklevel=2)
+        check_state(state_dict, self.spec, shapes, self.param_groups)
+        warn_of_identity(groups[0]["shared"], self._identity())
         super().load_state_dict(state_dict)
         self.param_groups[0]["shared"] = {**self.param_groups[0]["shared"], **self._identity()}
         self._embed()
-        indices = (index for group in groups for index in group["params"])
-        params = (param for group in self.param_groups for param in group["params"])
-        moments = set(self._moments())
-        for index, param in zip(indices, params, strict=True):
-            state = self.state.get(param, {})
-            for key, saved in state_dict["state"].get(index, {}).items():
-                if key in moments and state[key].dtype != torch.float32:  # torch casts to the parameter's dtype
-                    state[key] = saved.to(param.device, torch.float32)
-                elif isinstance(saved, Tensor) and key not in moments:
-                    state[key] = saved.to("cpu", torch.float32)
+        params = [param for group in self.param_groups for param in group["params"]]
+        keep_precision(state_dict, [self.state.get(param, {}) for param in params], self._moments())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("weight_decay", 0.0)  # of a state that was saved without
 
     def __getstate__(self) -> dict[str, Any]:
-        own = (
-            "spec",
-            "total_steps",
-            "_theta",
-            "_guard",
-            "_matching",
-            "_facts",
-            "_rows",
-            "_trains",
-            "_directions",
-            "_observed",
-            "_warned",
-        )
+        own = ("spec", "total_steps", "_theta", "_guard", "_matching", "_facts", "_rows", "_trains")
+        own += ("_directions", "_observed", "_warned", "_warned_of_first_steps")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
-
-
-def _numpy(theta: Mapping[str, Any]) -> Theta:
-    return {name: _numpy(each) if isinstance(each, Mapping) else np.asarray(each) for name, each in theta.items()}

@@ -25,6 +25,7 @@ class ActiveLayer(NamedTuple):
     state: dict[str, Any]
     row: int  # of the layer among those with known facts
     lr: float | Tensor
+    weight_decay: float
 
 
 class Bucket(NamedTuple):

@@ -56,8 +56,8 @@ class Pieces:
         sums = per_layer(host(torch.stack(pairs)).reshape(len(self._index), -1), self._index)
         return gram_matrices(sums, len(self._directions))
 
-    def add(self, factors: np.ndarray, moves: np.ndarray) -> None:
-        """Add Σ_p factor_p d_p to the parameters of layers that move: float32 [L, P], bool [L]."""
+    def add(self, factors: np.ndarray, decay: np.ndarray, moves: np.ndarray) -> None:
+        """Add decay · θ + Σ_p factor_p d_p to the parameters θ of layers that move: float32 [L, P], [L], bool [L]."""
         for bucket in self._passes:
             inputs = make_inputs(bucket, self._directions, self._finite, self._steps)
-            add_directions(bucket, self._directions, inputs, factors[bucket.layers], moves)
+            add_directions(bucket, self._directions, inputs, factors[bucket.layers], decay[bucket.layers], moves)

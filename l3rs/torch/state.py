@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from l3rs import core, scale_free
 from l3rs.decide import n_norms
 from l3rs.guard import GuardState
-from l3rs.spec import L3RSError, Spec
+from l3rs.spec import L3RSError, Spec, Theta
+from l3rs.torch.names import unwrapped
 
 
 def small_state(spec: Spec) -> dict[str, tuple[int, ...]]:
@@ -64,13 +66,24 @@ def write_memory(memory: core.Memory, decision: core.Decision, values: Mapping[s
         values["memory"][:] = scale_free.pack(memory.layers)
 
 
-def check_state(state_dict: Mapping[str, Any], spec: Spec, shapes: Sequence[Mapping[str, tuple[int, ...]]]) -> None:
+def numpy_theta(theta: Mapping[str, Any]) -> Theta:
+    """Meta-parameters as NumPy arrays."""
+    return {name: numpy_theta(each) if isinstance(each, Mapping) else np.asarray(each) for name, each in theta.items()}
+
+
+def check_state(
+    state_dict: Mapping[str, Any],
+    spec: Spec,
+    shapes: Sequence[Mapping[str, tuple[int, ...]]],
+    own_groups: Sequence[Mapping[str, Any]],
+) -> None:
     """Check a state before it replaces the old one: torch would only notice in the next step, if at all.
 
     Args:
       state_dict: the state to check.
       spec: the spec of the optimizer that is to load it.
       shapes: of each parameter, the tensors that its state must have.
+      own_groups: the optimizer's param groups.
 
     Raises:
       L3RSError: the state does not fit.
@@ -98,6 +111,64 @@ def check_state(state_dict: Mapping[str, Any], spec: Spec, shapes: Sequence[Mapp
                 f"the state dict has {_difference(found, expected)} for parameter {index}; "
                 f"this optimizer has {_difference(expected, found)}"
             )
+
+    _check_order(groups, own_groups)
+
+
+def _check_order(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]) -> None:
+    """Check that the layers of a state come in the order of the optimizer's: torch matches them by position.
+
+    Args:
+      saved: param groups of the state.
+      own: param groups of the optimizer.
+
+    Raises:
+      L3RSError: a layer has another name. Prefixes of wrappers (DDP, torch.compile) do not count.
+    """
+    for i, (theirs, ours) in enumerate(zip(_names(saved), _names(own), strict=False)):
+        if theirs != ours and None not in (theirs, ours):
+            raise L3RSError(
+                f"the state dict has layer {theirs!r} as parameter {i}; this optimizer has {ours!r} there: create it "
+                f"with the same parameters in the order in which the state was saved"
+            )
+
+
+def warn_of_identity(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Warn if a state was saved with other meta-parameters or another horizon than the optimizer's `own`."""
+    for name, value in own.items():
+        found = saved.get(name, value)
+        if found != value:
+            what = "other meta-parameters" if name == "theta" else f"{name}={found}, not {value}"
+            warnings.warn(f"the state was saved with {what}; this optimizer keeps its own", stacklevel=3)
+
+
+def keep_precision(
+    state_dict: Mapping[str, Any], states: Sequence[MutableMapping[str, Any]], moments: Sequence[str]
+) -> None:
+    """Undo what torch does when it loads a state: it casts every tensor to the parameter's dtype and device.
+
+    Args:
+      state_dict: what was loaded.
+      states: the state of each parameter, as loaded; it is changed.
+      moments: keys of the moments, which stay on the parameter's device.
+    """
+    indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+    for index, state in zip(indices, states, strict=True):
+        for key, saved in state_dict["state"].get(index, {}).items():
+            if key in moments and state[key].dtype != torch.float32:
+                state[key] = saved.to(state[key].device, torch.float32)
+            elif isinstance(saved, Tensor) and key not in moments:
+                state[key] = saved.to("cpu", torch.float32)
+
+
+def _names(groups: Sequence[Mapping[str, Any]]) -> list[str | None]:
+    """The layers of all groups; a layer without one by its parameter's name."""
+    names = []
+    for group in groups:
+        for path, name in zip(group["layers"], group.get("param_names") or group["layers"], strict=True):
+            found = name if path is None else path
+            names.append(None if found is None else unwrapped(found))
+    return names
 
 
 def _difference(a: Mapping[str, tuple[int, ...]], b: Mapping[str, tuple[int, ...]]) -> str:

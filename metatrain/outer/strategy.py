@@ -52,14 +52,21 @@ def make_strategy(config: OuterConfig, theta: Theta) -> Strategy:
         return _strong(algorithm.init(key, mean, params))
 
     def ask(key: jax.Array, state: State) -> Theta:
-        return algorithm.ask(key, state, params)[0]
+        return _float32(algorithm.ask(key, state, params)[0])
 
     def tell(key: jax.Array, state: State, fitness: jax.Array) -> State:
         population = ask(key, state)
         fitness = jnp.where(jnp.isfinite(fitness), fitness, jnp.nan)
         return _strong(algorithm.tell(key, population, fitness, state, params)[0])
 
-    return Strategy(jax.jit(init), jax.jit(ask), jax.jit(tell), jax.jit(algorithm.get_mean))
+    return Strategy(
+        jax.jit(init), jax.jit(ask), jax.jit(tell), jax.jit(lambda state: _float32(algorithm.get_mean(state)))
+    )
+
+
+def _float32(theta: Theta) -> Theta:
+    """With jax_enable_x64, evosax computes in float64."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), theta)
 
 
 def _strong(state: State) -> State:

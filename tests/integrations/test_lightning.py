@@ -66,7 +66,7 @@ class Observing(Classifier):
 
     def training_step(self, batch):
         loss = super().training_step(batch)
-        self.optimizers().optimizer.observe(loss)
+        self.optimizers().observe(loss)
         return loss
 
 
@@ -113,3 +113,28 @@ def test_half_precision():
     assert sum(model.losses[-4:]) < sum(model.losses[:4])
     with pytest.raises(l3rs.L3RSError, match=r"^L3RS needs the loss: .* observe\(loss\) before step"):
         half(Classifier())
+
+
+class Manual(Classifier):
+    """Manual optimization: Lightning adds a closure that returns nothing to `step`."""
+
+    def __init__(self, observes):
+        super().__init__()
+        self.automatic_optimization, self.observes = False, observes
+
+    def training_step(self, batch):
+        opt, loss = self.optimizers(), super().training_step(batch)
+        opt.zero_grad()
+        self.manual_backward(loss)
+        if self.observes:
+            opt.observe(loss)
+            opt.step()
+        else:
+            opt.step(loss=loss)
+
+
+@pytest.mark.parametrize("observes", [False, True])
+def test_manual_optimization(observes):
+    model, shared = fit(Manual(observes), max_epochs=2)
+    assert shared["step"] == shared["losses"] == len(model.losses) == 8
+    assert shared["first_loss"] == pytest.approx(model.losses[0])

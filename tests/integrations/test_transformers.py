@@ -175,7 +175,7 @@ def test_gradient_accumulation(tmp_path, make, data, options):
 
 def test_a_training_step_without_compute_loss(tmp_path):
     class Own(transformers.Trainer):
-        def training_step(self, model, inputs, num_items_in_batch=None):
+        def training_step(self, model, inputs, num_items_in_batch=None):  # noqa: ARG002
             loss = model(**inputs)[0]
             loss.backward()
             return loss.detach()

@@ -47,12 +47,19 @@ def test_total_steps_below_one(total_steps):
     [
         (
             lambda opt: opt.step(),
-            r"^L3RS needs the loss: call step\(loss=loss\), step\(closure\), or observe\(loss\) before step\(\)$",
+            r"^L3RS needs the loss: call step\(loss=loss\), .*, or observe\(loss\) before .*optimizer.observe\(loss\)$",
         ),
         (lambda opt: opt.step(lambda: None), "^L3RS needs the loss"),
         (lambda opt: opt.step(torch.tensor(1.0)), r"^pass the loss by keyword: step\(loss=loss\)$"),
-        (lambda opt: opt.step(lambda: 1.0, loss=1.0), "^step takes a closure or a loss, not both$"),
+        (
+            lambda opt: opt.step(lambda: 1.0, loss=1.0),
+            "^step takes a closure that returns a loss, or a loss, not both$",
+        ),
         (lambda opt: opt.observe(torch.ones(2)), r"^the loss is torch.float32\[2\]; it must be one real number$"),
+        (lambda opt: opt.observe(True), "^the loss is True; it must be a number or a tensor of one$"),
+        (lambda opt: opt.observe(1j), "^the loss is 1j; it must be a number or a tensor of one$"),
+        (lambda opt: opt.observe(torch.tensor(1j)), r"^the loss is torch.complex64\[\]; it must be one real number$"),
+        (lambda opt: opt.observe(torch.tensor(True)), r"^the loss is torch.bool\[\]; it must be one real number$"),
         (lambda opt: opt.observe("1"), "^the loss is '1'; it must be a number or a tensor of one$"),
     ],
 )
@@ -85,8 +92,9 @@ def test_sparse_gradients_are_refused():
             [torch.zeros(4), torch.zeros(5, device="meta")],
             "^parameters are on cpu, meta; they must all be on one device$",
         ),
+        ([torch.zeros(4, device="meta")], "^the parameters are on the meta device, where they have no values"),
     ],
-    ids=["complex", "devices"],
+    ids=["complex", "devices", "meta"],
 )
 def test_parameters_that_cannot_be(params, words):
     with pytest.raises(l3rs.L3RSError, match=words):
@@ -111,3 +119,71 @@ def test_every_direction_is_there():
     spec = dataclasses.replace(checkpoint()[1], directions=(l3rs.Direction("adan"), l3rs.Direction("sgd")))
     with pytest.raises(l3rs.L3RSError, match="unknown direction 'adan'"):
         L3RS(parameters().items(), (random_theta(spec), spec), 10)
+
+
+def test_lazy_modules():
+    model = torch.nn.Sequential(torch.nn.LazyLinear(5))
+    made_of = checkpoint({"dense/kernel": (8, 5), "dense/bias": (5,)})
+    for params in (model.named_parameters(), model.parameters(), [{"params": model.parameters()}]):
+        with pytest.raises(l3rs.L3RSError, match="has no shape yet; pass a batch through the model"):
+            L3RS(params, made_of, 10)
+    model(torch.zeros(2, 8))
+    assert L3RS(model.named_parameters(), made_of, 10).param_groups[0]["layers"] == ["dense/kernel", "dense/bias"]
+
+
+@pytest.mark.parametrize("key", ["weight_decya", "betas", "momentum", "layers", "shared"])
+def test_unknown_keys_of_param_groups(key):
+    params = parameters()
+    with pytest.raises(l3rs.L3RSError, match=f"a param group has '{key}'; allowed are params, lr, weight_decay"):
+        L3RS([{"params": params.items(), key: 0.9}], checkpoint(), 10)
+    first, *others = params.items()
+    opt = L3RS([first], checkpoint(), 10, match="path")
+    with pytest.raises(l3rs.L3RSError, match=f"a param group has '{key}'"):
+        opt.add_param_group({"params": others, key: 0.9})
+    assert len(opt.param_groups) == 1
+
+
+def test_labels_of_param_groups():
+    """Lightning names groups, and schedulers keep the initial rate in them."""
+    opt = L3RS([{"params": parameters().items(), "name": "all", "initial_lr": 1.0}], checkpoint(), 10)
+    torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step), last_epoch=3)
+
+
+def test_renaming_in_a_param_group():
+    """Only of a group that is added: the first ones are matched together."""
+    with pytest.raises(l3rs.L3RSError, match=r"L3RS\(…, rename=…\)"):
+        L3RS([{"params": parameters().items(), "rename": {}}], checkpoint(), 10)
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), "0.1", None, True])
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_options_that_are_not_allowed(name, value):
+    for arguments in (
+        ((parameters().items(),), {name: value}),
+        (([{"params": parameters().items(), name: value}],), {}),
+    ):
+        with pytest.raises(l3rs.L3RSError, match=rf"^{name} is .*; it must be a number ≥ 0$"):
+            L3RS(*arguments[0], checkpoint(), 10, **arguments[1])
+
+
+def test_a_learning_rate_for_adam_warns_once():
+    params = parameters()
+    for groups, lr in ((params.items(), 1e-3), ([{"params": params.items(), "lr": 1e-3}], 1.0)):
+        with pytest.warns(UserWarning, match="lr is 0.001.*multiplies the learned step") as found:
+            L3RS(groups, checkpoint(), 10, lr=lr)
+        assert len(found) == 1
+    with warnings.catch_warnings(action="error"):
+        for lr in (0.0, 0.05, torch.tensor(1.0)):
+            L3RS(params.items(), checkpoint(), 10, lr=lr)
+
+
+def test_first_steps_that_are_too_long():
+    """One warning, in the first steps only."""
+    params = parameters()
+    opt = L3RS(params.items(), checkpoint(step_scale=1.0), 10)
+    with pytest.warns(UserWarning, match=r"more than half their norm .* lr=0.1") as found:
+        train(opt, params, 3)
+    assert len(found) == 1
+    with warnings.catch_warnings(action="error"):
+        params = parameters()
+        train(L3RS(params.items(), checkpoint(step_scale=1e-3), 10), params, 3)

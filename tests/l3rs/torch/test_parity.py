@@ -266,3 +266,41 @@ def test_form_2_without_a_gradient_does_not_move():
     after = values(params)
     np.testing.assert_array_equal(after[still], before[still])
     assert all((after[name] != before[name]).any() for name in moving)
+
+
+@pytest.mark.parametrize("directions", [("adam", "sgd"), ALL], ids=["in place", "aside"])
+@pytest.mark.parametrize("form", [1, 2])
+def test_weight_decay(directions, form):
+    """The same in both optimizers, and for half of the layers only: as a param group and as a mask."""
+    fields = {"step": "initial", "embedding": "descriptor"} if form == 2 else {}
+    theta, spec = checkpoint(directions=directions, form=form, **fields)
+    params, reference = parameters(), nested(normal(SHAPES, 0, 0.3))
+    decays = {name: name.startswith(("conv", "norm")) for name in params}
+    groups = [
+        {"params": [(name, params[name]) for name in params if decays[name] == each], "weight_decay": 0.5 * each}
+        for each in (True, False)
+    ]
+    with warnings.catch_warnings(action="ignore"):
+        ours = L3RS(groups, (theta, spec), 40)
+    mask = {"conv": True, "norm": True, "dense": False, "embed": False}
+    tx = l3rs.learned_optimizer(theta, spec, 40, weight_decay=0.5, mask=mask)
+    state, update = tx.init(reference), jax.jit(tx.update)
+    plain, _ = jax.jit(l3rs.learned_optimizer(theta, spec, 40).update)(reference, state, reference, value=1.0)
+    decayed, _ = update(reference, state, reference, value=1.0)
+    assert not np.allclose(plain["conv"]["kernel"], decayed["conv"]["kernel"])
+    assert np.array_equal(plain["dense"]["kernel"], decayed["dense"]["kernel"])
+    for step in range(6):
+        grads = normal(SHAPES, 100 + step)
+        updates, state = update(nested(grads), state, reference, value=np.float32(2 / (1 + step)))
+        reference = optax.apply_updates(reference, updates)
+        for path, grad in grads.items():
+            params[NAMES[path]].grad = torch_layout(path, grad)
+        with warnings.catch_warnings(action="ignore"):
+            ours.step(loss=2 / (1 + step))
+    found = {path: reference[path.split("/")[0]][path.split("/")[1]] for path in SHAPES}
+    assert_near(values(params), {NAMES[path]: torch_layout(path, x) for path, x in found.items()}, PARITY)
+
+
+def test_weight_decay_keyword():
+    opt = assert_parity_of(checkpoint(), weight_decay=0.3)
+    assert opt.param_groups[0]["weight_decay"] == 0.3

@@ -175,3 +175,42 @@ def test_deepcopy_and_pickle_protocol():
     assert not torch.equal(copied_params["conv.weight"], params["conv.weight"])
     train(copied, copied_params, 2, first=2)
     assert_same(values(copied_params), values(params))
+
+
+@pytest.mark.parametrize("embedding", ["table", "descriptor"])
+def test_state_of_another_order(embedding):
+    """torch matches states by position; layers of equal shapes would be swapped in silence."""
+    shapes = {"a/kernel": (3, 3), "b/kernel": (3, 3)}
+    made_of = checkpoint(shapes, embedding=embedding)
+    params = parameters(shapes=shapes)
+    opt = L3RS(params.items(), made_of, 10)
+    train(opt, params, 2)
+    saved = opt.state_dict()
+    swapped = L3RS(reversed(parameters(shapes=shapes).items()), made_of, 10)
+    with pytest.raises(l3rs.L3RSError, match=r"has layer 'a/kernel' as parameter 0; this optimizer has 'b/kernel'"):
+        swapped.load_state_dict(saved)
+    assert not swapped.state
+    wrapped = {f"module._orig_mod.{name}": param for name, param in parameters(shapes=shapes).items()}
+    L3RS(wrapped.items(), made_of, 10).load_state_dict(saved)
+
+
+def test_state_of_another_order_with_mean_embeddings():
+    """Layers that are not in the table are compared by the names of their parameters."""
+    shapes = {"x/kernel": (3, 3), "y/kernel": (3, 3)}
+    made_of = checkpoint({"a/kernel": (3, 3)})
+    options = {"on_unknown": "mean", "match": "path"}
+    saved = L3RS(parameters(shapes=shapes).items(), made_of, 10, **options).state_dict()
+    swapped = L3RS(reversed(parameters(shapes=shapes).items()), made_of, 10, **options)
+    with pytest.raises(l3rs.L3RSError, match="has layer 'x/kernel' as parameter 0"):
+        swapped.load_state_dict(saved)
+
+
+def test_state_saved_before_there_was_weight_decay():
+    params = parameters()
+    opt = L3RS(params.items(), checkpoint(), 10)
+    train(opt, params, 1)
+    saved = opt.state_dict()
+    del saved["param_groups"][0]["weight_decay"]
+    resumed = L3RS(params.items(), checkpoint(), 10)
+    resumed.load_state_dict(saved)
+    train(resumed, params, 1, first=1)
