@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from l3rs.spec import L3RSError
 
@@ -57,7 +57,7 @@ def check_params(names: Sequence[str | None], params: Sequence[Tensor]) -> None:
       L3RSError: one is not.
     """
     for i, (name, param) in enumerate(zip(names, params, strict=True)):
-        if isinstance(param, UninitializedTensorMixin):
+        if is_lazy(param):
             called = f"parameter {i}" if name is None else f"parameter {name!r}"
             raise L3RSError(
                 f"{called} has no shape yet; pass a batch through the model before the optimizer is made, "

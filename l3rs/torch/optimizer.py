@@ -443,6 +443,6 @@ class L3RS(torch.optim.Optimizer):
             group.setdefault("weight_decay", 0.0)  # of a state that was saved without
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("spec", "total_steps", "_theta", "_guard", "_matching", "_facts", "_rows", "_trains")
+        own: tuple[str, ...] = ("spec", "total_steps", "_theta", "_guard", "_matching", "_facts", "_rows", "_trains")
         own += ("_directions", "_observed", "_warned", "_warned_of_first_steps")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}

@@ -41,7 +41,7 @@ def observe_trainer(trainer: Any) -> Any:
     is_share: list[bool] = []  # whether the model divides by the items of all micro-batches; empty before it is known
 
     def observed_loss(*args: Any, **kwargs: Any) -> Any:
-        items = kwargs.get("num_items_in_batch")
+        items: Any = kwargs.get("num_items_in_batch")
         probes = not is_share and items is not None and trainer.current_gradient_accumulation_steps > 1
         if probes:
             kwargs["num_items_in_batch"] = items = torch.as_tensor(items).detach().float().requires_grad_()
