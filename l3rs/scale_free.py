@@ -141,7 +141,8 @@ def _observe(before: LayerMemory, measured: Statistics, facts: NetworkFacts, spe
     has_gradient = measured.gradient_norm > 0
     observed = before.observed + has_gradient
     power = POWER_DECAY * before.power + (1 - POWER_DECAY) * measured.direction_norm**2
-    weight = xp.maximum(1 - np.float32(POWER_DECAY) ** xp.maximum(observed, 1), 1e-8)
+    # 1 - POWER_DECAYⁿ without the cancellation, which would cost three digits at first.
+    weight = -xp.expm1(xp.maximum(observed, 1) * np.float32(math.log(POWER_DECAY)))
     normalised = np.array([direction.name in NORMALISED for direction in spec.directions])
     usual = xp.where(normalised, measured.root_n[:, None], core.root(power / weight[:, None], xp))
     reference = xp.maximum(usual, measured.direction_norm)  # so that a signal is at most 1

@@ -242,7 +242,7 @@ def test_first_moment_is_adams_average():
     """One step along it alone: m̂ = g, so the update is the normalised gradient, and no moments are added."""
     spec = l3rs.Spec.create(tree(0), ("adam", "first_moment"), form=2, step="initial", embedding="descriptor")
     theta = jax.tree.map(jnp.zeros_like, l3rs.init_meta_params(jax.random.key(0), spec))
-    theta["dense_2"]["bias"] = jnp.zeros(4).at[1].set(60.0)  # μ of the first moment is 1
+    theta["dense_2"]["bias"] = jnp.zeros(3).at[1].set(60.0)  # μ of the first moment is 1
     grads = tree(2)
     updates, _, state = run(l3rs.learned_optimizer(theta, spec, 10), tree(1), [grads], [1.0])
     for update, gradient in zip(jax.tree.leaves(updates[0]), jax.tree.leaves(grads), strict=True):

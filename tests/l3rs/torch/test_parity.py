@@ -79,9 +79,9 @@ def assert_parity(
         ),
         (
             ("adam", "first_moment", "sgd", "weight_decay"),
-            {"form": 2, "step": "initial", "step_scale": 0.05, "adaptation": 0.2},
+            {"form": 2, "step": "initial", "step_scale": 0.02},
         ),
-        (("momentum", "lion", "rmsprop"), {"form": 2, "step": "relative", "step_scale": 0.02}),
+        (("momentum", "lion", "rmsprop"), {"form": 2, "step": "relative", "step_scale": 0.02, "adaptation": 0.01}),
     ],
     ids=["adam sgd", "relative", "all", "eps_root", "form 2", "form 2, relative"],
 )
