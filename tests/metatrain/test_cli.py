@@ -312,5 +312,5 @@ def test_inspect_shows_what_the_layers_of_a_network_are(finished: Path, config: 
     )
     done = metatrain("inspect", "digits-mlp", "--network", table, "--on-unknown", "mean")
     assert done.stdout.count("← mean") == 6
-    assert "there is no such file" in refused(metatrain("inspect", "universal", "--network", "none.safetensors"))
+    assert "no such file" in refused(metatrain("inspect", "universal", "--network", "none.safetensors"))
     assert "NETWORK=CHECKPOINT" in refused(metatrain("inspect", "universal", "--network", table, "--rename", "fc"))

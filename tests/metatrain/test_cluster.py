@@ -279,7 +279,7 @@ def test_a_worker_with_other_versions_or_without_the_tasks_code_says_so() -> Non
 
     config = ray_config()
     spec = l3rs.Spec.create(make_task(REGRESSION, {}).params_shape())
-    job = Job([], [], spec, config.outer, "fused", {**versions(), "jax": "0.0.1"})
+    job = Job([], [], spec, config.outer, "fused", {**versions("fused"), "jax": "0.0.1"})
     assert "(driver: 0.0.1); all machines need the same versions" in str(setup(cloudpickle.dumps(job)))
     missing = cloudpickle.dumps(job).replace(b"metatrain.ray.worker", b"metatrain.ray.workeX")
     assert "the task's code cannot be imported on" in str(setup(missing))

@@ -119,7 +119,7 @@ def test_a_call_holds_as_many_candidates_as_fit_the_memory(monkeypatch: pytest.M
     assert need[64] > need[8] > need[1]
     found = members(int((need[8] + data) / 0.8))
     assert 4 <= found < 16  # the estimate is linear in the members, XLA's allocation nearly so
-    with pytest.raises(UserError, match=r"one candidate of regression needs .* MiB, a device has 0 MiB"):
+    with pytest.raises(UserError, match=r"one candidate of regression needs .* MiB, but a device has 0 MiB"):
         members(1000)
 
 
