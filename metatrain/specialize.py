@@ -1,0 +1,207 @@
+"""An optimizer for one task in a given time: check the task, plan, meta-train from a checkpoint, evaluate, judge."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from metatrain import report
+from metatrain.config import Config, UserError, check_config
+from metatrain.evaluation.analysis import Analysis
+from metatrain.evaluation.comparison import evaluate
+from metatrain.evaluation.payback import paybacks
+from metatrain.evaluation.records import L3RS
+from metatrain.inner.network import task_layers
+from metatrain.outer.estimate import Estimate, estimate
+from metatrain.outer.loop import run
+from metatrain.system import check_destination
+from tasks import make_task
+
+BASELINES = ("adamw", "sgdm")
+
+_TRAINING_SHARE = 0.6  # of the time; the rest is the evaluation's
+_SHORTEST = 10  # steps of the shortest horizon
+_LONGEST = (200, 100, 50, 30, 20)  # steps of the longest horizon, in the order of preference
+_POPULATIONS = (16, 8)
+_GENERATIONS = (60, 2000)  # fewer teach too little, more are not needed
+_SEEDS = (6, 4, 3, 2)
+_GRID = 12  # learning rates of a baseline's grid
+_CURVE_POINTS = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What fits into the time.
+
+    Attributes:
+      generations, population, longest: of meta-training; horizons go from 10 to `longest`.
+      seeds: of the evaluation.
+      training_seconds, evaluation_seconds: expected.
+    """
+
+    generations: int
+    population: int
+    longest: int
+    seeds: int
+    training_seconds: float
+    evaluation_seconds: float
+
+    @property
+    def horizons(self) -> list[int]:
+        """Of the evaluation."""
+        return sorted({max(self.longest // 3, _SHORTEST), self.longest})
+
+
+@dataclasses.dataclass(frozen=True)
+class Specialized:
+    """The result of `specialize`."""
+
+    optimizer: Path  # the checkpoint
+    plan: Plan
+    analysis: Analysis
+    sentence: str  # whether it was worth it
+
+
+def specialize(
+    task: str,
+    minutes: float,
+    out: Path,
+    options: Mapping[str, Any] | None = None,
+    start: str = "universal",
+    log: Callable[[str], None] = print,
+) -> Specialized:
+    """Meta-train an optimizer for a task, beginning with a checkpoint, and compare it with tuned AdamW and SGDM.
+
+    Args:
+      task: `package.module:function`, or a name of `TASKS`.
+      minutes: for everything.
+      out: the folder of the run; it holds `optimizer/` and `evaluation/` in the end.
+      options: of the task.
+      start: the checkpoint.
+      log: called with a line about each step.
+
+    Raises:
+      UserError, TaskError, L3RSError: the task cannot be trained; the time is too short; the folder exists.
+    """
+    if not 0 < minutes < math.inf:
+        raise UserError(f"--minutes is {minutes}; it must be a number > 0")
+    check_destination(out / "evaluation", "results.json", "report.html")
+    built = make_task(task, options)
+    layers = task_layers(built)
+    log(f"{built.name}: {len(layers)} layers with {sum(layer.size for layer in layers):,} parameters that train")
+    config = _config(task, options, start, _TRIAL)
+    measured = estimate(config)
+    log(
+        f"measured: {1e3 * measured.seconds_per_step:,.3g} ms a step, and {measured.seconds_per_call:,.3g} s for the "
+        "meta-loss of a candidate"
+    )
+    plan = make_plan(measured, 60 * minutes, len(jax.local_devices()))
+    log(
+        f"plan: {plan.generations} generations of {plan.population} candidates over {_SHORTEST} to {plan.longest} "
+        f"steps, {plan.training_seconds / 60:,.1f} min; evaluation with {plan.seeds} seeds, "
+        f"{plan.evaluation_seconds / 60:,.1f} min"
+    )
+    config = _config(task, options, start, plan)
+    done = run(config, out)
+    if done.optimizer is None:
+        raise UserError(f"{out} was interrupted; resume it with: metatrain resume {out}")
+    optimizer = Path(done.optimizer)
+    results = evaluate(optimizer, config, log=log)
+    results.save(out / "evaluation")
+    analysis = Analysis(results)
+    report.write(analysis, out / "evaluation")
+    return Specialized(optimizer, plan, analysis, sentence(analysis))
+
+
+_TRIAL = Plan(generations=1, population=2, longest=_SHORTEST, seeds=2, training_seconds=0, evaluation_seconds=0)
+
+
+def _config(task: str, options: Mapping[str, Any] | None, start: str, plan: Plan) -> Config:
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", task.rpartition(":")[2]).strip("-.") or "task"
+    return check_config(
+        {
+            "name": name,
+            "task": {"name": task, **(options or {})},
+            "optimizer": {"start": start, "embedding": "table"},
+            "outer": {
+                "steps": plan.generations,
+                "population": plan.population,
+                "horizon": {"min": _SHORTEST, "max": plan.longest},
+            },
+            "evaluation": {
+                "horizons": plan.horizons,
+                "seeds": plan.seeds,
+                "baselines": list(BASELINES),
+                "curve_points": _CURVE_POINTS,
+            },
+        },
+        "specialize",
+    )
+
+
+def make_plan(measured: Estimate, seconds: float, workers: int) -> Plan:
+    """The longest horizon and the largest population that fit into the time.
+
+    Args:
+      measured: seconds of a candidate's step and of its meta-loss.
+      seconds: for meta-training and evaluation.
+      workers: processes or devices that compute side by side.
+
+    Raises:
+      UserError: not even the smallest plan fits.
+    """
+    step, call = measured.seconds_per_step, measured.seconds_per_call / measured.members_per_shard
+    budget = _TRAINING_SHARE * seconds
+    for longest in _LONGEST:
+        mean_horizon = (longest - _SHORTEST) / math.log(longest / _SHORTEST)
+        for population in _POPULATIONS:
+            generation = math.ceil(population / workers) * (call + mean_horizon * step)
+            generations = min(int(budget / generation), _GENERATIONS[1])
+            if generations < _GENERATIONS[0]:
+                continue
+            found = [(n, _evaluation_seconds(longest, n, step, call)) for n in _SEEDS]
+            fitting = [each for each in found if each[1] <= seconds - budget]
+            if fitting:
+                return Plan(generations, population, longest, fitting[0][0], generations * generation, fitting[0][1])
+    least = max(
+        _GENERATIONS[0] * generation / _TRAINING_SHARE,
+        _evaluation_seconds(_LONGEST[-1], _SEEDS[-1], step, call) / (1 - _TRAINING_SHARE),
+    )
+    raise UserError(
+        f"--minutes is {seconds / 60:g}; this task needs at least {math.ceil(least / 60):,}: "
+        f"{_GENERATIONS[0]} generations of {_POPULATIONS[-1]} candidates, and the evaluation"
+    )
+
+
+def _evaluation_seconds(longest: int, seeds: int, step: float, call: float) -> float:
+    """Expected of an evaluation without neighbours: grids of both baselines with two schedules, and final runs."""
+    plan = Plan(0, 0, longest, seeds, 0, 0)
+    kinds = 2 * len(BASELINES)
+    tuning = kinds * _GRID * seeds * sum(step * horizon + call for horizon in plan.horizons)
+    judging = (kinds + 1) * seeds * sum(step * horizon + _CURVE_POINTS * call for horizon in plan.horizons)
+    return tuning + judging
+
+
+def sentence(analysis: Analysis) -> str:
+    """Whether it was worth it, in one sentence."""
+    setting, steps = analysis.results.settings()[0], analysis.results.horizons()[-1]
+    rival = analysis.best_baseline(setting, steps)
+    assert rival is not None
+    ours, theirs = (analysis.mean(setting, label, steps) for label in (L3RS, rival))
+    losses = f"after {steps} steps its test loss is {ours:.4g}, that of the best tuned baseline ({rival}) {theirs:.4g}"
+    outcome = analysis.outcome(setting, rival, steps)
+    if outcome == "worse":
+        return f"It was not worth it: {losses}."
+    if outcome == "undecided":
+        return f"It is undecided whether it was worth it: {losses}, and the difference may be chance."
+    found = paybacks(analysis)
+    tuned = found[0].fine_tunings_tuned if found else math.inf
+    if not math.isfinite(tuned):
+        return f"It was worth it: {losses}."
+    return f"It was worth it: {losses}, and it pays after {tuned:,.0f} fine-tunings that would each tune that baseline."

@@ -1,0 +1,46 @@
+"""The examples are short, and their tasks run offline."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+import l3rs
+from metatrain.inner.network import make_spec, task_layers
+from metatrain.inner.torch_rollout import learned_torch, torch_rollout
+from tasks import TaskSample, make_task
+
+ROOT = Path(__file__).parents[2]
+_SAMPLE = TaskSample(jax.numpy.int32(3), jax.random.key_data(jax.random.key(4)))
+
+
+@pytest.mark.parametrize("name", ["specialize_timm", "specialize_bert_lora"])
+def test_a_task_trains_offline(name: str) -> None:
+    if name == "specialize_bert_lora":
+        pytest.importorskip("transformers", reason="the extra `integrations`")
+    assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) <= 60
+    options: dict[str, Any] = {"size": 8} if name == "specialize_timm" else {"examples": 64}
+    task = make_task(f"examples.{name}:task", options)
+    spec = make_spec(task_layers(task), {})
+    theta = jax.tree.map(np.asarray, l3rs.init_meta_params(jax.random.key(0), spec))
+    scores = torch_rollout(task, learned_torch(spec), ())(theta, {}, _SAMPLE, 20, ("outer_valid",), [0, 20])
+    before, after = scores["outer_valid"].loss
+    assert math.isfinite(after)
+    assert after < before
+    assert (scores["outer_valid"].accuracy >= 0).all()
+
+
+def test_lora_trains_adapters_and_head_alone() -> None:
+    pytest.importorskip("transformers", reason="the extra `integrations`")
+    from examples.specialize_bert_lora import task
+
+    model = task(examples=16).model(0)
+    names = {name.rpartition(".")[0].rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert names == {"up", "down", "classifier"}

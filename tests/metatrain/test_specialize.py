@@ -1,0 +1,75 @@
+"""`metatrain specialize`: the plan, and the whole way in one command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import l3rs
+from metatrain import cli, specialize
+from metatrain.config import UserError
+from metatrain.outer.estimate import Estimate
+from metatrain.specialize import make_plan
+
+
+def measured(step: float, call: float = 0.01) -> Estimate:
+    return Estimate((10,), 8, 1, step, call, 0, 0)
+
+
+def test_the_plan_fits_the_time() -> None:
+    for step in (1e-4, 1e-3, 4e-3, 1e-2):
+        plan = make_plan(measured(step), 1800, 2)
+        assert plan.training_seconds <= 0.6 * 1800
+        assert plan.evaluation_seconds <= 0.4 * 1800
+        assert plan.generations >= 60
+        assert plan.horizons[-1] == plan.longest
+
+
+def test_a_slower_model_gets_a_shorter_plan() -> None:
+    plans = [make_plan(measured(step), 1800, 2) for step in (1e-3, 1e-2, 3e-2)]
+    longest = [plan.longest for plan in plans]
+    assert longest == sorted(longest, reverse=True)
+    assert longest[0] > longest[-1]
+    assert make_plan(measured(1e-2), 1800, 8).longest >= plans[1].longest
+
+
+def test_too_little_time_says_how_much_is_needed() -> None:
+    with pytest.raises(UserError, match=r"--minutes is 1; this task needs at least (\d+)") as refused:
+        make_plan(measured(0.1), 60, 2)
+    needed = int(str(refused.value).split("at least ")[1].split(":")[0])
+    assert make_plan(measured(0.1), 60 * needed, 2).longest == 20
+
+
+def test_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(specialize, "_GENERATIONS", (2, 2))
+    monkeypatch.setattr(specialize, "_SEEDS", (2,))
+    monkeypatch.setattr(specialize, "_LONGEST", (20,))
+    monkeypatch.setattr(specialize, "_POPULATIONS", (4,))
+    out = tmp_path / "run"
+    arguments = ["specialize", "tests.metatrain.torch_tasks:tiny", "noise=0.2", "--minutes", "30", "--out", str(out)]
+    cli.app(arguments, standalone_mode=False)
+    said = capsys.readouterr().out
+    assert "6 layers with 63 parameters that train" in said
+    assert "plan: 2 generations of 4 candidates over 10 to 20 steps" in said
+    assert "worth it" in said
+    results = json.loads((out / "evaluation" / "results.json").read_text())
+    assert {r["optimizer"].partition("/")[0] for r in results["records"]} == {"l3rs", "adamw", "sgdm"}
+    assert results["config"]["task"]["noise"] == 0.2
+    assert (out / "evaluation" / "report.html").is_file()
+    spec = l3rs.restore(out / "optimizer")[1]
+    assert spec.embedding == "table"
+    from tests.metatrain.torch_tasks import tiny
+
+    optimizer = l3rs.torch.L3RS(tiny().model(0).named_parameters(), out / "optimizer")
+    assert len(optimizer.param_groups[0]["layers"]) == 6
+    assert isinstance(optimizer, torch.optim.Optimizer)
+
+
+def test_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--minutes is 0"):
+        specialize.specialize("tests.metatrain.torch_tasks:tiny", 0, tmp_path)
+    with pytest.raises(UserError, match="'noise' is not an option of the task; write key=value"):
+        cli.app(["specialize", "tests.metatrain.torch_tasks:tiny", "noise"], standalone_mode=False)
