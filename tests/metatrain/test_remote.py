@@ -170,6 +170,10 @@ def test_urls_that_lead_nowhere_are_one_sentence() -> None:
             trainer.run(small_config(), "gs://a/b")
 
 
+def _newest_manifest(store: Path) -> int:
+    return max((int(file.stem[9:]) for file in store.glob("manifest-*")), default=0)
+
+
 @pytest.mark.slow
 def test_kill_minus_nine_while_it_copies(tmp_path: Path) -> None:
     config = small_config(outer={"steps": 30}, task={"seconds": 0.02})
@@ -181,12 +185,9 @@ def test_kill_minus_nine_while_it_copies(tmp_path: Path) -> None:
     kills = 0
     for _ in range(20):
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-        begun = len(list((tmp_path / "store").rglob("manifest-*"))) and max(
-            int(file.stem[9:]) for file in (tmp_path / "store").rglob("manifest-*")
-        )
+        begun = _newest_manifest(tmp_path / "store" / "run")
         while process.poll() is None:
-            numbers = [int(file.stem[9:]) for file in (tmp_path / "store").rglob("manifest-*")]
-            if kills < 4 and max(numbers, default=0) >= begun + 3:
+            if kills < 4 and _newest_manifest(tmp_path / "store" / "run") >= begun + 3:
                 time.sleep(0.2 * rng.random())
                 process.send_signal(signal.SIGKILL)
                 kills += 1
