@@ -1,7 +1,7 @@
 """The one validated configuration of a meta-training run.
 
 A file is YAML; `key=value` overrides are merged into it (OmegaConf); pydantic checks the result. Values are not
-converted: "8" is no number, and 1 is not true.
+converted: "8" is not a number, and 1 is not true.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
 
 
 def read_regular(path: str | os.PathLike[str], max_bytes: int, *, follow_links: bool = False) -> bytes:
-    """Read a regular file that somebody else may have made.
+    """Read a regular file that may come from an untrusted source.
 
     Args:
       path: the file.

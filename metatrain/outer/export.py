@@ -1,7 +1,7 @@
 """From the state of a run to the optimizer that is deployed.
 
 A run keeps the form of its optimizer in `optimizer.json`, so that no task has to be built to export it: a task may be
-code, and the run may be somebody else's.
+code, and the run may belong to another user.
 """
 
 from __future__ import annotations
