@@ -42,6 +42,12 @@ def direction_options(direction: Direction) -> Options:
     return {**defaults, **dict(direction.options)}
 
 
-def adam_options(directions: Sequence[Direction]) -> Options:
-    """The options of the Adam whose moments other directions read: the first."""
-    return direction_options(next(direction for direction in directions if direction.name == "adam"))
+def resolved_options(directions: Sequence[Direction]) -> list[tuple[str, Options]]:
+    """(name, arguments) of every direction's base optimizer; first_moment has the b1 of the Adam that it reads.
+
+    Raises:
+      L3RSError: there is no such direction, or it has no such option.
+    """
+    found = [(direction.name, direction_options(direction)) for direction in directions]
+    adam = next((options for name, options in found if name == "adam"), {})
+    return [(name, {"b1": adam["b1"]} if name == "first_moment" else options) for name, options in found]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from l3rs.directions import adam_options, direction_options
+from l3rs.directions import resolved_options
 from l3rs.spec import Direction
 
 
@@ -114,10 +114,4 @@ def make_directions(directions: Sequence[Direction]) -> list[BaseOptimizer]:
     Raises:
       L3RSError: there is no such direction, or it has no such option.
     """
-    made = []
-    for direction in directions:
-        options = direction_options(direction)
-        if direction.name == "first_moment":
-            options = {"b1": adam_options(directions)["b1"]}
-        made.append(TRANSFORMS[direction.name](**options))
-    return made
+    return [TRANSFORMS[name](**options) for name, options in resolved_options(directions)]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l3rs.directions import adam_options, direction_options
+from l3rs.directions import resolved_options
 from l3rs.spec import Direction
 from l3rs.torch.passes import Bucket, Tensors
 
@@ -221,13 +221,7 @@ def make_directions(directions: Sequence[Direction]) -> list[BaseDirection]:
     Raises:
       L3RSError: there is no such direction, or it has no such option.
     """
-    made = []
-    for direction in directions:
-        options = direction_options(direction)
-        if direction.name == "first_moment":
-            options = {"b1": adam_options(directions)["b1"]}
-        made.append(DIRECTIONS[direction.name](**options))
-    return made
+    return [DIRECTIONS[name](**options) for name, options in resolved_options(directions)]
 
 
 def assign_moments(directions: Sequence[BaseDirection], moments: Sequence[list[Tensor]]) -> list[Moments]:

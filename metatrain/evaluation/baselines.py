@@ -194,10 +194,7 @@ def find_baseline(name: str, options: Mapping[str, Any] | None = None) -> Baseli
     found = INTERLEAVED[name] if name in INTERLEAVED else _named(name)
     options = dict(options or {})
     if "learning_rate" in options:
-        rate = options.pop("learning_rate")
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
-            raise UserError(f"baseline {name}: learning_rate is {rate!r}; it must be one number > 0")
-        found = found._replace(learning_rate=float(rate), tuned=False)
+        found = found._replace(learning_rate=given_rate(name, options.pop("learning_rate")), tuned=False)
     if not options:
         return found
     known = _option_names(found)
@@ -217,6 +214,17 @@ def find_baseline(name: str, options: Mapping[str, Any] | None = None) -> Baseli
     except (TypeError, ValueError) as error:  # L3RSError and optax's own
         raise UserError(f"baseline {name}: {one_line(error)}") from None
     return bound
+
+
+def given_rate(name: str, rate: Any) -> float:
+    """A learning rate that a baseline's options give.
+
+    Raises:
+      UserError: it is not one number > 0.
+    """
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+        raise UserError(f"baseline {name}: learning_rate is {rate!r}; it must be one number > 0")
+    return float(rate)
 
 
 def _option_names(baseline: Baseline | Interleaved) -> list[str] | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from metatrain.config import UserError, one_line
-from metatrain.evaluation.baselines import SCHEDULES, WARMUP, Baseline, MissingBaselineError, Tuned
+from metatrain.evaluation.baselines import SCHEDULES, WARMUP, Baseline, MissingBaselineError, Tuned, given_rate
 
 # Where the search for the learning rate begins: as for optax's optimizers of the same name.
 TORCH_BASELINES = {
@@ -44,10 +44,7 @@ def find_torch_baseline(name: str, options: Mapping[str, Any] | None = None) -> 
     """
     found, options = _named(name), dict(options or {})
     if "learning_rate" in options:
-        rate = options.pop("learning_rate")
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
-            raise UserError(f"baseline {name}: learning_rate is {rate!r}; it must be one number > 0")
-        found = found._replace(learning_rate=float(rate), tuned=False)
+        found = found._replace(learning_rate=given_rate(name, options.pop("learning_rate")), tuned=False)
     if not options:
         return found
     known = [key for key in inspect.signature(found.make).parameters if key not in ("params", "lr")]
