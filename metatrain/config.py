@@ -151,7 +151,8 @@ class ExecutionConfig(_Section):
     address: Text | None = None  # of Ray: host:port or auto; null starts Ray on this machine
     # Ray actors; auto fills the cluster, and follows it as it grows. Locally, processes of the plan torch; auto: cores.
     workers: Few | Literal["auto"] = "auto"
-    resources_per_worker: dict[Text, Positive] = {"CPU": 1.0}  # Ray's names: CPU, GPU, or a custom resource
+    # Ray's names: CPU, GPU (a part of one, or whole ones), TPU, or a custom resource. A worker uses what it reserves.
+    resources_per_worker: dict[Text, Positive] = {"CPU": 1.0}
     autoscaling: Flag = False  # wait for a node that can hold a worker instead of refusing the run when there is none
     allow_unauthenticated: Flag = False  # use a cluster that others can reach, without Ray's token
     plan: Plan | Literal["auto"] = "auto"  # torch is for tasks of PyTorch; auto measures the others
@@ -161,6 +162,11 @@ class ExecutionConfig(_Section):
     def _somewhere(self) -> ExecutionConfig:
         if self.address is not None and self.backend == "local":
             raise ValueError(f"address is {self.address}, a Ray cluster's; it needs execution.backend=ray")
+        gpus = self.resources_per_worker.get("GPU", 0.0)
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError(
+                f"resources_per_worker.GPU is {gpus:g}; allowed are a part of one, such as 0.25, or whole ones"
+            )
         return self
 
 

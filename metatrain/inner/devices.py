@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 
+from metatrain.config import UserError
 from metatrain.system import usable_cpus
 
 
@@ -23,6 +24,22 @@ def use_cores(count: int | None = None) -> None:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
     if "xla_force_host_platform_device_count" not in flags:
         jax.config.update("jax_num_cpu_devices", count or usable_cpus())
+
+
+def use_cpu_only() -> None:
+    """Keep JAX from the accelerators of this machine. Call it before JAX is used for the first time.
+
+    A process that starts JAX with an accelerator reserves most of its memory.
+
+    Raises:
+      UserError: JAX uses an accelerator already.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    if (used := jax.default_backend()) != "cpu":
+        raise UserError(
+            f"this process uses JAX on {used} already, and a Ray run leaves accelerators to its workers: start it in a "
+            "process of its own, or with JAX_PLATFORMS=cpu"
+        )
 
 
 def device_kind() -> str:

@@ -29,6 +29,7 @@ import optax
 
 from l3rs.io.files import write_atomically
 from metatrain.config import CodeConfig, Config, UserError, differences, dump_config, load_config
+from metatrain.inner.devices import use_cpu_only
 from metatrain.inner.population import Evaluator
 from metatrain.outer.code import changes, current_code
 from metatrain.outer.export import Form, save_optimizer, write_form
@@ -75,6 +76,7 @@ def run(
     Raises:
       UserError: the folder exists, or holds another run; or the configuration cannot be run here.
     """
+    _leave_devices(config)
     with run_folder(out if out is not None else Path("runs") / config.name) as folder:
         if resume_run and (folder.path / "config.yaml").is_file():
             refuse_links(folder.path, folder.name)
@@ -143,6 +145,7 @@ def _create(folder: RunFolder, config: Config) -> None:
 
 def _resume(folder: RunFolder, wanted: Config, allow_other_version: bool) -> Run:
     """Resume the saved run with the parts of `wanted` that may change."""
+    _leave_devices(wanted)
     saved = _run_config(folder)
     # How candidates are grouped decides the last bits, so it stays as it was.
     kept = {key: getattr(saved.execution, key) for key in ("plan", "members_per_call")}
@@ -172,6 +175,12 @@ def _resume(folder: RunFolder, wanted: Config, allow_other_version: bool) -> Run
     rewritten = saved.model_copy(update={"outer": config.outer, "code": code})
     setup = Setup.build(config.model_copy(update={"code": code}))
     return _train(folder, setup, None if rewritten == saved else rewritten)
+
+
+def _leave_devices(config: Config) -> None:
+    """On Ray, accelerators are the workers'. Called before this process computes anything."""
+    if config.execution.backend == "ray":
+        use_cpu_only()
 
 
 def _checked_code(folder: RunFolder, saved: Config, allow_other_version: bool) -> CodeConfig:

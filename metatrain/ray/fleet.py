@@ -15,6 +15,7 @@ import l3rs
 from l3rs.io.files import first_line
 from metatrain.config import ExecutionConfig, OuterConfig, Plan, UserError
 from metatrain.ray.health import Health
+from metatrain.ray.share import room, worker_share
 from metatrain.ray.worker import Job, versions
 from tasks import Task
 from tasks.base import AnyTask
@@ -91,7 +92,7 @@ class Fleet:
             actor: Any = (
                 self._ray.remote(self._worker)
                 .options(**options, resources=needs, max_restarts=0, scheduling_strategy="SPREAD")
-                .remote()
+                .remote(worker_share(self._execution.resources_per_worker))
             )
             self._set_up(Member(actor, self._chunk))
 
@@ -166,7 +167,7 @@ class Fleet:
             self._ray.kill(member.actor)
 
     def _slots(self) -> int:
-        return sum(_room(node, self._execution.resources_per_worker) for node in self._nodes())
+        return sum(room(node, self._execution.resources_per_worker) for node in self._nodes())
 
     def _nodes(self) -> list[Mapping[str, float]]:
         return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
@@ -213,8 +214,3 @@ class Package:
         for i in numbers:
             if i not in self.refs:
                 self.refs[i] = self._put(np.asarray(self._arrays[i]))
-
-
-def _room(node: Mapping[str, float], needs: Mapping[str, float]) -> int:
-    """How many workers fit on a node."""
-    return min((int(node.get(name, 0) / amount) for name, amount in needs.items() if amount > 0), default=0)

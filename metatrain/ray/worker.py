@@ -14,9 +14,9 @@ import numpy as np
 
 import l3rs
 from metatrain.config import OuterConfig, Plan
-from metatrain.inner.devices import use_cores
 from metatrain.inner.population import candidate_losses, fitness_by_halves
 from metatrain.outer.strategy import make_strategy
+from metatrain.ray.share import Share, take_share
 from tasks import Task, TaskError
 from tasks.base import AnyTask
 from tasks.data.cache import Resident, find_resident
@@ -51,10 +51,14 @@ def versions(plan: Plan) -> dict[str, str]:
 
 
 class Worker:
-    """The actor: one process with a copy of the tasks and the compiled rollouts."""
+    """The actor: one process with a copy of the tasks and the compiled rollouts.
 
-    def __init__(self) -> None:
-        use_cores(1)
+    Args:
+      share: the part of the machine that it may use.
+    """
+
+    def __init__(self, share: Share) -> None:
+        take_share(share)
         self._round = -1
 
     def setup(self, blob: bytes, sent: Mapping[int, Any]) -> list[int] | str:
