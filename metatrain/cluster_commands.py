@@ -31,6 +31,9 @@ def submit(
         str | None, typer.Option(help="URL of the run, or its folder as an absolute path on the cluster.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the run of that name.")] = False,
+    retries: Annotated[
+        int, typer.Option(min=0, max=1000, help="How often to restart a driver that dies; it resumes the run.")
+    ] = 0,
     allow_other_version: AllowOtherVersion = False,
     address: _Address = _DASHBOARD,
     allow_unauthenticated: _Open = False,
@@ -47,9 +50,16 @@ def submit(
     folder = out or str(Path("runs").absolute() / setup.name)
     if "://" not in folder and not Path(folder).is_absolute():
         raise UserError(f"--out is {folder}; a job runs on another machine, so it must be an absolute path or a URL")
-    options = {"resume": resume, "allow_other_version": allow_other_version}
     connected = jobs.client(address, allow_unauthenticated, console.print)
-    job = jobs.submit(connected, setup, folder, **options, log=console.print)
+    job = jobs.submit(
+        connected,
+        setup,
+        folder,
+        resume=resume,
+        allow_other_version=allow_other_version,
+        retries=retries,
+        log=console.print,
+    )
     console.print(f"{job.name} is {job.status.lower()}; see: metatrain status {job.name}")
 
 

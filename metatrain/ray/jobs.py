@@ -113,6 +113,7 @@ def submit(
     *,
     resume: bool = False,
     allow_other_version: bool = False,
+    retries: int = 0,
     log: Callable[[str], None] = print,
 ) -> Job:
     """Start a run on the cluster and wait until its first generation is done.
@@ -123,6 +124,7 @@ def submit(
       folder: the run's folder on the driver's machine, on a file system that outlives the driver.
       resume: resume the run of that name.
       allow_other_version: resume it although other code has begun it.
+      retries: how often a driver that dies is started again, on the cluster; see `metatrain.ray.retry`.
       log: called with news for the user.
 
     Raises:
@@ -141,11 +143,13 @@ def submit(
             "PYTHONUNBUFFERED": "1",
         }
         options = " --resume" * resume + " --allow-other-version" * allow_other_version
+        # Without the job's working directory on the path: a module of the user's could hide one of Python's.
+        retry = f"python -P -m metatrain.ray.retry {retries} " if retries else ""
         job_id = submit_job(
             jobs,
             # Ray makes job ids unique: of two simultaneous submissions of one name, one fails.
             submission_id=f"{config.name}-{len(earlier) + 1}",
-            entrypoint=f"python -m metatrain.cli run config.yaml --out {shlex.quote(folder)}{options}",
+            entrypoint=f"{retry}python -m metatrain.cli run config.yaml --out {shlex.quote(folder)}{options}",
             runtime_env={"working_dir": str(package), "env_vars": environment},
             metadata={_NAME: config.name, _FOLDER: folder},
         )

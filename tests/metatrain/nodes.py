@@ -28,9 +28,10 @@ class Nodes:
       address: host:port of Ray.
       dashboard: the address of the dashboard; empty without one.
       env: the environment with which to reach it.
+      processes: of `ray start`, one a node; each leads a session of its own.
     """
 
-    def __init__(self, token: bool | None, dashboard: bool) -> None:
+    def __init__(self, token: bool | None, dashboard: bool, loopback: bool = False) -> None:
         self._temp = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
         self.env = {**os.environ, "RAY_worker_niceness": "0"}
         self.env.pop("RAY_AUTH_MODE", None)
@@ -41,11 +42,14 @@ class Nodes:
             self.env.pop(name, None)
         if token:
             self.env["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-        host, port, self._port = socket.gethostbyname(socket.gethostname()), free_port(), free_port()
+        if loopback:
+            self.env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        host = "127.0.0.1" if loopback else socket.gethostbyname(socket.gethostname())
+        port, self._port = free_port(), free_port()
         self.address = f"{host}:{port}"
         self.dashboard = f"http://127.0.0.1:{self._port}" if dashboard else ""
         self._dashboard = dashboard
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[subprocess.Popen[bytes]] = []
 
     def head(self, cpus: int) -> None:
         port = self.address.rpartition(":")[2]
@@ -59,19 +63,19 @@ class Nodes:
         """As if its machine had lost power."""
         os.killpg(node.pid, signal.SIGKILL)
         node.wait()
-        self._processes.remove(node)
+        self.processes.remove(node)
 
     def stop(self) -> None:
-        for node in list(reversed(self._processes)):
+        for node in list(reversed(self.processes)):
             self.remove(node)
         self._temp.cleanup()
 
     def _start(self, *options: str) -> subprocess.Popen[bytes]:
-        log = Path(self._temp.name, f"node-{len(self._processes)}-{time.monotonic_ns()}.log")
+        log = Path(self._temp.name, f"node-{len(self.processes)}-{time.monotonic_ns()}.log")
         with log.open("w") as out:
             command = [str(_RAY), "start", "--block", "--disable-usage-stats", *options]
             node = subprocess.Popen(command, env=self.env, stdout=out, stderr=out, start_new_session=True)
-        self._processes.append(node)
+        self.processes.append(node)
         deadline = time.monotonic() + _START_SECONDS
         while "runtime started" not in log.read_text():
             if node.poll() is not None or time.monotonic() > deadline:
@@ -82,7 +86,12 @@ class Nodes:
 
 @contextmanager
 def ray_nodes(
-    cpus: int = 2, *, token: bool | None = True, dashboard: bool = False, home: Path | None = None
+    cpus: int = 2,
+    *,
+    token: bool | None = True,
+    dashboard: bool = False,
+    home: Path | None = None,
+    loopback: bool = False,
 ) -> Iterator[Nodes]:
     """A head with so many CPUs; everything is gone afterwards.
 
@@ -91,8 +100,9 @@ def ray_nodes(
       token: Ray's authentication mode; None leaves the choice to Ray.
       dashboard: start it, too.
       home: the home folder, where Ray looks for a token.
+      loopback: start it as docs/operate/deploy.md does for one machine, so that nothing listens beyond loopback.
     """
-    nodes = Nodes(token, dashboard)
+    nodes = Nodes(token, dashboard, loopback)
     if home is not None:
         nodes.env |= {"HOME": str(home)}
         nodes.env.pop("RAY_AUTH_TOKEN", None)
@@ -101,6 +111,19 @@ def ray_nodes(
         yield nodes
     finally:
         nodes.stop()
+
+
+def listening(nodes: Nodes) -> set[str]:
+    """The addresses on which processes of the cluster's nodes listen."""
+    found = set()
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) in [node.pid for node in nodes.processes]:
+                sockets = process.net_connections(kind="inet")
+                found |= {each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN}
+        except (psutil.Error, ProcessLookupError):
+            continue
+    return {address.removeprefix("::ffff:") for address in found}
 
 
 def free_port() -> int:
