@@ -3,7 +3,8 @@
 #
 #   sbatch configs/cluster/slurm.sh configs/resnet8-imagenet25.yaml
 #
-# When submitted again or requeued by Slurm, it continues from the newest checkpoint. It needs a file system that all
+# When submitted again or requeued, it continues from the newest checkpoint. It is requeued by Slurm when a node fails or
+# the job is preempted, and by itself when the driver dies or the time limit comes, ten times in all. It needs a file system that all
 # nodes share (the folder it is submitted from), and an environment with l3rs[metatrain] in .venv.
 #SBATCH --job-name=l3rs
 #SBATCH --nodes=4
@@ -11,8 +12,9 @@
 #SBATCH --cpus-per-task=16
 #SBATCH --time=08:00:00
 #SBATCH --requeue
-#SBATCH --signal=B:TERM@120
-# Two minutes before the time limit, this script gets SIGTERM and passes it on; the driver saves and exits.
+#SBATCH --signal=B:USR1@120
+# Two minutes before the time limit, this script gets SIGUSR1; the driver saves and exits, and the job is requeued.
+# After `scancel`, which sends SIGTERM, the driver saves and exits, too, and that is all.
 set -euo pipefail
 
 config=${1:?usage: sbatch slurm.sh CONFIG.yaml [key=value …]}
@@ -20,7 +22,8 @@ shift
 name=$(basename "$config" .yaml)
 source .venv/bin/activate
 
-# Anyone who reaches the head could run code on it, so this run's nodes share a token that only this user can read.
+# Ray listens on all addresses of these nodes, because they must reach each other. Anyone who reaches one could run code
+# on it, so this run's nodes share a token that only this user can read.
 umask 077
 mkdir -p "runs/.tokens"
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$PWD/runs/.tokens/$SLURM_JOB_ID"
@@ -46,5 +49,18 @@ python -m metatrain.cli run "$config" "$@" \
   execution.backend=ray execution.address="$head_ip:$port" execution.workers=auto execution.autoscaling=true \
   --out "runs/$name" --resume &
 driver=$!
-trap 'kill -TERM "$driver"; wait "$driver"' TERM
-wait "$driver"
+requeue="" cancelled=""
+trap 'signalled=1 cancelled=1; kill -TERM "$driver"' TERM
+trap 'signalled=1 requeue=1; kill -TERM "$driver"' USR1
+while true; do # a signal ends `wait`, not the driver
+  signalled="" code=0
+  wait "$driver" || code=$?
+  [ -n "$signalled" ] || break
+done
+
+# Another start changes nothing about wrong input (2) or a full disk (3).
+case "$code" in 0 | 2 | 3) ;; *) requeue=1 ;; esac
+if [ -n "$requeue" ] && [ -z "$cancelled" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 10 ]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
