@@ -213,6 +213,14 @@ class LoggingConfig(_Section):
     tensorboard: Flag = True
 
 
+class MeasuredConfig(_Section):
+    """What a run's plan and members per call were chosen by, on one kind of device. The run writes it."""
+
+    device: str  # its kind
+    ms_per_step: dict[str, float] = {}  # {plan: milliseconds per candidate-step}
+    members_that_fit: int | None = None  # candidates of one fused call; null without a limit
+
+
 class CodeConfig(_Section):
     """What a run was started with. The run writes it; it is compared on resume."""
 
@@ -234,6 +242,7 @@ class Config(_Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    measured: tuple[MeasuredConfig, ...] = ()
     code: CodeConfig | None = None
     # {path of a value: (the interpolation that it was written as, the value)}
     _interpolations: dict[yaml_text.Path, tuple[str, Any]] = PrivateAttr(default_factory=dict)

@@ -1,12 +1,11 @@
-"""How candidates run on this machine: the faster plan, and how many candidates fit into a device's memory."""
+"""How candidates run on a device: the faster plan, and how many candidates fit into its memory."""
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import jax
@@ -15,6 +14,7 @@ import numpy as np
 
 import l3rs
 from metatrain.config import Plan, UserError
+from metatrain.inner.devices import device_kind
 from metatrain.inner.network import is_torch
 from metatrain.inner.population import candidate_losses
 from metatrain.inner.rollout import fused_rollout, learned, stepwise_rollout
@@ -26,7 +26,8 @@ _log = logging.getLogger("metatrain")
 
 _MEMORY_SHARE = 0.8  # of a device; the rest is for fragmentation and other processes
 
-_MEMBERS = 2  # in the measurement: enough to see how `vmap` changes convolutions
+# Members in the measurement: enough to see how `vmap` changes convolutions, and what many at once save on accelerators.
+_MEMBERS, _MEMBERS_ON_ACCELERATORS = 2, 8
 _STEPS = 4
 _ROUNDS = 2
 
@@ -42,17 +43,33 @@ def choose_plan(tasks: Sequence[AnyTask], spec: l3rs.Spec) -> Plan:
     Models without convolutions are fused without a measurement: matrix products are as fast inside a
     loop as outside, and the loop saves one dispatch per step. Tasks of PyTorch have one plan.
     """
+    if (known := known_plan(tasks)) is not None:
+        return known
+    return fastest([plan_seconds([task for task in tasks if isinstance(task, Task)], spec)])
+
+
+def known_plan(tasks: Sequence[AnyTask]) -> Plan | None:
+    """The plan that needs no measurement; None if it depends on the device."""
     if all(map(is_torch, tasks)):
         return "torch"
-    own = [task for task in tasks if isinstance(task, Task)]
-    if not any(map(_has_convolutions, own)):
-        return "fused"
-    seconds: dict[Plan, float] = {"stepwise": 0.0, "fused": 0.0}
-    for task in own:
+    return None if any(_has_convolutions(task) for task in tasks if isinstance(task, Task)) else "fused"
+
+
+def plan_seconds(tasks: Sequence[Task], spec: l3rs.Spec) -> dict[Plan, float]:
+    """Seconds per candidate-step of both plans of JAX, the mean over the tasks; measured on one device."""
+    seconds: dict[Plan, float] = {"fused": 0.0, "stepwise": 0.0}
+    for task in tasks:
         for plan, measured in _seconds_per_step(task, spec).items():
-            seconds[plan] += measured / len(own)
-    _log.info("ms per candidate-step: %s", {plan: round(1e3 * s, 2) for plan, s in seconds.items()})
-    return "stepwise" if seconds["stepwise"] < seconds["fused"] else "fused"
+            seconds[plan] += measured / len(tasks)
+    _log.info(
+        "ms per candidate-step on %s: %s", device_kind(), {plan: round(1e3 * s, 2) for plan, s in seconds.items()}
+    )
+    return seconds
+
+
+def fastest(measured: Sequence[Mapping[Plan, float]]) -> Plan:
+    """The plan with the fewest seconds, the sum over devices."""
+    return min(measured[0], key=lambda plan: sum(seconds[plan] for seconds in measured))
 
 
 def _seconds_per_step(task: Task, spec: l3rs.Spec) -> dict[Plan, float]:
@@ -62,11 +79,12 @@ def _seconds_per_step(task: Task, spec: l3rs.Spec) -> dict[Plan, float]:
     theta, data, chosen = jax.device_put((theta, task.data, chosen), device)
 
     stepwise = stepwise_rollout(task, learned(spec), ("inner_valid",))
-    members = jax.tree.map(lambda x: np.stack([x] * _MEMBERS), theta)
+    count = _MEMBERS if device.platform == "cpu" else _MEMBERS_ON_ACCELERATORS
+    members = jax.tree.map(lambda x: np.stack([x] * count), theta)
     fused = jax.jit(jax.vmap(fused_rollout(task, learned(spec), ("inner_valid",)), (0, None, None, None)))
     return {
         "stepwise": time_steps(lambda n: stepwise(theta, data, chosen, jnp.int32(n)), _STEPS, _ROUNDS)[0],
-        "fused": time_steps(lambda n: fused(members, data, chosen, jnp.int32(n)), _STEPS, _ROUNDS)[0] / _MEMBERS,
+        "fused": time_steps(lambda n: fused(members, data, chosen, jnp.int32(n)), _STEPS, _ROUNDS)[0] / count,
     }
 
 
@@ -83,40 +101,35 @@ def check_plan(tasks: Sequence[AnyTask], plan: Plan | Literal["auto"]) -> None:
         )
 
 
-def members_per_call(
-    task: AnyTask,
-    spec: l3rs.Spec,
-    strategy: Strategy,
-    population: int,
-    plan: Plan,
-    calls: int,
-    devices: Sequence[jax.Device],
-) -> int:
-    """How many candidates one compiled call computes.
+def members_per_call(population: int, plan: Plan, calls: int, fits: Sequence[int | None] = ()) -> int:
+    """How many candidates one compiled call computes: one unless fused.
 
-    One unless fused. If fused, as many as it takes to compute the population in `calls` calls, or as
-    many as fit into the memory of the smallest device. XLA states what it would allocate, so nothing runs.
-
-    Raises:
-      UserError: not even one candidate fits.
+    Args:
+      population: candidates of a generation.
+      plan: of the run.
+      calls: in which a fused plan computes the population.
+      fits: how many fit into the memory of each kind of device, see `members_that_fit`; None without a limit.
     """
     if plan != "fused":
         return 1
-    assert isinstance(task, Task)
-    wanted = math.ceil(population / calls)
-    free = [bytes_ for bytes_ in map(device_memory, devices) if bytes_ is not None]
-    if not free:
-        return wanted
-    lowered = functools.partial(scratch_bytes, task, spec, strategy)
-    one, two = lowered(1), lowered(2)
+    return min(math.ceil(population / calls), *(limit for limit in fits if limit is not None), population)
+
+
+def members_that_fit(task: Task, spec: l3rs.Spec, strategy: Strategy, memory: int) -> int:
+    """How many candidates of a fused call fit into so many bytes. XLA states what it would allocate; nothing runs.
+
+    Raises:
+      UserError: not even one.
+    """
+    one, two = (scratch_bytes(task, spec, strategy, members) for members in (1, 2))
     each, shared = max(two - one, 1), max(2 * one - two, 0) + sum(x.nbytes for x in jax.tree.leaves(task.data))
-    fits = int(_MEMORY_SHARE * min(free) - shared) // each
+    fits = int(_MEMORY_SHARE * memory - shared) // each
     if fits < 1:
         raise UserError(
             f"one candidate of {task.name} needs {(shared + each) / 2**20:,.0f} MiB, but a device has "
-            f"{min(free) / 2**20:,.0f} MiB; use a smaller task.batch_size or model"
+            f"{memory / 2**20:,.0f} MiB; use a smaller task.batch_size or model"
         )
-    return min(wanted, fits)
+    return fits
 
 
 def scratch_bytes(task: Task, spec: l3rs.Spec, strategy: Strategy, members: int) -> int:

@@ -164,7 +164,7 @@ def _resume(folder: RunFolder, wanted: Config, allow_other_version: bool) -> Run
     different = [
         f"{key} was {_shown(before)} and would become {_shown(after)}"
         for key, (before, after) in differences(config, wanted).items()
-        if not key.startswith(("execution.", "code"))
+        if not key.startswith(("execution.", "measured", "code"))
     ]
     if different:
         raise UserError(

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 
 import jax
 
 import l3rs
 from l3rs.spec import Theta
-from metatrain.config import Config, ExecutionConfig, UserError
+from metatrain.config import Config, ExecutionConfig, MeasuredConfig, Plan, UserError
+from metatrain.inner.measure import LocalMeasurements, Measurements, Probe
 from metatrain.inner.network import make_spec, task_layers, task_matches
-from metatrain.inner.plan import check_plan, choose_plan, members_per_call
+from metatrain.inner.plan import check_plan, fastest, known_plan, members_per_call
 from metatrain.inner.population import Evaluator, GenerationSpec, LocalEvaluator
 from metatrain.inner.processes import ProcessEvaluator, local_processes
 from metatrain.outer.start import resolve_start, start_theta
 from metatrain.outer.state import Progress
 from metatrain.outer.strategy import Strategy, make_strategy
+from metatrain.ray.share import has_accelerator
 from metatrain.system import search_current_folder
 from tasks import make_task, sample
 from tasks.base import AnyTask
@@ -42,8 +46,12 @@ class Setup:
     start: Theta | None = None
 
     @classmethod
-    def build(cls, config: Config) -> Setup:
+    def build(cls, config: Config, log: Callable[[str], None] = lambda _: None) -> Setup:
         """Build the tasks, and decide what the configuration leaves to "auto".
+
+        Args:
+          config: of the run.
+          log: called before each step that may take a while.
 
         Raises:
           UserError, TaskError, L3RSError: the configuration cannot be run.
@@ -56,9 +64,9 @@ class Setup:
         spec = make_spec(task_layers(tasks[0]), config.optimizer.spec_fields())
         _check_variants(tasks, spec)
         strategy = make_strategy(config.outer, l3rs.init_meta_params(jax.random.key(0), spec))
-        execution = _decide(config, tasks, spec, strategy)
+        config = _decide(config, tasks, spec, log)
         start = None if config.optimizer.start is None else start_theta(config.optimizer.start, spec, tasks[0])
-        return cls(config.model_copy(update={"execution": execution}), tasks, spec, strategy, start)
+        return cls(config, tasks, spec, strategy, start)
 
     def evaluator(self, log: Callable[[str], None]) -> Evaluator:
         """The evaluator of the chosen backend; `log` is called with news of the workers."""
@@ -102,22 +110,62 @@ def _check_variants(tasks: tuple[AnyTask, ...], spec: l3rs.Spec) -> None:
             ) from None
 
 
-def _decide(config: Config, tasks: tuple[AnyTask, ...], spec: l3rs.Spec, strategy: Strategy) -> ExecutionConfig:
-    """The section `execution` without "auto" in `plan` and `members_per_call`."""
-    plan, members = config.execution.plan, config.execution.members_per_call
-    if plan == "auto":
-        plan = choose_plan(tasks, spec)
+def _decide(config: Config, tasks: tuple[AnyTask, ...], spec: l3rs.Spec, log: Callable[[str], None]) -> Config:
+    """The configuration without "auto" in `plan` and `members_per_call`, and with what they were chosen by.
+
+    On Ray that is measured on workers, whose devices are not those of the driver.
+    """
+    execution = config.execution
+    plan = known_plan(tasks) if execution.plan == "auto" else execution.plan  # None: the faster one
+    members = execution.members_per_call
+    seconds: Mapping[str, Mapping[Plan, float]] = {}
+    fits: Mapping[str, int | None] = {}
+    count_members = members == "auto" and plan in (None, "fused") and memory_is_limited(execution)
+    if plan is None or count_members:
+        with contextlib.closing(_measurements(config, tasks, spec, log)) as measurements:
+            if plan is None:
+                seconds = measurements.plan_seconds()
+                plan = fastest(list(seconds.values()))
+            if count_members and plan == "fused":
+                fits = measurements.members_that_fit()
     if members == "auto":
-        devices = jax.local_devices()
-        calls = len(devices) * _calls_per_device(config.execution)
-        members = min(
-            members_per_call(task, spec, strategy, config.outer.population, plan, calls, devices) for task in tasks
+        members = members_per_call(config.outer.population, plan, _calls(execution), list(fits.values()))
+    measured = tuple(
+        MeasuredConfig(
+            device=device,
+            ms_per_step={plan: round(1e3 * s, 4) for plan, s in seconds.get(device, {}).items()},
+            members_that_fit=fits.get(device),
         )
-    return config.execution.model_copy(update={"plan": plan, "members_per_call": members})
+        for device in seconds or fits
+        if seconds or fits[device] is not None
+    )
+    chosen = execution.model_copy(update={"plan": plan, "members_per_call": members})
+    return config.model_copy(update={"execution": chosen, "measured": measured or config.measured})
 
 
-def _calls_per_device(execution: ExecutionConfig) -> int:
+def _measurements(
+    config: Config, tasks: tuple[AnyTask, ...], spec: l3rs.Spec, log: Callable[[str], None]
+) -> Measurements:
+    if is_elsewhere(config.execution):
+        from metatrain.ray.measure import WorkerMeasurements
+
+        return WorkerMeasurements(tasks, spec, config.outer, config.execution, log)
+    return LocalMeasurements(Probe(tasks, spec, config.outer))
+
+
+def is_elsewhere(execution: ExecutionConfig) -> bool:
+    """Whether workers have other devices than this process: on Ray the driver stays on its machine's CPU."""
+    cluster = execution.address or os.environ.get("RAY_ADDRESS")
+    return execution.backend == "ray" and bool(cluster or has_accelerator(execution.resources_per_worker))
+
+
+def memory_is_limited(execution: ExecutionConfig) -> bool:
+    """Whether candidates may fill a device's memory; CPUs share that of their machine."""
+    return execution.backend == "local" or has_accelerator(execution.resources_per_worker)
+
+
+def _calls(execution: ExecutionConfig) -> int:
     """One call per local device; on Ray two per worker, so that no worker waits long for the last one."""
     if execution.backend == "local":
-        return 1
-    return 2 * (execution.workers if isinstance(execution.workers, int) else 4)
+        return len(jax.local_devices())
+    return len(jax.local_devices()) * 2 * (execution.workers if isinstance(execution.workers, int) else 4)

@@ -76,7 +76,7 @@ class Fleet:
         self._ray, self._worker, self._job = ray, worker, job
         self._execution, self._chunk, self._health, self._log = execution, chunk, health, log
         self._wanted, self._count_at = 0, 0.0  # workers, and when to look whether the cluster has grown
-        self._refuse_what_never_fits()
+        refuse_what_never_fits(execution)
 
     def recruit(self, now: float) -> None:
         """Ask for workers until there are as many as wanted. Ray places them when there is room."""
@@ -167,21 +167,27 @@ class Fleet:
             self._ray.kill(member.actor)
 
     def _slots(self) -> int:
-        return sum(room(node, self._execution.resources_per_worker) for node in self._nodes())
+        return sum(room(node, self._execution.resources_per_worker) for node in live_nodes())
 
-    def _nodes(self) -> list[Mapping[str, float]]:
-        return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
 
-    def _refuse_what_never_fits(self) -> None:
-        if self._execution.autoscaling or self._slots():
-            return
-        needs = self._execution.resources_per_worker
-        nodes = {", ".join(f"{name} {node.get(name, 0):g}" for name in needs) for node in self._nodes()}
-        raise UserError(
-            f"execution.resources_per_worker is {', '.join(f'{name} {amount:g}' for name, amount in needs.items())}; "
-            f"no node has that: the cluster's nodes have {' / '.join(sorted(nodes)) or 'nothing'} "
-            "(with execution.autoscaling=true the run waits for such a node)"
-        )
+def live_nodes() -> list[Mapping[str, float]]:
+    """The resources of each node of the cluster, as Ray names them."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def refuse_what_never_fits(execution: ExecutionConfig) -> None:
+    """Raise UserError if no node can hold a worker, unless the cluster may grow."""
+    needs, nodes = execution.resources_per_worker, live_nodes()
+    if execution.autoscaling or any(room(node, needs) for node in nodes):
+        return
+    have = {", ".join(f"{name} {node.get(name, 0):g}" for name in needs) for node in nodes}
+    raise UserError(
+        f"execution.resources_per_worker is {', '.join(f'{name} {amount:g}' for name, amount in needs.items())}; "
+        f"no node has that: the cluster's nodes have {' / '.join(sorted(have)) or 'nothing'} "
+        "(with execution.autoscaling=true the run waits for such a node)"
+    )
 
 
 class Package:

@@ -71,25 +71,10 @@ class Worker:
         Returns:
           The numbers of the arrays that are still missing, or the reason why a task cannot be built.
         """
-        import ray
-        from ray import cloudpickle
-
-        try:
-            job: Job = cloudpickle.loads(blob)
-        except (ImportError, AttributeError) as error:
-            return f"the task's code cannot be imported on {socket.gethostname()}: {error}"
-        except TaskError as error:
-            return f"the task cannot be built on {socket.gethostname()}: {error}"
-        if job.versions != (ours := versions(job.plan)):
-            different = [f"{k} {ours[k]} (driver: {v})" for k, v in job.versions.items() if ours[k] != v]
-            return f"{socket.gethostname()} has {', '.join(different)}; all machines need the same versions"
-        found: dict[int, np.ndarray] = {i: ray.get(ref) for i, ref in sent.items()}
-        for i, where in enumerate(job.arrays):
-            if i not in found and where is not None and (array := find_resident(where)) is not None:
-                found[i] = array
-        if missing := [i for i in range(len(job.arrays)) if i not in found]:
-            return missing
-        tasks = [own if isinstance(own, AnyTask) else _filled(own, found) for own in job.tasks]
+        found = unpack(blob, sent)
+        if not isinstance(found, tuple):
+            return found
+        job, tasks = found
         strategy = make_strategy(job.outer, l3rs.init_meta_params(jax.random.key(0), job.spec))
         self._calls = [candidate_losses(task, job.spec, strategy, job.plan) for task in tasks]
         self._device = jax.local_devices()[0]
@@ -111,6 +96,37 @@ class Worker:
 
         fitness, chunk = fitness_by_halves(call, members, chunk)
         return Answer(round_, shard, fitness, chunk)
+
+
+def unpack(blob: bytes, sent: Mapping[int, Any]) -> tuple[Job, list[AnyTask]] | list[int] | str:
+    """A run from what a worker is sent.
+
+    Args:
+      blob: a pickled `Job`.
+      sent: references to arrays, by number.
+
+    Returns:
+      (the job, its tasks); or the numbers of arrays that are still missing; or why a task cannot be built.
+    """
+    import ray
+    from ray import cloudpickle
+
+    try:
+        job: Job = cloudpickle.loads(blob)
+    except (ImportError, AttributeError) as error:
+        return f"the task's code cannot be imported on {socket.gethostname()}: {error}"
+    except TaskError as error:
+        return f"the task cannot be built on {socket.gethostname()}: {error}"
+    if job.versions != (ours := versions(job.plan)):
+        different = [f"{k} {ours[k]} (driver: {v})" for k, v in job.versions.items() if ours[k] != v]
+        return f"{socket.gethostname()} has {', '.join(different)}; all machines need the same versions"
+    found: dict[int, np.ndarray] = {i: ray.get(ref) for i, ref in sent.items()}
+    for i, where in enumerate(job.arrays):
+        if i not in found and where is not None and (array := find_resident(where)) is not None:
+            found[i] = array
+    if missing := [i for i in range(len(job.arrays)) if i not in found]:
+        return missing
+    return job, [own if isinstance(own, AnyTask) else _filled(own, found) for own in job.tasks]
 
 
 def _filled(fields: Mapping[str, Any], arrays: Mapping[int, np.ndarray]) -> Task:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,10 @@ import pytest
 
 import l3rs
 from metatrain.config import Plan, UserError, load_config
-from metatrain.inner.plan import choose_plan, members_per_call, scratch_bytes, time_steps
+from metatrain.inner.plan import choose_plan, members_per_call, members_that_fit, scratch_bytes, time_steps
 from metatrain.inner.rollout import fused_rollout, stepwise_rollout
 from metatrain.outer.loop import resume, run
+from metatrain.outer.setup import is_elsewhere, memory_is_limited
 from metatrain.outer.strategy import make_strategy
 from tasks import Task, make_task, sample
 from tests.metatrain.common import metrics, small_config
@@ -99,28 +101,74 @@ def test_digits_have_no_convolutions() -> None:
     assert choose_plan([task], l3rs.Spec.create(task.params_shape())) == "fused"
 
 
-def test_a_call_holds_as_many_candidates_as_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_holds_the_population_or_what_fits_the_smallest_memory() -> None:
+    assert members_per_call(64, "fused", 1) == members_per_call(64, "fused", 1, [None]) == 64
+    assert members_per_call(64, "fused", 4) == 16
+    assert members_per_call(64, "fused", 1, [40, 24, None]) == 24
+    assert members_per_call(64, "stepwise", 1, [40]) == members_per_call(64, "torch", 1) == 1
+
+
+def test_as_many_candidates_fit_as_xla_would_allocate() -> None:
     task = regression()
     spec = l3rs.Spec.create(task.params_shape(), hidden=(4,), embedding_dim=2)
     strategy = make_strategy(
         small_config(outer={"population": 64}).outer, l3rs.init_meta_params(jax.random.key(0), spec)
     )
-    device = jax.devices()[:1]
-
-    def members(memory: int | None, plan: Plan = "fused", calls: int = 1) -> int:
-        monkeypatch.setattr("metatrain.inner.plan.device_memory", lambda _: memory)
-        return members_per_call(task, spec, strategy, 64, plan, calls, device)
-
-    assert members(None) == members(2**30) == 64  # no limit, and one that is far away
-    assert members(2**30, calls=4) == 16
-    assert members(2**30, "stepwise") == 1
     need = {n: scratch_bytes(task, spec, strategy, n) for n in (1, 8, 64)}
     data = sum(x.nbytes for x in jax.tree.leaves(task.data))
     assert need[64] > need[8] > need[1]
-    found = members(int((need[8] + data) / 0.8))
+    found = members_that_fit(task, spec, strategy, int((need[8] + data) / 0.8))
     assert 4 <= found < 16  # the estimate is linear in the members, XLA's allocation nearly so
+    assert members_that_fit(task, spec, strategy, 2**30) > 64
     with pytest.raises(UserError, match=r"one candidate of regression needs .* MiB, but a device has 0 MiB"):
-        members(1000)
+        members_that_fit(task, spec, strategy, 1000)
+
+
+class FakeMeasurements:
+    """Two kinds of device: on one the plan stepwise is a little faster, on the other it is far slower."""
+
+    closed = 0
+
+    def plan_seconds(self) -> dict[str, dict[Plan, float]]:
+        return {"Old GPU": {"fused": 2e-3, "stepwise": 1e-3}, "New GPU": {"fused": 1e-3, "stepwise": 9e-3}}
+
+    def members_that_fit(self) -> dict[str, int | None]:
+        return {"Old GPU": 3, "New GPU": 7}
+
+    def close(self) -> None:
+        FakeMeasurements.closed += 1
+
+
+def test_plan_and_members_are_measured_on_every_kind_of_device_and_recorded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("metatrain.outer.setup.known_plan", lambda _: None)
+    monkeypatch.setattr("metatrain.outer.setup._measurements", lambda *_: FakeMeasurements())
+    FakeMeasurements.closed = 0
+    run(small_config(outer={"steps": 1}), tmp_path / "run")
+    config = load_config(tmp_path / "run" / "config.yaml")
+    assert (config.execution.plan, config.execution.members_per_call) == ("fused", 2)  # 4 candidates on two cores
+    assert [one.model_dump() for one in config.measured] == [
+        {"device": "Old GPU", "ms_per_step": {"fused": 2.0, "stepwise": 1.0}, "members_that_fit": 3},
+        {"device": "New GPU", "ms_per_step": {"fused": 1.0, "stepwise": 9.0}, "members_that_fit": 7},
+    ]
+    assert FakeMeasurements.closed == 1
+    grown = resume(tmp_path / "run", ["outer.steps=2"])  # nothing is measured again
+    assert grown.finished
+    assert load_config(tmp_path / "run" / "config.yaml").measured == config.measured
+    assert FakeMeasurements.closed == 1
+
+
+def test_where_a_run_measures() -> None:
+    def where(**execution: object) -> tuple[bool, bool]:
+        section = small_config(execution=execution).execution
+        return is_elsewhere(section), memory_is_limited(section)
+
+    assert where() == (False, True)
+    assert where(backend="ray") == (False, False)
+    assert where(backend="ray", address="10.0.0.5:6379") == (True, False)
+    assert where(backend="ray", resources_per_worker={"CPU": 1.0, "GPU": 0.5}) == (True, True)
+    assert where(backend="ray", address="10.0.0.5:6379", resources_per_worker={"TPU": 4.0}) == (True, True)
 
 
 def test_the_time_of_a_step_is_positive_whatever_the_noise() -> None:
