@@ -167,12 +167,13 @@ def scale_free_descriptors(layers: Sequence[Layer]) -> np.ndarray:
     - 5: one-hot, the kind of tensor; convolutions are matrices.
     - 1: depth, the position of the layer's module among the network's modules, in [0, 1]: sorted by name, numbers by
       value, whatever the order given, so that splitting a network into groups does not change it; see `depth_order`.
+      A norm comes behind the module with a kernel that it is numbered like: `bn1` behind `conv1`.
     - 2: whether its module is the last, and whether it is the first.
     """
     paths = [layer.path for layer in layers]
     by_name = sorted(range(len(paths)), key=lambda i: _natural_key(paths[i]))
     ordered = [by_name[i] for i in depth_order([paths[i] for i in by_name])]
-    modules = list(dict.fromkeys(module_of(paths[i]) for i in ordered))
+    modules = _norms_behind(list(dict.fromkeys(module_of(paths[i]) for i in ordered)), layers)
     rows = []
     for layer in layers:
         kinds = [float(_scale_free_kind(layer) == each) for each in _SCALE_FREE_KINDS]
@@ -180,6 +181,26 @@ def scale_free_descriptors(layers: Sequence[Layer]) -> np.ndarray:
         depth = modules.index(module) / max(len(modules) - 1, 1)
         rows.append([*kinds, depth, float(module == modules[-1]), float(module == modules[0])])
     return np.array(rows, np.float32).reshape(len(layers), len(_SCALE_FREE_KINDS) + 3)
+
+
+def _norms_behind(modules: Sequence[str], layers: Sequence[Layer]) -> list[str]:
+    """The modules, each norm moved behind the first module with a kernel of its parent and number, if there is one."""
+    kernels = {module_of(layer.path) for layer in layers if _scale_free_kind(layer) in ("matrix", "embedding")}
+    followed: dict[tuple[str, str], str] = {}
+    for module in modules:
+        if module in kernels:
+            followed.setdefault(_parent_and_number(module), module)
+    before = {module: followed.get(_parent_and_number(module)) for module in modules if module not in kernels}
+    ordered = []
+    for module in modules:
+        if before.get(module) is None:
+            ordered += [module, *(norm for norm, kernel in before.items() if kernel == module)]
+    return ordered
+
+
+def _parent_and_number(module: str) -> tuple[str, str]:
+    numbers = re.findall(r"\d+$", module)
+    return module_of(module) if re.search("[/.]", module) else "", numbers[0] if numbers else ""
 
 
 def natural_rms(layers: Sequence[Layer]) -> np.ndarray:

@@ -50,6 +50,11 @@ def train_only(mode: str, init: Init, loss: Loss) -> tuple[Init, Loss]:
     return partial_init, partial_loss
 
 
+def with_head_of(params: Params, other: Params) -> Params:
+    """The parameters with the head of `other`, those of the same network."""
+    return _joined(_split(params)[0], _split(other)[1])
+
+
 def _split(params: Params) -> tuple[Params, Params]:
     """(all parameters but the head, the head)."""
     if "head" in params:

@@ -81,13 +81,10 @@ def run(
         if resume_run and (folder.path / "config.yaml").is_file():
             refuse_links(folder.path, folder.name)
             return _resume(folder, resolve_start(config), allow_other_version)
-        if not folder.path.exists():
-            check_destination(folder.path)
+        _refuse_existing(folder)
+        check_destination(folder.path)
         setup = Setup.build(config.model_copy(update={"code": None}))
-        if folder.path.exists():
-            raise UserError(
-                f"{folder.name} exists; resume it with `metatrain resume {folder.name}` or choose another with --out"
-            )
+        _refuse_existing(folder)  # another run may have begun meanwhile
         setup = dataclasses.replace(setup, config=setup.config.model_copy(update={"code": current_code()}))
         _create(folder, setup.config)
         try:
@@ -99,6 +96,13 @@ def run(
             if not any(step.name.isdigit() for step in (folder.path / "state").glob("*")):
                 shutil.rmtree(folder.path)
             raise
+
+
+def _refuse_existing(folder: RunFolder) -> None:
+    if folder.path.exists():
+        raise UserError(
+            f"{folder.name} exists; resume it with `metatrain resume {folder.name}` or choose another with --out"
+        )
 
 
 def resume(

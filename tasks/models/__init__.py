@@ -46,7 +46,7 @@ def _cnn(image_shape: Sequence[int], classes: int, *, widths: Sequence[int] = (8
 MODELS: dict[str, Callable[..., nnx.Module]] = {
     "mlp": _mlp,
     "cnn": _cnn,
-    **{f"resnet{depth}": functools.partial(cifar_resnet, depth) for depth in (8, 20, 32, 56)},
+    **{f"resnet{depth}": functools.partial(cifar_resnet, depth) for depth in (8, 14, 20, 32, 56)},
     **{f"resnet{depth}": functools.partial(imagenet_resnet, depth) for depth in (18, 34, 50)},
     "vit_tiny": functools.partial(vit, dim=192, heads=3),
     "vit_small": functools.partial(vit, dim=384, heads=6),

@@ -209,6 +209,16 @@ def test_descriptors_do_not_depend_on_the_order_given():
     assert found["stem/kernel"][:5] == found["head/kernel"][:5] == [1, 0, 0, 0, 0]
 
 
+def test_a_norm_comes_behind_its_convolution_whatever_it_is_called():
+    names = ("bn1.weight", "conv1.weight", "layer1.0.bn1.weight", "layer1.0.bn2.weight", "layer1.0.conv1.weight")
+    names += ("layer1.0.conv2.weight", "fc.weight")
+    network = [Layer(name, (4,) if "bn" in name else (3, 3, 4, 4) if "conv" in name else (4, 10)) for name in names]
+    rows = dict(zip(names, scale_free_descriptors(network), strict=True))
+    expected = ["conv1", "bn1", "layer1.0.conv1", "layer1.0.bn1", "layer1.0.conv2", "layer1.0.bn2", "fc"]
+    assert [name.removesuffix(".weight") for name in sorted(names, key=lambda name: rows[name][5])] == expected
+    assert [name for name in names if rows[name][7]] == ["conv1.weight"]
+
+
 def test_natural_sizes():
     adapters = layers(("q/a", (32, 4)), ("q/b", (4, 32)))
     np.testing.assert_allclose(natural_rms(adapters), [1 / np.sqrt(32), 1 / 2], rtol=1e-6)

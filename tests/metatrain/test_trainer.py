@@ -266,9 +266,10 @@ def test_export_of_an_interrupted_run(quiet: Path, tmp_path: Path) -> None:
     assert_same_theta(tmp_path / "whole", quiet / "optimizer")
 
 
-def test_refusals(quiet: Path, tmp_path: Path) -> None:
+def test_refusals(quiet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = sorted(p.name for p in quiet.iterdir())
-    with pytest.raises(UserError, match="exists; resume it with"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="exists; resume it with"):
+        patch.setattr(Setup, "build", lambda _: pytest.fail("the set-up takes minutes: refuse the folder before it"))
         trainer.run(small_config(), quiet)
     assert sorted(p.name for p in quiet.iterdir()) == before
     with pytest.raises(UserError, match=r"not a run: it has no config\.yaml"):

@@ -108,7 +108,7 @@ def test_batches_come_from_inner_train(digits: Task) -> None:
     [
         ({"colour": 1}, ["task.colour", "'digits'", "target"]),
         ({"target": "svhn"}, ["task.target", "'svhn'", "mnist, uci"]),
-        ({"init": "imagenet"}, ["task.init", "'imagenet'", "mnist, uci, random"]),
+        ({"init": "imagenet"}, ["task.init", "'imagenet'", "mnist, uci, patterns, other_patterns, random"]),
         ({"batch_size": 0}, ["task.batch_size", "0"]),
         ({"batch_size": 5000}, ["task.batch_size", "5000", "2000"]),
         ({"held_out_inits": 0}, ["task.held_out_inits", "0"]),
@@ -146,8 +146,39 @@ def test_other_starts_are_only_for_meta_training(digits: Task) -> None:
     assert losses[10] > 1 > 0.4 > max(losses[17:20])  # after 10 steps of fine-tuning, and after hundreds
     assert all(loss == pytest.approx(np.log(10), abs=0.5) for loss in losses[20:])  # what chance has
     for starts in ([], "warm", ["hot"]):
-        with pytest.raises(TaskError, match=r"task\.starts is .*; it must be a list of pretrained, warm, random"):
+        with pytest.raises(
+            TaskError, match=r"task\.starts is .*; it must be a list of pretrained, new_head, warm, random"
+        ):
             make_task("digits", {"starts": starts})
+    with pytest.raises(TaskError, match=r"task\.starts is .*new_head and warm need pretrained inits"):
+        make_task("digits", {"starts": ["new_head"], "init": "random"})
+
+
+def test_a_new_head_on_pretrained_layers(digits: Task) -> None:
+    fresh = make_task("digits", {"starts": ["pretrained", "new_head"]})
+    assert fresh.pools["meta_train"] == [*range(10), *range(16, 26)]
+    params, _ = fresh.init(fresh.data, 17)
+    before, _ = digits.init(digits.data, 1)
+    assert jax.tree.structure(params) == jax.tree.structure(before)
+    last = max(params["layers"])
+    for i, layer in params["layers"].items():
+        same = np.array_equal(layer["kernel"], before["layers"][i]["kernel"])
+        assert same == (i != last)
+
+
+def test_patterns_have_classes_of_their_own() -> None:
+    (images, labels), (others, _) = digits_data.SOURCES["patterns"](), digits_data.SOURCES["other_patterns"]()
+    assert images.shape == others.shape == (4000, 14, 14, 1)
+    assert images.dtype == np.float32
+    assert np.array_equal(np.bincount(labels), [160] * 25)
+    assert np.array_equal(images, digits_data.SOURCES["patterns"]()[0])
+    assert not np.array_equal(images, others)
+    task = make_task("digits", {"target": "patterns", "init": "random", "model": "mlp"})
+    loss, aux = task.loss(*task.init(task.data, jnp.int32(0)), task.data["test"], False)
+    assert 2.5 < float(loss) < 5  # ln 25 is 3.2
+    assert float(aux.accuracy) < 0.15
+    with pytest.raises(TaskError, match=r"task\.init is 'uci'; for the target patterns"):
+        make_task("digits", {"target": "patterns", "init": "uci"})
 
 
 @pytest.mark.parametrize(
