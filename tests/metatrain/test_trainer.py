@@ -268,9 +268,10 @@ def test_export_of_an_interrupted_run(quiet: Path, tmp_path: Path) -> None:
 
 def test_refusals(quiet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = sorted(p.name for p in quiet.iterdir())
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="exists; resume it with"):
-        patch.setattr(Setup, "build", lambda _: pytest.fail("the set-up takes minutes: refuse the folder before it"))
+    monkeypatch.setattr(Setup, "build", lambda _: pytest.fail("the set-up takes minutes: refuse the folder before it"))
+    with pytest.raises(UserError, match="exists; resume it with"):
         trainer.run(small_config(), quiet)
+    monkeypatch.undo()
     assert sorted(p.name for p in quiet.iterdir()) == before
     with pytest.raises(UserError, match=r"not a run: it has no config\.yaml"):
         trainer.resume(tmp_path)
