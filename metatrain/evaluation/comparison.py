@@ -130,9 +130,9 @@ def _rivals(how: EvaluationConfig, torch: bool) -> tuple[dict[str, Baseline | In
     """The baselines for tasks of JAX or of PyTorch, and why some are left out."""
     if not torch:
         return chosen_baselines(how.baselines, how.schedules)
-    from metatrain.evaluation.torch_baselines import TORCH_BASELINES, find_torch_baseline
+    from metatrain.evaluation.torch_baselines import ALL_TORCH, find_torch_baseline
 
-    return chosen_baselines(how.baselines, how.schedules, find_torch_baseline, tuple(TORCH_BASELINES))
+    return chosen_baselines(how.baselines, how.schedules, find_torch_baseline, ALL_TORCH)
 
 
 def _options(section: EvaluationConfig, options: Mapping[str, Any]) -> EvaluationConfig:

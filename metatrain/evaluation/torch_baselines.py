@@ -1,4 +1,7 @@
-"""The optimizers of `torch.optim` that L3RS is compared with on tasks of PyTorch, as functions of a learning rate."""
+"""The optimizers that L3RS is compared with on tasks of PyTorch, as functions of a learning rate.
+
+They are those of `torch.optim`, and some of the package pytorch-optimizer where it is installed.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import functools
 import importlib
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,6 +30,22 @@ TORCH_BASELINES = {
     "nadam": Baseline(torch.optim.NAdam, 2.0**-9),
 }
 
+# Classes of pytorch-optimizer, and where the search begins. Names that `BASELINES` has mean the same algorithm.
+_PACKAGE = {
+    "lion": ("Lion", 2.0**-12),
+    "adan": ("Adan", 2.0**-8),
+    "yogi": ("Yogi", 2.0**-7),
+    "prodigy": ("Prodigy", 1.0),
+    "schedule_free": ("ScheduleFreeAdamW", 2.0**-8),  # judged at its average
+    "muon": ("Muon", 2.0**-6),
+    "adabelief": ("AdaBelief", 2.0**-9),
+    "lamb": ("Lamb", 2.0**-8),
+    "ademamix": ("AdEMAMix", 2.0**-9),
+    "soap": ("SOAP", 2.0**-8),
+}
+ALL_TORCH = (*TORCH_BASELINES, *_PACKAGE)  # what "all" stands for
+_MUON_ADAMW = 0.015  # AdamW's learning rate over Muon's, as in Muon's own defaults
+
 
 def find_torch_baseline(name: str, options: Mapping[str, Any] | None = None) -> Baseline:
     """Find a baseline by name, or by `package.module:Class` for another optimizer of `torch.optim`'s kind.
@@ -35,7 +54,7 @@ def find_torch_baseline(name: str, options: Mapping[str, Any] | None = None) -> 
     `learning_rate`, or 2⁻⁹.
 
     Args:
-      name: a key of `TORCH_BASELINES`, or a class.
+      name: one of `ALL_TORCH`, or a class.
       options: of its constructor. A `learning_rate` is used as it is, and not tuned.
 
     Raises:
@@ -63,9 +82,11 @@ def find_torch_baseline(name: str, options: Mapping[str, Any] | None = None) -> 
 def _named(name: str) -> Baseline:
     if name in TORCH_BASELINES:
         return TORCH_BASELINES[name]
+    if name in _PACKAGE:
+        return _of_package(name)
     module_name, _, attribute = name.partition(":")
     if not attribute:
-        known = ", ".join(TORCH_BASELINES)
+        known = ", ".join(ALL_TORCH)
         raise UserError(f"no baseline {name} for tasks of PyTorch; allowed are {known} and package.module:Class")
     try:
         make = getattr(importlib.import_module(module_name), attribute)
@@ -74,6 +95,39 @@ def _named(name: str) -> Baseline:
     except AttributeError:
         raise UserError(f"baseline {name}: {module_name} has no class {attribute!r}") from None
     return Baseline(make, getattr(make, "learning_rate", 2.0**-9))
+
+
+def _of_package(name: str) -> Baseline:
+    class_name, rate = _PACKAGE[name]
+    try:
+        own = getattr(importlib.import_module("pytorch_optimizer"), class_name)
+    except ImportError:
+        raise MissingBaselineError(f"baseline {name} is left out: it needs pip install pytorch-optimizer") from None
+    except AttributeError:
+        raise MissingBaselineError(
+            f"baseline {name} is left out: the installed pytorch-optimizer has no {class_name}; upgrade it"
+        ) from None
+    schedules = ("constant",) if name == "schedule_free" else SCHEDULES
+    return Baseline(_muon(own) if name == "muon" else own, rate, schedules)
+
+
+def _muon(own: Any) -> Any:
+    """Muon for tensors of two or more axes, and its own AdamW, whose learning rate follows, for the others."""
+
+    @functools.wraps(own)
+    def make(params: Iterable[nn.Parameter], lr: float, **options: Any) -> torch.optim.Optimizer:
+        every = list(params)
+        groups = [
+            {"params": [p for p in every if p.ndim >= 2], "lr": lr, "use_muon": True},
+            {
+                "params": [p for p in every if p.ndim < 2],
+                "lr": options.pop("adamw_lr", _MUON_ADAMW * lr),
+                "use_muon": False,
+            },
+        ]
+        return own([group for group in groups if group["params"]], **options)
+
+    return make
 
 
 class Scheduled:

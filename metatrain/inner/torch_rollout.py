@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -53,21 +54,36 @@ def torch_rollout(task: TorchTask, make: MakeStepper, splits: Sequence[str]) -> 
         points: Sequence[int] | np.ndarray | None = None,
     ) -> dict[str, Score]:
         del data  # the task's own objects hold it
-        done, scores = 0, []
+        done, scores, optimizer = 0, [], None
         with deterministic(task.device):
             steps = _steps(training, make, hyper, sample, int(horizon))
             for until in [int(horizon)] if points is None else [int(point) for point in points]:
                 for _ in range(done, until):
-                    next(steps)
+                    _, optimizer = next(steps)
                 done = max(done, until)
                 if done == 0:
                     training.start(int(sample.init))
-                scores.append({split: np.array(training.score(split), np.float32) for split in splits})
+                with _handed_over(optimizer):
+                    scores.append({split: np.array(training.score(split), np.float32) for split in splits})
         if points is None:
             return {split: Score(*found) for split, found in scores[0].items()}
         return {split: Score(*np.stack([row[split] for row in scores]).T) for split in splits}
 
     return rollout
+
+
+@contextlib.contextmanager
+def _handed_over(optimizer: Any) -> Iterator[None]:
+    """Put the parameters that an optimizer hands over into the model: its average if it keeps one (schedule-free)."""
+    own: Any = getattr(optimizer, "optimizer", None)
+    if not (hasattr(own, "eval") and hasattr(own, "train")):
+        yield
+        return
+    own.eval()
+    try:
+        yield
+    finally:
+        own.train()
 
 
 def torch_steps(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from pathlib import Path
 
 import jax
@@ -15,10 +17,11 @@ import l3rs  # noqa: E402
 from metatrain import report  # noqa: E402
 from metatrain.config import UserError  # noqa: E402
 from metatrain.evaluation.analysis import Analysis  # noqa: E402
-from metatrain.evaluation.baselines import SCHEDULES, Tuned, make_baseline  # noqa: E402
+from metatrain.evaluation.baselines import SCHEDULES, MissingBaselineError, Tuned, make_baseline  # noqa: E402
 from metatrain.evaluation.comparison import evaluate  # noqa: E402
 from metatrain.evaluation.records import Results  # noqa: E402
 from metatrain.evaluation.torch_baselines import (  # noqa: E402
+    ALL_TORCH,
     TORCH_BASELINES,
     Scheduled,
     find_torch_baseline,
@@ -26,6 +29,8 @@ from metatrain.evaluation.torch_baselines import (  # noqa: E402
     schedule_factor,
 )
 from metatrain.inner.network import make_spec, task_layers  # noqa: E402
+from metatrain.inner.torch_rollout import torch_rollout  # noqa: E402
+from tasks import sample  # noqa: E402
 from tests.metatrain.common import small_config  # noqa: E402
 from tests.metatrain.torch_tasks import TINY, tiny  # noqa: E402
 
@@ -83,17 +88,21 @@ def test_schedules_are_those_of_jax(schedule: str) -> None:
     assert optax.tree.norm(params) == 0
 
 
-@pytest.mark.parametrize("name", TORCH_BASELINES)
+@pytest.mark.parametrize("name", ALL_TORCH)
 def test_every_baseline_descends(name: str) -> None:
-    param = torch.nn.Parameter(torch.ones(3))
+    """On a matrix and a vector, at the rate where the search begins."""
+    if name not in TORCH_BASELINES:
+        pytest.importorskip("pytorch_optimizer", reason="the extra integrations")
+    params = [torch.nn.Parameter(torch.eye(3) + 0.1), torch.nn.Parameter(torch.ones(3))]
     baseline = find_torch_baseline(name)
-    hyper = jax.tree.map(lambda x: x[0], Tuned.grid([baseline.learning_rate], "cosine"))
-    optimizer = make_torch_baseline(baseline, hyper, [("w", param)], 20)
+    schedule = "cosine" if "cosine" in baseline.schedules else "constant"
+    hyper = jax.tree.map(lambda x: x[0], Tuned.grid([baseline.learning_rate], schedule))
+    optimizer = make_torch_baseline(baseline, hyper, [("w", params[0]), ("b", params[1])], 20)
     assert isinstance(optimizer, Scheduled)
     losses = []
     for _ in range(20):
         optimizer.optimizer.zero_grad()
-        loss = (param**2).sum()
+        loss = sum((param**2).sum() for param in params)
         loss.backward()
         optimizer.step(loss=loss.detach())
         losses.append(loss.item())
@@ -103,7 +112,7 @@ def test_every_baseline_descends(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "sentence"),
     [
-        ("lion", {}, "no baseline lion for tasks of PyTorch; allowed are sgd, sgdm"),
+        ("sophia", {}, "no baseline sophia for tasks of PyTorch; allowed are sgd, sgdm.*lion, adan"),
         ("adam", {"beta": 1}, "baseline adam has no option beta; allowed are learning_rate, betas"),
         ("adam", {"betas": [2, 0.9]}, "baseline adam: Invalid beta"),
         ("adam", {"learning_rate": 0}, "learning_rate is 0; it must be one number > 0"),
@@ -129,3 +138,48 @@ def test_own_classes_and_missing_packages() -> None:
     )  # fmt: skip
     assert [record.optimizer for record in found.records] == ["torch.optim:RAdam(learning_rate=0.01)/constant"]
     assert any("no_such_package:Adam is left out" in note for note in found.notes)
+
+
+def test_names_of_a_package_that_is_not_installed_or_too_old_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    with pytest.raises(MissingBaselineError, match=r"baseline lion is left out.*pip install pytorch-optimizer"):
+        find_torch_baseline("lion")
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", types.ModuleType("pytorch_optimizer"))
+    with pytest.raises(MissingBaselineError, match="the installed pytorch-optimizer has no SOAP"):
+        find_torch_baseline("soap")
+
+
+def test_muon_takes_matrices_and_its_adamw_the_rest() -> None:
+    pytest.importorskip("pytorch_optimizer", reason="the extra integrations")
+    found = find_torch_baseline("muon", {"momentum": 0.9})
+    matrix, vector = torch.nn.Parameter(torch.eye(3)), torch.nn.Parameter(torch.ones(3))
+    both = found.make([matrix, vector], lr=0.02).param_groups
+    assert [(group["use_muon"], group["lr"], len(group["params"])) for group in both] == [
+        (True, 0.02, 1),
+        (False, pytest.approx(3e-4), 1),
+    ]
+    assert both[0]["momentum"] == 0.9
+    assert len(found.make([vector], lr=0.02).param_groups) == 1
+
+
+def test_schedule_free_is_judged_at_its_average() -> None:
+    """And training goes on from where it was: evaluated in between or not, the same last score."""
+    pytest.importorskip("pytorch_optimizer", reason="the extra integrations")
+    baseline = find_torch_baseline("schedule_free")
+    assert baseline.schedules == ("constant",)
+    made: list[Scheduled] = []
+
+    def make(hyper: Tuned, params: list, horizon: int) -> Scheduled:
+        made.append(make_torch_baseline(baseline, hyper, params, horizon))
+        return made[-1]
+
+    task = tiny()
+    rollout, chosen = torch_rollout(task, make, ("test",)), sample(task, jax.random.key(0))
+    hyper = jax.tree.map(lambda x: x[0], Tuned.grid([2.0**-4], "constant"))
+    often = rollout(hyper, task.data, chosen, 8, points=[2, 5, 8])["test"].loss
+    once = rollout(hyper, task.data, chosen, 8)["test"].loss
+    assert often[-1] == pytest.approx(float(once), rel=1e-5)
+    params = made[-1].optimizer.param_groups[0]["params"]
+    left = [param.detach().clone() for param in params]  # where the next gradient would be taken
+    made[-1].optimizer.eval()
+    assert any(not torch.allclose(one, two) for one, two in zip(left, params, strict=True))
