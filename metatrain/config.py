@@ -47,7 +47,7 @@ class _Section(pydantic.BaseModel):
 class TaskConfig(pydantic.BaseModel):
     """The task: `name` is listed by `metatrain list-tasks` or is `package.module:function`; the rest are its options.
 
-    `variants` are mappings of options that replace these, `name` too. Every generation draws one of them.
+    `variants` are mappings of options that replace these, `name` too. Every task sample draws one of them.
     """
 
     model_config = pydantic.ConfigDict(extra="allow", frozen=True)
@@ -114,7 +114,7 @@ class OptimizerConfig(_SpecFields):
 
 
 class HorizonConfig(_Section):
-    """Inner steps of a generation, drawn log-uniformly from min … max."""
+    """Inner steps of a task sample, drawn log-uniformly from min … max."""
 
     min: Count = 10
     max: Count = 200
@@ -135,6 +135,9 @@ class OuterConfig(_Section):
     strategy: Literal["open_es", "snes", "pgpe"] = "open_es"
     learning_rate: Positive = 0.03  # of Adam on the search gradient, decayed to 0 along a cosine
     horizon: HorizonConfig = HorizonConfig()
+    # Task samples (variant, init, batches, horizon) on which a generation evaluates every member. With more than one, a
+    # member's fitness is the mean of its ranks within each sample; a non-finite loss ranks worst.
+    samples: int = Field(default=1, ge=1, le=1000, strict=True)
     max_failures: Count = 5  # generations in a row without a finite fitness before the run stops
 
     @pydantic.model_validator(mode="after")

@@ -2,12 +2,13 @@
 
 The population is cut into chunks of `members_per_call`. Each chunk is one compiled call that
 regenerates its members from (strategy state, key). A member's fitness is a pure function of
-(state, spec, member), so neither the number of devices nor the order of completion changes a bit.
+(state, spec, draw, member), so neither the number of devices nor the order of completion changes a bit.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,21 +25,27 @@ from tasks import Task, TaskSample
 from tasks.base import AnyTask
 
 
+class Draw(NamedTuple):
+    """One training run that every member of a generation does: a task, where it starts, and how long it is."""
+
+    sample: TaskSample
+    horizon: int
+    task: int = 0  # index into the run's tasks
+
+
 class GenerationSpec(NamedTuple):
     """The values that all members of a generation share."""
 
     generation: int
     key: jax.Array  # uint32 [2], of `Strategy.ask`
-    sample: TaskSample
-    horizon: int
-    task: int = 0  # index into the run's tasks
+    draws: tuple[Draw, ...]  # `outer.samples` of them
 
 
 class Evaluator(Protocol):
     """Evaluates a generation."""
 
     def evaluate(self, state: State, spec: GenerationSpec, waiting: Callable[[str], None] | None = None) -> np.ndarray:
-        """The meta-loss of each member, float32 [population]; non-finite where training diverged.
+        """The meta-loss of each member in each draw, float32 [draws, population]; non-finite where training diverged.
 
         Args:
           state: of the strategy.
@@ -84,35 +91,37 @@ class LocalEvaluator:
 
     def evaluate(self, state: State, spec: GenerationSpec, waiting: Callable[[str], None] | None = None) -> np.ndarray:
         del waiting  # this process can always compute
-        chunks: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
-        for members in cut(self._population, self._chunk):
-            chunks.put(members)
+        chunks: queue.SimpleQueue[tuple[int, np.ndarray]] = queue.SimpleQueue()
+        for chunk in generation_chunks(spec.draws, self._population, self._chunk):
+            chunks.put(chunk)
 
-        fitness = np.full(self._population, np.nan, np.float32)
-        call = self._calls[spec.task]
+        losses = np.full((len(spec.draws), self._population), np.nan, np.float32)
 
-        def work(device: jax.Device, data: Any) -> None:
-            arguments = jax.device_put((state, spec.key, spec.sample, np.int32(spec.horizon)), device)
+        def work(number: int, device: jax.Device) -> None:
+            placed = [
+                jax.device_put((state, spec.key, draw.sample, np.int32(draw.horizon)), device) for draw in spec.draws
+            ]
             while True:
                 try:
-                    members = chunks.get_nowait()
+                    index, members = chunks.get_nowait()
                 except queue.Empty:
                     return
-                fitness[members], self._chunk = fitness_by_halves(
-                    lambda part: np.asarray(call(*arguments, data, jax.device_put(part, device))),
-                    members,
-                    self._chunk,
-                )
+                task = spec.draws[index].task
+                call = functools.partial(self._call, task, placed[index], number)
+                losses[index, members], self._chunk = fitness_by_halves(call, members, self._chunk)
 
         try:
-            pairs = zip(self._devices, self._data[spec.task], strict=True)
-            for done in [self._pool.submit(work, *pair) for pair in pairs]:
+            for done in [self._pool.submit(work, *each) for each in enumerate(self._devices)]:
                 done.result()
         finally:
             while not chunks.empty():  # after an interrupt or an error the other devices need not continue
                 with contextlib.suppress(queue.Empty):
                     chunks.get_nowait()
-        return fitness
+        return losses
+
+    def _call(self, task: int, arguments: Any, device: int, members: np.ndarray) -> np.ndarray:
+        placed = jax.device_put(members, self._devices[device])
+        return np.asarray(self._calls[task](*arguments, self._data[task][device], placed))
 
     def report(self) -> dict[str, Any]:
         return {"workers": len(self._devices)}
@@ -121,12 +130,27 @@ class LocalEvaluator:
         self._pool.shutdown(cancel_futures=True)
 
 
+def host_arguments(state: State, key: jax.Array, draw: Draw) -> tuple[Any, ...]:
+    """The first arguments of `candidate_losses` as arrays of the host, to be sent to other processes."""
+    return (*jax.tree.map(np.asarray, (state, key, draw.sample)), np.int32(draw.horizon))
+
+
 def cut(population: int, chunk: int) -> list[np.ndarray]:
     """Cut member numbers into arrays int32 [chunk]. The last one repeats the last member, to have the same shape."""
     return [
         np.minimum(np.arange(first, first + chunk, dtype=np.int32), population - 1)
         for first in range(0, population, chunk)
     ]
+
+
+def generation_chunks(draws: Sequence[Draw], population: int, chunk: int) -> list[tuple[int, np.ndarray]]:
+    """The calls of a generation, as pairs (index of the draw, member numbers int32 [chunk]).
+
+    Those of the longest horizon come first, so that no device waits long for the last one.
+    """
+    parts = cut(population, chunk)
+    longest_first = sorted(range(len(draws)), key=lambda index: -draws[index].horizon)
+    return [(index, members) for index in longest_first for members in parts]
 
 
 def fitness_by_halves(

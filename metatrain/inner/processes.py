@@ -20,7 +20,7 @@ import numpy as np
 import l3rs
 from metatrain.config import ExecutionConfig, OuterConfig, UserError
 from metatrain.inner.devices import use_cores
-from metatrain.inner.population import GenerationSpec, candidate_losses
+from metatrain.inner.population import GenerationSpec, candidate_losses, generation_chunks, host_arguments
 from metatrain.outer.strategy import State, make_strategy
 from metatrain.system import usable_cpus
 from tasks.base import AnyTask
@@ -65,30 +65,30 @@ class ProcessEvaluator:
 
     def evaluate(self, state: State, spec: GenerationSpec, waiting: Callable[[str], None] | None = None) -> np.ndarray:
         del waiting  # a process that dies is replaced at once
-        host = jax.tree.map(np.asarray, (state, spec.key, spec.sample))
-        shared = (spec.task, (*host, np.int32(spec.horizon)))
-        fitness = np.full(self._population, np.nan, np.float32)
-        pending = deque(range(self._population))
-        running: dict[Connection, int] = {}
+        shared = [(draw.task, host_arguments(state, spec.key, draw)) for draw in spec.draws]
+        losses = np.full((len(spec.draws), self._population), np.nan, np.float32)
+        chunks = generation_chunks(spec.draws, self._population, 1)
+        pending = deque((index, int(member)) for index, [member] in chunks)
+        running: dict[Connection, tuple[int, int]] = {}
         while pending or running:
             for connection in [c for c in self._workers if c not in running]:
                 if pending:
-                    running[connection] = pending.popleft()
-                    self._send(connection, (shared, running[connection]))
+                    index, member = running[connection] = pending.popleft()
+                    self._send(connection, (shared[index], member))
             ready: list[Any] = wait(list(running))
             for connection in ready:
-                member = running.pop(connection)
+                index, member = running.pop(connection)
                 try:
                     answer = connection.recv()
                 except (EOFError, OSError):
-                    pending.appendleft(member)
+                    pending.appendleft((index, member))
                     self._replace(connection)
                     continue
                 self._deaths = 0
                 if isinstance(answer, BaseException):
                     raise answer
-                fitness[member] = answer
-        return fitness
+                losses[index, member] = answer
+        return losses
 
     def report(self) -> dict[str, Any]:
         return {"workers": len(self._workers), "lost": self._lost}

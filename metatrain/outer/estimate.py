@@ -28,7 +28,7 @@ class Estimate:
     """The work of a run, and the speed of one worker of this machine.
 
     Attributes:
-      horizons: of each generation, [G]; they follow from the seed.
+      horizons: of each generation's draws, [G][samples]; they follow from the seed.
       population, members_per_shard: candidates per generation, and per shard.
       seconds_per_step: of a candidate-step on one core or accelerator; measured.
       seconds_per_call: of a shard apart from its steps (evaluation of the meta-loss, dispatch); measured.
@@ -36,7 +36,7 @@ class Estimate:
       shard_bytes: sent to a worker and back for one shard.
     """
 
-    horizons: tuple[int, ...]
+    horizons: tuple[tuple[int, ...], ...]
     population: int
     members_per_shard: int
     seconds_per_step: float
@@ -46,17 +46,21 @@ class Estimate:
 
     @property
     def candidate_steps(self) -> int:
-        return self.population * sum(self.horizons)
+        return self.population * sum(map(sum, self.horizons))
 
     @property
     def shards(self) -> int:
-        return math.ceil(self.population / self.members_per_shard)
+        """Shards of a generation."""
+        return math.ceil(self.population / self.members_per_shard) * len(self.horizons[0])
 
     def hours(self, workers: int) -> float:
         """Duration with `workers` workers as fast as the measured one, none of which fails."""
-        rounds = math.ceil(self.shards / workers)
-        seconds = [self.seconds_per_call + self.members_per_shard * self.seconds_per_step * h for h in self.horizons]
-        return rounds * sum(seconds) / 3600
+        each = self.members_per_shard * self.seconds_per_step
+        total = 0.0
+        for horizons in self.horizons:
+            seconds = np.repeat([self.seconds_per_call + each * h for h in horizons], self.shards // len(horizons))
+            total += float(np.sort(seconds)[::-1][::workers].sum())  # in every round of shards, the longest one
+        return total / 3600
 
     def bytes_per_generation(self, machines: int) -> int:
         return machines * self.state_bytes + self.shards * self.shard_bytes
@@ -73,7 +77,7 @@ def estimate(config: Config) -> Estimate:
     members, plan = execution.members_per_call, execution.plan
     assert members != "auto"
     assert plan != "auto"
-    horizons = tuple(setup.generation(n).horizon for n in range(config.outer.steps))
+    horizons = tuple(tuple(draw.horizon for draw in setup.generation(n).draws) for n in range(config.outer.steps))
     state = setup.fresh().strategy
     spec = setup.generation(0)
     shard = cut(population, members)[0]
@@ -86,7 +90,7 @@ def estimate(config: Config) -> Estimate:
         return time_steps(lambda steps: call(*arguments, np.int32(steps), data, own_shard), _STEPS, _ROUNDS)
 
     per_step, per_call = (float(x) for x in np.mean([measure(task) for task in setup.tasks], axis=0))
-    host: Any = jax.tree.leaves(jax.tree.map(np.asarray, (state, spec.key, spec.sample)))
+    host: Any = jax.tree.leaves(jax.tree.map(np.asarray, (state, spec.key, [draw.sample for draw in spec.draws])))
     return Estimate(
         horizons=horizons,
         population=population,

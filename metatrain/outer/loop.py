@@ -35,13 +35,14 @@ from metatrain.outer.code import changes, current_code
 from metatrain.outer.export import Form, save_optimizer, write_form
 from metatrain.outer.lease import LeaseLostError
 from metatrain.outer.lock import BusyError, FolderGoneError, FolderWatch, run_lock
-from metatrain.outer.metrics import Metrics
+from metatrain.outer.metrics import Metrics, describe_draws
 from metatrain.outer.progress import Display
 from metatrain.outer.setup import Setup
 from metatrain.outer.signals import Interrupts
 from metatrain.outer.start import resolve_start
 from metatrain.outer.state import Progress, StateStore
 from metatrain.outer.store import RunFolder, run_folder
+from metatrain.outer.strategy import mean_ranks
 from metatrain.report.live import Live
 from metatrain.system import check_destination
 from metatrain.trust import refuse_links, require_trust
@@ -366,22 +367,18 @@ def _generation(
     began = time.perf_counter()
     spec = setup.generation(progress.generation)
     with interrupts.allowed():
-        fitness = evaluator.evaluate(progress.strategy, spec, waiting)
-    finite = fitness[np.isfinite(fitness)]
+        losses = evaluator.evaluate(progress.strategy, spec, waiting)
+    failed = not np.isfinite(losses).any()
     strategy = progress.strategy
-    if finite.size:
+    if not failed:
+        fitness = losses[0] if len(losses) == 1 else mean_ranks(losses)
         strategy = setup.strategy.tell(jax.random.wrap_key_data(spec.key), strategy, jnp.asarray(fitness))
     theta_norm = float(optax.tree.norm(setup.strategy.mean(strategy)))
     seconds = time.perf_counter() - began
-    steps = setup.config.outer.population * spec.horizon
+    steps = setup.config.outer.population * sum(draw.horizon for draw in spec.draws)
     line = {
         "generation": spec.generation,
-        "horizon": spec.horizon,
-        "task": spec.task,
-        "init": int(spec.sample.init),
-        "meta_loss_mean": float(finite.mean()) if finite.size else None,
-        "meta_loss_best": float(finite.min()) if finite.size else None,
-        "finite": int(finite.size),
+        **describe_draws(spec.draws, losses),
         "theta_norm": theta_norm,
         "candidate_steps_per_s": steps / seconds,
         "seconds": seconds,
@@ -389,7 +386,7 @@ def _generation(
     }
     progress = Progress(
         generation=progress.generation + 1,
-        failures=0 if finite.size else progress.failures + 1,
+        failures=progress.failures + 1 if failed else 0,
         candidate_steps=progress.candidate_steps + steps,
         seconds=progress.seconds + seconds,
         strategy=strategy,

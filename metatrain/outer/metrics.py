@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from l3rs.io.files import write_atomically
+from metatrain.inner.population import Draw
 
 _MAX_BYTES = 1 << 30
 _MAX_LINE = 1 << 16
@@ -40,13 +43,46 @@ class Metrics:
         self._file.flush()
         if self._board:
             for name, value in line.items():
-                if name != "generation" and value is not None:
+                if name != "generation" and isinstance(value, int | float):
                     self._board.add_scalar(name, value, line["generation"])
 
     def close(self) -> None:
         self._file.close()
         if self._board:
             self._board.close()
+
+
+def describe_draws(draws: Sequence[Draw], losses: np.ndarray) -> dict[str, Any]:
+    """What a line of metrics says about the draws of a generation and the losses in them.
+
+    With one draw, `task`, `init` and `horizon` are its own. With several, `samples` lists these and the mean loss of
+    each, `horizon` is the mean of theirs, `meta_loss_mean` the mean of their means, and `meta_loss_best` the lowest
+    mean loss of a member that is finite in every draw.
+
+    Args:
+      draws: of the generation.
+      losses: float32 [draws, population].
+    """
+    rows = [row[np.isfinite(row)] for row in losses]
+    means = [float(row.mean()) if row.size else None for row in rows]
+    each = [
+        {"horizon": draw.horizon, "task": draw.task, "init": int(draw.sample.init), "meta_loss_mean": mean}
+        for draw, mean in zip(draws, means, strict=True)
+    ]
+    finite = sum(int(row.size) for row in rows)
+    if len(draws) == 1:
+        best = float(rows[0].min()) if finite else None
+        return {**each[0], "meta_loss_best": best, "finite": finite}
+    known = [mean for mean in means if mean is not None]
+    members = losses.mean(0)
+    members = members[np.isfinite(members)]
+    return {
+        "horizon": sum(draw.horizon for draw in draws) / len(draws),
+        "samples": each,
+        "meta_loss_mean": sum(known) / len(known) if known else None,
+        "meta_loss_best": float(members.min()) if members.size else None,
+        "finite": finite,
+    }
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

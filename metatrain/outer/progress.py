@@ -42,7 +42,7 @@ class Display:
         if mean is None:
             self.log(f"generation {metrics['generation']}: no candidate has a finite loss; the state is kept")
         line = (
-            f"meta-loss {'not finite' if mean is None else format(mean, '.4f')}  horizon {metrics['horizon']:>4}  "
+            f"meta-loss {'not finite' if mean is None else format(mean, '.4f')}  horizon {metrics['horizon']:>4.0f}  "
             f"{metrics['candidate_steps_per_s']:,.0f} candidate-steps/s  {metrics['workers']} workers"
         )
         if self._bar:

@@ -16,7 +16,7 @@ from metatrain.config import Config, ExecutionConfig, MeasuredConfig, Plan, User
 from metatrain.inner.measure import LocalMeasurements, Measurements, Probe
 from metatrain.inner.network import make_spec, task_layers, task_matches
 from metatrain.inner.plan import check_plan, fastest, known_plan, members_per_call
-from metatrain.inner.population import Evaluator, GenerationSpec, LocalEvaluator
+from metatrain.inner.population import Draw, Evaluator, GenerationSpec, LocalEvaluator
 from metatrain.inner.processes import ProcessEvaluator, local_processes
 from metatrain.outer.start import resolve_start, start_theta
 from metatrain.outer.state import Progress
@@ -26,6 +26,8 @@ from metatrain.system import search_current_folder
 from tasks import make_task, sample
 from tasks.base import AnyTask
 
+_FURTHER_DRAWS = 1 << 20  # keys of draws after the first one begin here, away from those that `split` gives
+
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
@@ -33,7 +35,7 @@ class Setup:
 
     Attributes:
       config: the configuration; `plan` and `members_per_call` are decided, no longer "auto".
-      tasks: the variants of the task; each generation uses one of them.
+      tasks: the variants of the task; each draw of a generation uses one of them.
       spec: the form of the optimizer.
       strategy: the evolution strategy.
       start: the meta-parameters of `optimizer.start`; None for new ones.
@@ -92,11 +94,16 @@ class Setup:
     def generation(self, number: int) -> GenerationSpec:
         """A generation's random choices. They depend on the seed and the number alone, so nothing has to be saved."""
         key = jax.random.fold_in(jax.random.key(self.config.seed), number)
-        ask_key, sample_key, horizon_key = jax.random.split(key, 3)
+        others = [jax.random.fold_in(key, _FURTHER_DRAWS + index) for index in range(1, self.config.outer.samples)]
+        ask_key = jax.random.split(key, 3)[0]
+        return GenerationSpec(number, jax.random.key_data(ask_key), tuple(map(self._draw, [key, *others])))
+
+    def _draw(self, key: jax.Array) -> Draw:
+        _, sample_key, horizon_key = jax.random.split(key, 3)
         low, high = math.log(self.config.outer.horizon.min), math.log(self.config.outer.horizon.max)
         horizon = round(math.exp(low + float(jax.random.uniform(horizon_key)) * (high - low)))
         task = int(jax.random.randint(jax.random.fold_in(key, 0), (), 0, len(self.tasks)))
-        return GenerationSpec(number, jax.random.key_data(ask_key), sample(self.tasks[task], sample_key), horizon, task)
+        return Draw(sample(self.tasks[task], sample_key), horizon, task)
 
 
 def _check_variants(tasks: tuple[AnyTask, ...], spec: l3rs.Spec) -> None:

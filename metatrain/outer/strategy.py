@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from l3rs.spec import Theta
@@ -62,6 +63,23 @@ def make_strategy(config: OuterConfig, theta: Theta) -> Strategy:
     return Strategy(
         jax.jit(init), jax.jit(ask), jax.jit(tell), jax.jit(lambda state: _float32(algorithm.get_mean(state)))
     )
+
+
+def mean_ranks(losses: np.ndarray) -> np.ndarray:
+    """One fitness per member from its losses in several draws, whose scales may differ.
+
+    Args:
+      losses: [draws, population]; non-finite ones rank worst.
+
+    Returns:
+      The mean of a member's ranks within each draw, 0 for the lowest loss; equal losses share the mean of their ranks.
+      float32 [population].
+    """
+    ranks = []
+    for row in np.where(np.isfinite(losses), losses, np.inf):
+        ordered = np.sort(row)
+        ranks.append((np.searchsorted(ordered, row) + np.searchsorted(ordered, row, "right") - 1) / 2)
+    return np.mean(ranks, axis=0).astype(np.float32)
 
 
 def _float32(theta: Theta) -> Theta:

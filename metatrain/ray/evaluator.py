@@ -1,6 +1,6 @@
 """The Evaluator on Ray: workers on any number of machines, which may disappear and come back at any time.
 
-A worker is a Ray actor. It receives (strategy state, key, task sample, horizon, member numbers),
+A worker is a Ray actor. It receives (strategy state, key, draws, index of a draw, member numbers),
 regenerates these members and answers with their meta-losses: scalars. A fitness is a pure function of
 what was received, so it does not matter which worker computes it, when, or how often.
 """
@@ -8,17 +8,17 @@ what was received, so it does not matter which worker computes it, when, or how 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 import l3rs
 from l3rs.io.files import first_line
 from metatrain.config import ExecutionConfig, OuterConfig, Plan, UserError
-from metatrain.inner.population import GenerationSpec, cut
+from metatrain.inner.population import Draw, GenerationSpec, cut, generation_chunks, host_arguments
 from metatrain.outer.strategy import State
 from metatrain.ray.connection import connect
 from metatrain.ray.fleet import COUNT_SECONDS, Fleet, Member, Package
@@ -36,19 +36,19 @@ class _Round:
 
     Attributes:
       number: tells answers of this call from those of earlier ones.
-      members: member numbers of each shard.
-      steps: candidate-steps of a shard.
+      members: (index of the draw, member numbers) of each shard; see `GenerationSpec.draws`.
+      steps: candidate-steps of the largest shard.
       shared: reference to the values that all members share.
       shards: who evaluates what.
-      fitness: the result, float32 [population].
+      losses: the result, float32 [draws, population].
     """
 
     number: int
-    members: list[np.ndarray]
+    members: list[tuple[int, np.ndarray]]
     steps: int
     shared: list[Any]
     shards: Shards
-    fitness: np.ndarray
+    losses: np.ndarray
 
 
 class RayEvaluator:
@@ -105,8 +105,8 @@ class RayEvaluator:
             for ref in self._wait(refs, _WATCH_SECONDS if idle else COUNT_SECONDS):
                 self._receive(ref, work)
             self._replace_hung(work)
-        self._end(work, spec.horizon)
-        return work.fitness
+        self._end(work, spec.draws)
+        return work.losses
 
     def report(self) -> dict[str, Any]:
         """The workers' part of the metrics.
@@ -127,27 +127,33 @@ class RayEvaluator:
 
     def _begin(self, state: State, spec: GenerationSpec) -> _Round:
         self._rounds += 1
-        members = self._group(spec.horizon)
-        host = jax.tree.map(np.asarray, (state, spec.key, spec.sample))
+        members = self._group(spec.draws)
         return _Round(
             number=self._rounds,
             members=members,
-            steps=len(members[0]) * spec.horizon,
-            shared=[self._ray.put((spec.task, (*host, np.int32(spec.horizon))))],
+            steps=max(len(own) * spec.draws[index].horizon for index, own in members),
+            shared=[self._ray.put([(draw.task, host_arguments(state, spec.key, draw)) for draw in spec.draws])],
             shards=Shards(len(members)),
-            fitness=np.full(self._population, np.nan, np.float32),
+            losses=np.full((len(spec.draws), self._population), np.nan, np.float32),
         )
 
-    def _group(self, horizon: int) -> list[np.ndarray]:
-        """Member numbers of each shard. A worker calls chunk by chunk, so the grouping does not change the values."""
-        size = shard_size(len(self._chunks), len(self._fleet.members), self._pace * horizon)
-        return [np.concatenate(self._chunks[i : i + size]) for i in range(0, len(self._chunks), size)]
+    def _group(self, draws: Sequence[Draw]) -> list[tuple[int, np.ndarray]]:
+        """The shards, each of one draw. A worker calls chunk by chunk, so the grouping does not change the values."""
+        mean = sum(draw.horizon for draw in draws) / len(draws)
+        calls = generation_chunks(draws, self._population, len(self._chunks[0]))
+        size = shard_size(len(calls), len(self._fleet.members), self._pace * mean)
+        found = []
+        for index, own in itertools.groupby(calls, key=lambda call: call[0]):
+            members = [part for _, part in own]
+            found += [(index, np.concatenate(members[i : i + size])) for i in range(0, len(members), size)]
+        return found
 
-    def _end(self, work: _Round, horizon: int) -> None:
+    def _end(self, work: _Round, draws: Sequence[Draw]) -> None:
         self._counts["duplicated"] += work.shards.duplicated
-        self._counts["requeued"] += work.shards.requeued * len(work.members[0])
+        self._counts["requeued"] += work.shards.requeued * len(work.members[0][1])
         if work.shards.seconds:
-            self._pace = work.shards.seconds * len(self._chunks[0]) / len(work.members[0]) / horizon
+            steps = sum(len(own) * draws[index].horizon for index, own in work.members)
+            self._pace = work.shards.seconds * len(work.members) * len(self._chunks[0]) / steps
 
     def _hand_out(self, member: Member, work: _Round) -> None:
         if any(number != work.number for number, _ in member.calls.values()):
@@ -156,7 +162,7 @@ class RayEvaluator:
         while (shard := work.shards.take(member, workers, now)) is not None:
             if not member.calls:
                 self._health.given_work(member, now)
-            ref = member.actor.evaluate.remote(work.number, work.shared, shard, work.members[shard], member.chunk)
+            ref = member.actor.evaluate.remote(work.number, work.shared, shard, *work.members[shard], member.chunk)
             member.calls[ref] = (work.number, shard)
 
     def _wait(self, refs: list[Any], seconds: float) -> list[Any]:
@@ -196,7 +202,7 @@ class RayEvaluator:
 
     def _accept(self, member: Member, work: _Round, shard: int, answer: Any, now: float) -> None:
         """Use an answer of this round, if it can be used."""
-        if why := unusable(answer, work.number, shard, len(work.members[shard])):
+        if why := unusable(answer, work.number, shard, len(work.members[shard][1])):
             self._counts["rejected"] += 1
             self._log(f"a worker's answer is dropped: {why}")
             work.shards.reject(member, shard, now)
@@ -207,7 +213,7 @@ class RayEvaluator:
             self._log(f"a worker ran out of memory; it now evaluates {answer.chunk} candidates at once")
             member.chunk = answer.chunk
         if work.shards.answer(member, shard, now):
-            work.fitness[work.members[shard]] = answer.fitness
+            work.losses[work.members[shard]] = answer.fitness
         else:
             self._counts["stale"] += 1
 

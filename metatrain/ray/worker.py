@@ -81,18 +81,27 @@ class Worker:
         self._data = jax.device_put([task.data for task in tasks], self._device)
         return []
 
-    def evaluate(self, round_: int, shared: Sequence[Any], shard: int, members: np.ndarray, chunk: int) -> Answer:
-        """The meta-losses of `members`; `shared` holds a reference to the values that all members share."""
+    def evaluate(
+        self, round_: int, shared: Sequence[Any], shard: int, draw: int, members: np.ndarray, chunk: int
+    ) -> Answer:
+        """The meta-losses of `members` in one draw of the generation.
+
+        Args:
+          round_, shard: returned with the answer.
+          shared: holds a reference to (task, arguments of `candidate_losses`) of each draw.
+          draw: its index.
+          members: int32 [m].
+          chunk: members in one compiled call.
+        """
         import ray
 
         if round_ != self._round:
-            self._task, arguments = ray.get(shared[0])
-            self._shared = jax.device_put(arguments, self._device)
+            self._shared = [(task, jax.device_put(own, self._device)) for task, own in ray.get(shared[0])]
             self._round = round_
+        task, arguments = self._shared[draw]
 
         def call(part: np.ndarray) -> np.ndarray:
-            data = self._data[self._task]
-            return np.asarray(self._calls[self._task](*self._shared, data, jax.device_put(part, self._device)))
+            return np.asarray(self._calls[task](*arguments, self._data[task], jax.device_put(part, self._device)))
 
         fitness, chunk = fitness_by_halves(call, members, chunk)
         return Answer(round_, shard, fitness, chunk)

@@ -20,7 +20,7 @@ import numpy as np
 import l3rs
 from metatrain.config import ExecutionConfig, OuterConfig, Plan
 from metatrain.inner.devices import use_cores
-from metatrain.inner.population import Evaluator, GenerationSpec, LocalEvaluator
+from metatrain.inner.population import Draw, Evaluator, GenerationSpec, LocalEvaluator
 from metatrain.outer.strategy import make_strategy
 from metatrain.ray.evaluator import RayEvaluator
 from tasks import Task, sample
@@ -42,7 +42,7 @@ def _parts(task: Task, population: int) -> tuple[l3rs.Spec, OuterConfig, Any, An
 
 def _generation(task: Task, horizon: int) -> GenerationSpec:
     key = jax.random.key(0)
-    return GenerationSpec(0, jax.random.key_data(key), sample(task, key), horizon)
+    return GenerationSpec(0, jax.random.key_data(key), (Draw(sample(task, key), horizon),))
 
 
 def _local(task: Task, population: int, plan: Plan) -> tuple[Evaluator, Any]:

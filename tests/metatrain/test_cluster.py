@@ -31,8 +31,8 @@ from tests.metatrain.common import REGRESSION, assert_same_theta, metrics, small
 from tests.metatrain.nodes import worker_processes
 from tests.metatrain.test_population import generation
 
-_OUTER = {"steps": 10, "population": 16}
-_TASK = {"name": REGRESSION, "variants": [{}, {"examples": 48}]}  # a generation is of one of the two
+_OUTER = {"steps": 6, "population": 16, "samples": 2}
+_TASK = {"name": REGRESSION, "variants": [{}, {"examples": 48}]}  # a sample is of one of the two
 
 
 def ray_config(workers: int | str = 2, task: dict | None = None, **execution: object) -> Config:
@@ -66,7 +66,7 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def quiet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten generations in this process."""
+    """Six generations of two samples in this process."""
     folder = tmp_path_factory.mktemp("quiet") / "run"
     run(small_config(task=_TASK, outer=_OUTER, execution={"members_per_call": 2, "plan": "fused"}), folder)
     return folder
@@ -235,9 +235,9 @@ def test_every_worker_does_its_share() -> None:
         answered_or_asked = sum(answers(remote)) + sum(len(member.calls) for member in remote._fleet.members)
         assert answered_or_asked == 8 * remote._rounds + remote.report()["duplicated"]
         # Calls of 2 candidates, 50 ms each, are put together to shards of .25 s, as long as there are 4 a worker.
-        assert [len(shard) for shard in remote._group(horizon=5)] == [2] * 8
+        assert [len(own) for _, own in remote._group(generation().draws)] == [2] * 8
         other = remote._fleet.members.pop()
-        assert [len(shard) for shard in remote._group(horizon=5)] == [4] * 4
+        assert [len(own) for _, own in remote._group(generation().draws)] == [4] * 4
         remote._fleet.members.append(other)
     finally:
         remote.close()

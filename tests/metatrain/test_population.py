@@ -11,7 +11,7 @@ import pytest
 
 import l3rs
 from metatrain.config import Plan
-from metatrain.inner.population import GenerationSpec, LocalEvaluator, fitness_by_halves
+from metatrain.inner.population import Draw, GenerationSpec, LocalEvaluator, fitness_by_halves
 from metatrain.outer.strategy import make_strategy
 from tasks import sample
 from tests.metatrain.common import small_config
@@ -34,7 +34,7 @@ def evaluator(
 
 def generation(number: int = 0, horizon: int = 5) -> GenerationSpec:
     key = jax.random.key(number)
-    return GenerationSpec(number, jax.random.key_data(key), sample(regression(), key), horizon)
+    return GenerationSpec(number, jax.random.key_data(key), (Draw(sample(regression(), key), horizon),))
 
 
 def test_fitness_does_not_depend_on_the_number_of_devices() -> None:
@@ -45,13 +45,13 @@ def test_fitness_does_not_depend_on_the_number_of_devices() -> None:
         local.close()
     assert len(jax.devices()) >= 2
     np.testing.assert_array_equal(results[0], results[1])
-    assert len(set(results[0].tolist())) == 8  # members differ
+    assert len(set(results[0][0].tolist())) == 8  # members differ
 
 
 def test_a_population_that_the_chunk_does_not_divide() -> None:
     whole, state = evaluator(jax.devices()[:1], population=6, members=4)
     fitness = whole.evaluate(state, generation())
-    assert fitness.shape == (6,)
+    assert fitness.shape == (1, 6)
     assert np.isfinite(fitness).all()
     # In chunks of another size the last bits may differ, no more.
     other, state = evaluator(jax.devices()[:1], population=6, members=3)
@@ -63,8 +63,8 @@ def test_members_share_start_and_batches() -> None:
     local, state = evaluator(jax.devices()[:1])
     still = state.replace(std=np.float32(0.0))
     fitness = local.evaluate(still, generation())
-    assert len(set(fitness.tolist())) == 1
-    assert local.evaluate(still, generation(1))[0] != fitness[0]
+    assert len(set(fitness[0].tolist())) == 1
+    assert local.evaluate(still, generation(1))[0, 0] != fitness[0, 0]
 
 
 def test_one_compilation_a_device_for_all_generations() -> None:

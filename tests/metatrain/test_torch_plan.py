@@ -134,7 +134,7 @@ def test_processes_give_the_bits_of_one_and_survive_a_kill() -> None:
     assert isinstance(local, LocalEvaluator)
     expected = [local.evaluate(state, setup.generation(n)) for n in range(3)]
     local.close()
-    assert len({*expected[0].tolist()}) == 6
+    assert len({*expected[0][0].tolist()}) == 6
     assert np.isfinite(expected).all()
     news: list[str] = []
     processes = ProcessEvaluator(setup.tasks, setup.spec, setup.config.outer, 2, news.append)
