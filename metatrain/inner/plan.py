@@ -26,6 +26,11 @@ _log = logging.getLogger("metatrain")
 
 _MEMORY_SHARE = 0.8  # of a device; the rest is for fragmentation and other processes
 
+# A population is computed in about so many fused calls, for as many workers to share, unless a call would then hold too
+# few candidates to be efficient, or more than it takes.
+_CALLS = 8
+_AT_ONCE, _AT_ONCE_ON_ACCELERATORS = (4, 16), (64, 1024)  # candidates in a call: fewest, most
+
 # Members in the measurement: enough to see how `vmap` changes convolutions, and what many at once save on accelerators.
 _MEMBERS, _MEMBERS_ON_ACCELERATORS = 2, 8
 _STEPS = 4
@@ -101,18 +106,18 @@ def check_plan(tasks: Sequence[AnyTask], plan: Plan | Literal["auto"]) -> None:
         )
 
 
-def members_per_call(population: int, plan: Plan, calls: int, fits: Sequence[int | None] = ()) -> int:
+def members_per_call(population: int, plan: Plan, accelerator: bool, fits: Sequence[int | None] = ()) -> int:
     """How many candidates one compiled call computes: one unless fused.
 
     Args:
       population: candidates of a generation.
       plan: of the run.
-      calls: in which a fused plan computes the population.
+      accelerator: whether they run on accelerators rather than CPU cores.
       fits: how many fit into the memory of each kind of device, see `members_that_fit`; None without a limit.
     """
     if plan != "fused":
         return 1
-    return min(math.ceil(population / calls), *(limit for limit in fits if limit is not None), population)
+    return min(candidates_at_once(population, accelerator), *(limit for limit in fits if limit is not None), population)
 
 
 def members_that_fit(task: Task, spec: l3rs.Spec, strategy: Strategy, memory: int) -> int:
@@ -130,6 +135,16 @@ def members_that_fit(task: Task, spec: l3rs.Spec, strategy: Strategy, memory: in
             f"{memory / 2**20:,.0f} MiB; use a smaller task.batch_size or model"
         )
     return fits
+
+
+def candidates_at_once(population: int, accelerator: bool) -> int:
+    """How many candidates of a fused plan run in one call, if memory does not limit it.
+
+    The number decides the last bits of a result. So it depends on the kind of device and on the population, and never
+    on how many devices or workers there are: a run gives the same bits on any number of them.
+    """
+    fewest, most = _AT_ONCE_ON_ACCELERATORS if accelerator else _AT_ONCE
+    return min(max(math.ceil(population / _CALLS), fewest), most, population)
 
 
 def scratch_bytes(task: Task, spec: l3rs.Spec, strategy: Strategy, members: int) -> int:

@@ -136,7 +136,7 @@ def _decide(config: Config, tasks: tuple[AnyTask, ...], spec: l3rs.Spec, log: Ca
             if count_members and plan == "fused":
                 fits = measurements.members_that_fit()
     if members == "auto":
-        members = members_per_call(config.outer.population, plan, _calls(execution), list(fits.values()))
+        members = members_per_call(config.outer.population, plan, _on_accelerator(execution), list(fits.values()))
     measured = tuple(
         MeasuredConfig(
             device=device,
@@ -171,8 +171,8 @@ def memory_is_limited(execution: ExecutionConfig) -> bool:
     return execution.backend == "local" or has_accelerator(execution.resources_per_worker)
 
 
-def _calls(execution: ExecutionConfig) -> int:
-    """One call per local device; on Ray two per worker, so that no worker waits long for the last one."""
-    if execution.backend == "local":
-        return len(jax.local_devices())
-    return len(jax.local_devices()) * 2 * (execution.workers if isinstance(execution.workers, int) else 4)
+def _on_accelerator(execution: ExecutionConfig) -> bool:
+    """Whether candidates run on accelerators rather than CPU cores."""
+    if execution.backend == "ray":
+        return has_accelerator(execution.resources_per_worker)
+    return jax.default_backend() != "cpu"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,17 @@ import pytest
 
 import l3rs
 from metatrain.config import Plan, UserError, load_config
-from metatrain.inner.plan import choose_plan, members_per_call, members_that_fit, scratch_bytes, time_steps
+from metatrain.inner.plan import (
+    candidates_at_once,
+    choose_plan,
+    members_per_call,
+    members_that_fit,
+    scratch_bytes,
+    time_steps,
+)
 from metatrain.inner.rollout import fused_rollout, stepwise_rollout
 from metatrain.outer.loop import resume, run
-from metatrain.outer.setup import is_elsewhere, memory_is_limited
+from metatrain.outer.setup import Setup, is_elsewhere, memory_is_limited
 from metatrain.outer.strategy import make_strategy
 from tasks import Task, make_task, sample
 from tests.metatrain.common import metrics, small_config
@@ -102,10 +110,10 @@ def test_digits_have_no_convolutions() -> None:
 
 
 def test_a_call_holds_the_population_or_what_fits_the_smallest_memory() -> None:
-    assert members_per_call(64, "fused", 1) == members_per_call(64, "fused", 1, [None]) == 64
-    assert members_per_call(64, "fused", 4) == 16
-    assert members_per_call(64, "fused", 1, [40, 24, None]) == 24
-    assert members_per_call(64, "stepwise", 1, [40]) == members_per_call(64, "torch", 1) == 1
+    assert members_per_call(64, "fused", True) == members_per_call(64, "fused", True, [None]) == 64
+    assert members_per_call(64, "fused", False) == 8
+    assert members_per_call(64, "fused", True, [40, 24, None]) == 24
+    assert members_per_call(64, "stepwise", True, [40]) == members_per_call(64, "torch", False) == 1
 
 
 def test_as_many_candidates_fit_as_xla_would_allocate() -> None:
@@ -147,7 +155,7 @@ def test_plan_and_members_are_measured_on_every_kind_of_device_and_recorded(
     FakeMeasurements.closed = 0
     run(small_config(outer={"steps": 1}), tmp_path / "run")
     config = load_config(tmp_path / "run" / "config.yaml")
-    assert (config.execution.plan, config.execution.members_per_call) == ("fused", 2)  # 4 candidates on two cores
+    assert (config.execution.plan, config.execution.members_per_call) == ("fused", 3)
     assert [one.model_dump() for one in config.measured] == [
         {"device": "Old GPU", "ms_per_step": {"fused": 2.0, "stepwise": 1.0}, "members_that_fit": 3},
         {"device": "New GPU", "ms_per_step": {"fused": 1.0, "stepwise": 9.0}, "members_that_fit": 7},
@@ -169,6 +177,30 @@ def test_where_a_run_measures() -> None:
     assert where(backend="ray", address="10.0.0.5:6379") == (True, False)
     assert where(backend="ray", resources_per_worker={"CPU": 1.0, "GPU": 0.5}) == (True, True)
     assert where(backend="ray", address="10.0.0.5:6379", resources_per_worker={"TPU": 4.0}) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("population", "on_cores", "on_accelerators"),
+    [(2, 2, 2), (8, 4, 8), (24, 4, 24), (32, 4, 32), (100, 13, 64), (1000, 16, 125), (100_000, 16, 1024)],
+)
+def test_a_call_holds_enough_to_be_efficient_and_leaves_calls_for_others(
+    population: int, on_cores: int, on_accelerators: int
+) -> None:
+    assert candidates_at_once(population, accelerator=False) == on_cores
+    assert candidates_at_once(population, accelerator=True) == on_accelerators
+
+
+@pytest.mark.parametrize("execution", [{}, *({"backend": "ray", "workers": n} for n in (1, 2, 4, "auto"))])
+def test_how_candidates_are_grouped_does_not_depend_on_devices_or_workers(execution: dict) -> None:
+    groups = set()
+    for devices in (1, 2):
+        with mock.patch("jax.local_devices", return_value=jax.devices()[:devices]):
+            groups.add(
+                Setup.build(
+                    small_config(outer={"population": 32}, execution=execution)
+                ).config.execution.members_per_call
+            )
+    assert groups == {4}
 
 
 def test_the_time_of_a_step_is_positive_whatever_the_noise() -> None:
