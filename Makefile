@@ -7,7 +7,7 @@ EXTRAS ?= dev
 comma := ,
 READY := $(VENV)/.ready-$(subst $(comma),-,$(EXTRAS))
 
-.PHONY: setup demo test test-slow test-lowest lint bench clean
+.PHONY: setup demo test test-slow test-lowest lint docs bench clean
 
 setup: $(READY)
 
@@ -48,6 +48,11 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The site, in build/site; its pages need no network. Every link within it is followed.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python tools/site/check_links.py build/site
 
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks

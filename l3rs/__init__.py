@@ -32,6 +32,8 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name in ("torch", "baselines"):
         return importlib.import_module(f"l3rs.{name}")
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("l3rs")
     if name in _MODULES:
         return optax_face(_MODULES[name], name)
     raise AttributeError(f"module 'l3rs' has no attribute {name!r}")

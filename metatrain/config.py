@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from l3rs.directions import direction_options
 from l3rs.io.files import read_regular
 from l3rs.io.manifest import check_spec_limits
 from metatrain import yaml_text
+from metatrain.config_errors import one_sentence
 
 Plan = Literal["fused", "stepwise", "torch"]  # how candidates run, see metatrain/inner/rollout.py, torch_rollout.py
 
@@ -45,9 +45,11 @@ class _Section(pydantic.BaseModel):
 
 
 class TaskConfig(pydantic.BaseModel):
-    """The task: `name` is listed by `metatrain list-tasks` or is `package.module:function`; the rest are its options.
+    """The training problem. Further keys are the task's own options.
 
-    `variants` are mappings of options that replace these, `name` too. Every task sample draws one of them.
+    Attributes:
+      name: one that `metatrain list-tasks` prints, or `package.module:function`.
+      variants: mappings of options that replace these, `name` too. Every task sample draws one of them.
     """
 
     model_config = pydantic.ConfigDict(extra="allow", frozen=True)
@@ -85,9 +87,13 @@ _SpecFields: Any = pydantic.create_model("_SpecFields", __base__=_Section, **_sp
 
 
 class OptimizerConfig(_SpecFields):
-    """The form of L3RS: the fields of `l3rs.Spec`, with its defaults and its checks; and where meta-training begins."""
+    """The form of L3RS: the fields of `l3rs.Spec`, with its defaults and its checks; and where meta-training begins.
 
-    start: Text | None = None  # checkpoint whose form and meta-parameters it begins with; null: new meta-parameters
+    Attributes:
+      start: checkpoint whose form and meta-parameters it begins with; null: new meta-parameters.
+    """
+
+    start: Text | None = None
 
     def spec_fields(self) -> dict[str, Any]:
         """The fields of `l3rs.Spec` without the layers."""
@@ -114,7 +120,12 @@ class OptimizerConfig(_SpecFields):
 
 
 class HorizonConfig(_Section):
-    """Inner steps of a task sample, drawn log-uniformly from min … max."""
+    """Inner steps of a task sample, drawn log-uniformly from min … max.
+
+    Attributes:
+      min: the shortest horizon, in steps.
+      max: the longest horizon, in steps.
+    """
 
     min: Count = 10
     max: Count = 200
@@ -127,18 +138,28 @@ class HorizonConfig(_Section):
 
 
 class OuterConfig(_Section):
-    """The evolution strategy."""
+    """The evolution strategy.
 
-    steps: Count = 400  # generations
+    Attributes:
+      steps: generations.
+      population: candidates of a generation; even, because they come in mirrored pairs.
+      sigma: standard deviation of the noise on the meta-parameters.
+      strategy: the estimator of the search gradient.
+      learning_rate: of Adam on the search gradient, decayed to 0 along a cosine.
+      horizon: inner steps of a task sample.
+      samples: task samples (variant, init, batches, horizon) on which a generation evaluates every member. With more
+        than one, a member's fitness is the mean of its ranks within each sample; a non-finite loss ranks worst.
+      max_failures: generations in a row without a finite fitness before the run stops.
+    """
+
+    steps: Count = 400
     population: int = Field(default=32, ge=2, le=10**6, strict=True)
     sigma: Positive = 0.05
     strategy: Literal["open_es", "snes", "pgpe"] = "open_es"
-    learning_rate: Positive = 0.03  # of Adam on the search gradient, decayed to 0 along a cosine
+    learning_rate: Positive = 0.03
     horizon: HorizonConfig = HorizonConfig()
-    # Task samples (variant, init, batches, horizon) on which a generation evaluates every member. With more than one, a
-    # member's fitness is the mean of its ranks within each sample; a non-finite loss ranks worst.
     samples: int = Field(default=1, ge=1, le=1000, strict=True)
-    max_failures: Count = 5  # generations in a row without a finite fitness before the run stops
+    max_failures: Count = 5
 
     @pydantic.model_validator(mode="after")
     def _even(self) -> OuterConfig:
@@ -148,18 +169,30 @@ class OuterConfig(_Section):
 
 
 class ExecutionConfig(_Section):
-    """Where candidates are evaluated."""
+    """Where and how candidates are evaluated.
+
+    Attributes:
+      backend: this process, or workers of Ray.
+      address: of Ray, host:port or auto; null starts Ray on this machine.
+      workers: Ray actors; auto fills the cluster, and follows it as it grows. Locally, processes of the plan torch;
+        auto: cores.
+      resources_per_worker: Ray's names: CPU, GPU (a part of one, or whole ones), TPU, or a custom resource. A worker
+        uses what it reserves.
+      autoscaling: wait for a node that can hold a worker instead of refusing the run when there is none.
+      allow_unauthenticated: use a cluster that others can reach, without Ray's token.
+      plan: how candidates run: one compiled loop over all (fused), one compiled step that Python calls (stepwise), or
+        PyTorch (torch). auto measures the first two; tasks of PyTorch always run as torch.
+      members_per_call: candidates in one compiled call.
+    """
 
     backend: Literal["local", "ray"] = "local"
-    address: Text | None = None  # of Ray: host:port or auto; null starts Ray on this machine
-    # Ray actors; auto fills the cluster, and follows it as it grows. Locally, processes of the plan torch; auto: cores.
+    address: Text | None = None
     workers: Few | Literal["auto"] = "auto"
-    # Ray's names: CPU, GPU (a part of one, or whole ones), TPU, or a custom resource. A worker uses what it reserves.
     resources_per_worker: dict[Text, Positive] = {"CPU": 1.0}
-    autoscaling: Flag = False  # wait for a node that can hold a worker instead of refusing the run when there is none
-    allow_unauthenticated: Flag = False  # use a cluster that others can reach, without Ray's token
-    plan: Plan | Literal["auto"] = "auto"  # torch is for tasks of PyTorch; auto measures the others
-    members_per_call: Count | Literal["auto"] = "auto"  # candidates in one compiled call
+    autoscaling: Flag = False
+    allow_unauthenticated: Flag = False
+    plan: Plan | Literal["auto"] = "auto"
+    members_per_call: Count | Literal["auto"] = "auto"
 
     @pydantic.model_validator(mode="after")
     def _somewhere(self) -> ExecutionConfig:
@@ -174,23 +207,41 @@ class ExecutionConfig(_Section):
 
 
 class CheckpointConfig(_Section):
-    every: Count = 25  # generations
+    """When a run saves its state.
+
+    Attributes:
+      every: generations between two checkpoints.
+      keep: how many of the newest checkpoints stay.
+    """
+
+    every: Count = 25
     keep: Count = 3
 
 
 class EvaluationConfig(_Section):
-    """How an optimizer is evaluated; the options of `metatrain evaluate` take precedence."""
+    """How an optimizer is evaluated; the options of `metatrain evaluate` take precedence.
 
-    settings: dict[_Name, dict[str, Any]] = {}  # {setting: options that replace the task's}; empty: the task itself
+    Attributes:
+      settings: {setting: options that replace the task's}; empty: the task itself.
+      horizons: numbers of steps to compare at.
+      seeds: training runs of each optimizer and horizon; a seed is an init and its batches.
+      tuning_seeds: how many of them tune the baselines; null: all.
+      baselines: names, `package.module:function`, or all; or mappings of a name, its options and a label.
+      schedules: of the learning rate: constant, cosine, warmup_cosine.
+      curve_points: test evaluations along a training run.
+      multipliers: factors of L3RS's steps to compare, e.g. [.1, .3, 1, 3, 10].
+      guard: L3RS's: fields of `l3rs.Guard`, or true for its defaults.
+    """
+
+    settings: dict[_Name, dict[str, Any]] = {}
     horizons: tuple[Count, ...] = Field(default=(10, 30, 100), min_length=1, max_length=100)
-    seeds: Few = 6  # training runs of each optimizer and horizon; a seed is an init and its batches
-    tuning_seeds: Few | None = None  # how many of them tune the baselines; null: all
-    # Names of evaluation/baselines.py, package.module:function, or all; or mappings of a name, its options and a label.
+    seeds: Few = 6
+    tuning_seeds: Few | None = None
     baselines: tuple[Text | dict[str, Any], ...] = ("adam", "sgdm")
-    schedules: tuple[Text, ...] = ("constant", "cosine")  # of the learning rate; there is also warmup_cosine
-    curve_points: Few = 16  # test evaluations along a training run
-    multipliers: tuple[Positive, ...] = ()  # factors of L3RS's steps to compare, e.g. [.1, .3, 1, 3, 10]
-    guard: Flag | dict[str, Any] = False  # L3RS's: fields of `l3rs.Guard`, or true for its defaults
+    schedules: tuple[Text, ...] = ("constant", "cosine")
+    curve_points: Few = 16
+    multipliers: tuple[Positive, ...] = ()
+    guard: Flag | dict[str, Any] = False
 
     def make_guard(self) -> bool | Guard:
         """The argument `guard` of `l3rs.learned_optimizer`."""
@@ -213,6 +264,12 @@ class EvaluationConfig(_Section):
 
 
 class LoggingConfig(_Section):
+    """What a run writes besides `metrics.jsonl` and its page.
+
+    Attributes:
+      tensorboard: event files in the folder `tensorboard`.
+    """
+
     tensorboard: Flag = True
 
 
@@ -225,16 +282,29 @@ class MeasuredConfig(_Section):
 
 
 class CodeConfig(_Section):
-    """What a run was started with. The run writes it; it is compared on resume."""
+    """What a run was started with. The run writes it; it is compared on resume.
 
-    l3rs: str  # version
-    jax: str  # version
-    source: str  # digest of the source of l3rs, tasks and metatrain
-    device: str  # kind of the device that computes; of the driver's on a cluster
+    Attributes:
+      l3rs: its version.
+      jax: its version.
+      source: digest of the source of l3rs, tasks and metatrain.
+      device: kind of the device that computes; of the driver's on a cluster.
+    """
+
+    l3rs: str
+    jax: str
+    source: str
+    device: str
 
 
 class Config(_Section):
-    """A meta-training run."""
+    """A meta-training run. Its sections are explained by their classes.
+
+    Attributes:
+      name: of the run and of its folder: letters, digits, dots, underscores and hyphens.
+      seed: of everything random in the run.
+      code: written by the run, never by hand.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     seed: int = Field(default=0, ge=0, lt=2**31, strict=True)
@@ -306,7 +376,7 @@ def check_section(section: type[Section], data: dict[Any, Any], where: str) -> S
     try:
         return section.model_validate(data)
     except pydantic.ValidationError as error:
-        raise UserError(f"{where}: {_sentences(error.errors(), section)}") from None
+        raise UserError(f"{where}: {one_sentence(error.errors(), section)}") from None
 
 
 def dump_config(config: Config) -> str:
@@ -369,57 +439,6 @@ def portable(value: Any) -> Any:
     if isinstance(value, str) and value.startswith("/"):  # this machine's folders mean nothing elsewhere
         return "…/" + "/".join(Path(value).parts[-2:])
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-_MAX_ERRORS = 5  # in one sentence
-
-# What pydantic puts into the location of an error beside keys: the members of a union.
-_MEMBERS = re.compile(r"(function-|tuple\[|literal\[|dict\[|constrained-|(bool|int|float|str)$)")
-
-
-def _sentences(errors: Sequence[Any], section: Any) -> str:
-    """Errors of pydantic as one sentence; what each member of a union wants is joined by "or"."""
-    found: dict[str, tuple[list[str], str]] = {}
-    wrong = {error["loc"] for error in errors}
-    for error in errors:
-        if error["type"] == "too_short" and any(
-            loc[: len(error["loc"])] == error["loc"] for loc in wrong - {error["loc"]}
-        ):
-            continue  # it counts the valid items only
-        key = ".".join(str(part) for part in error["loc"] if not _MEMBERS.match(str(part)))
-        wanted, _ = found.setdefault(key, ([], _found(error)))
-        wanted.append(_wanted(error, section))
-    shown = [f"{key[:300] or 'config'}: {_either(wanted)}{value}" for key, (wanted, value) in found.items()]
-    more = [f"and {len(shown) - _MAX_ERRORS} more"] if len(shown) > _MAX_ERRORS else []
-    return "; ".join(shown[:_MAX_ERRORS] + more)
-
-
-def _either(wanted: list[str]) -> str:
-    first, *others = wanted
-    return " or ".join([first, *(other.removeprefix("input should be ") for other in others)])
-
-
-def _wanted(error: Any, section: Any) -> str:
-    match error["type"]:
-        case "extra_forbidden":
-            for part in error["loc"][:-1]:
-                section = section.model_fields[part].annotation
-            return f"unknown key; allowed here are {', '.join(section.model_fields)}"
-        case "tuple_type":
-            return "input should be a list in brackets, e.g. [16, 16]"
-        case "dict_type" | "model_type":
-            return "input should be a mapping, e.g. {key: value}"
-        case "int_type":
-            return "input should be a valid integer, without quotes and leading zeros"
-    message = re.sub(r"^Value error, ", "", error["msg"])
-    return message[0].lower() + message[1:]
-
-
-def _found(error: Any) -> str:
-    if error["type"] in ("value_error", "missing", "extra_forbidden"):
-        return ""
-    found = repr(error["input"])
-    return f", found {found if len(found) <= 100 else found[:100] + '…'}"
 
 
 def one_line(error: BaseException) -> str:
