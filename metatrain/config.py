@@ -226,8 +226,8 @@ class EvaluationConfig(_Section):
       horizons: numbers of steps to compare at.
       seeds: training runs of each optimizer and horizon; a seed is an init and its batches.
       tuning_seeds: how many of them tune the baselines; null: all.
-      baselines: names, `package.module:function`, or all; or mappings of a name, its options and a label.
-      schedules: of the learning rate: constant, cosine, warmup_cosine.
+      baselines: names, `package.module:function`, or all; or mappings of a name, its options, a label and schedules.
+      schedules: of the learning rate: constant, cosine, warmup_cosine, step.
       curve_points: test evaluations along a training run.
       multipliers: factors of L3RS's steps to compare, e.g. [.1, .3, 1, 3, 10].
       guard: L3RS's: fields of `l3rs.Guard`, or true for its defaults.

@@ -20,7 +20,7 @@ from l3rs.baselines import iomt
 from l3rs.io.files import first_line
 from metatrain.config import UserError, one_line
 
-SCHEDULES = ("constant", "cosine", "warmup_cosine")
+SCHEDULES = ("constant", "cosine", "warmup_cosine", "step")
 WARMUP = 0.1  # of the horizon
 
 
@@ -71,6 +71,8 @@ BASELINES = {
     "adam": Baseline(optax.adam, 2.0**-9),
     "adamw": Baseline(functools.partial(optax.adamw, weight_decay=1e-2), 2.0**-9),
     "amsgrad": Baseline(optax.amsgrad, 2.0**-9),
+    "nadam": Baseline(optax.nadam, 2.0**-9),
+    "adamax": Baseline(optax.adamax, 2.0**-9),
     "adagrad": Baseline(optax.adagrad, 2.0**-6),
     "rmsprop": Baseline(optax.rmsprop, 2.0**-10),
     "lion": Baseline(optax.lion, 2.0**-12),
@@ -151,7 +153,8 @@ def make_baseline(
     """A baseline, given itself or by name, with one learning rate and schedule; `horizon` may be traced.
 
     constant: the learning rate itself. cosine: decays to zero over the horizon. warmup_cosine: rises linearly over the
-    first tenth of the horizon, at least one step, then decays to zero along a cosine.
+    first tenth of the horizon, at least one step, then decays to zero along a cosine. step: a tenth of it from half of
+    the horizon on, and a hundredth from three quarters on.
     """
     warmup = jnp.maximum(jnp.round(WARMUP * horizon), 1.0)
 
@@ -161,7 +164,9 @@ def make_baseline(
 
         rising = (step + 1) / (warmup + 1)
         falling = cosine((step - warmup) / jnp.maximum(horizon - warmup, 1.0))
-        factors = jnp.stack([jnp.float32(1), cosine(step / horizon), jnp.where(step < warmup, rising, falling)])
+        stepped = jnp.where(step < 0.5 * horizon, 1.0, jnp.where(step < 0.75 * horizon, 0.1, 0.01))
+        warm = jnp.where(step < warmup, rising, falling)
+        factors = jnp.stack([jnp.float32(1), cosine(step / horizon), warm, stepped])
         return hyper.learning_rate * factors[hyper.schedule]
 
     if isinstance(baseline, str):
@@ -282,32 +287,32 @@ def chosen_baselines(
     """The baselines of a configuration: {label: baseline, with the schedules that suit it}, and why some are left out.
 
     Args:
-      entries: names, or mappings of a name, options and a label: {name: mada, b1: 0.5, label: mada, poor β1}.
-        Without a label it is the name with the options: mada(b1=0.5). "all" stands for `every`. They
-        keep their order, and repeated entries count once.
-      schedules: of the learning rate.
+      entries: names, or mappings of a name, options, a label and schedules, {name: mada, b1: 0.5, label: "mada, poor
+        β1", schedules: [cosine]}. Without a label it is the name with the options: mada(b1=0.5). "all" stands for
+        `every`. They keep their order, and repeated entries count once.
+      schedules: of the learning rate, for entries without their own.
       find: finds a baseline by name and options.
       every: names.
 
     Raises:
       UserError: a name, option or schedule that does not exist, or two baselines with one label.
     """
-    if unknown := [schedule for schedule in schedules if schedule not in SCHEDULES]:
-        raise UserError(f"no schedule {', '.join(unknown)}; allowed are {', '.join(SCHEDULES)}")
-    parsed: dict[str, tuple[str, dict[str, Any]]] = {}
-    for entry in (own for given in entries for own in (every if given == "all" else [given])):
-        label, name, options = parse_entry(entry)
-        if parsed.setdefault(label, (name, options)) != (name, options):
-            raise UserError(f"two baselines have the label {label!r}; give one of them another label")
+    _check_schedules(schedules)
+    parsed: dict[str, Entry] = {}
+    for given in (one for entry in entries for one in (every if entry == "all" else [entry])):
+        written = parse_entry(given)
+        if parsed.setdefault(written.label, written) != written:
+            raise UserError(f"two baselines have the label {written.label!r}; give one of them another label")
     chosen: dict[str, Baseline | Interleaved] = {}
     missing = []
-    for label, (name, options) in parsed.items():
+    for label, entry in parsed.items():
         try:
-            found = find(name, options)
+            found = find(entry.name, entry.options)
         except MissingBaselineError as error:
             missing.append(str(error))
             continue
-        chosen[label] = found._replace(schedules=[s for s in schedules if s in found.schedules])
+        wanted = schedules if entry.schedules is None else entry.schedules
+        chosen[label] = found._replace(schedules=[s for s in wanted if s in found.schedules])
         if not chosen[label].schedules:
             missing.append(
                 f"baseline {label} is left out: it only works with the schedules {', '.join(found.schedules)}"
@@ -316,15 +321,24 @@ def chosen_baselines(
     return chosen, missing
 
 
-def parse_entry(entry: str | Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
-    """(label, name, options) of a baseline in a configuration.
+class Entry(NamedTuple):
+    """A baseline of a configuration."""
+
+    label: str
+    name: str
+    options: Mapping[str, Any]
+    schedules: Sequence[str] | None  # None: those of the evaluation
+
+
+def parse_entry(entry: str | Mapping[str, Any]) -> Entry:
+    """A baseline as it is written in a configuration.
 
     Raises:
-      UserError: an entry without a name, or a label that is not allowed.
+      UserError: an entry without a name, or a label or schedule that is not allowed.
     """
     if isinstance(entry, str):
-        return entry, entry, {}
-    options = {key: value for key, value in entry.items() if key not in ("name", "label")}
+        return Entry(entry, entry, {}, None)
+    options = {key: value for key, value in entry.items() if key not in ("name", "label", "schedules")}
     name = entry.get("name")
     if not isinstance(name, str):
         raise UserError(f"a baseline needs a name, found {dict(entry)}")
@@ -332,4 +346,13 @@ def parse_entry(entry: str | Mapping[str, Any]) -> tuple[str, str, dict[str, Any
     label = entry.get("label", f"{name}({shown})" if shown else name)
     if not isinstance(label, str) or not label or "/" in label or label == "l3rs":
         raise UserError(f"baseline {name}: label is {label!r}; it must be text without a slash, and not l3rs")
-    return label, name, options
+    schedules = entry.get("schedules")
+    if schedules is not None and (not isinstance(schedules, Sequence) or isinstance(schedules, str) or not schedules):
+        raise UserError(f"baseline {name}: schedules is {schedules!r}; it must be a list of {', '.join(SCHEDULES)}")
+    _check_schedules(schedules or (), f"baseline {name}: ")
+    return Entry(label, name, options, schedules)
+
+
+def _check_schedules(schedules: Sequence[Any], where: str = "") -> None:
+    if unknown := [str(schedule) for schedule in schedules if schedule not in SCHEDULES]:
+        raise UserError(f"{where}no schedule {', '.join(unknown)}; allowed are {', '.join(SCHEDULES)}")

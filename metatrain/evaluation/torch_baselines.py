@@ -28,6 +28,7 @@ TORCH_BASELINES = {
     "adagrad": Baseline(torch.optim.Adagrad, 2.0**-6),
     "rmsprop": Baseline(torch.optim.RMSprop, 2.0**-10),
     "nadam": Baseline(torch.optim.NAdam, 2.0**-9),
+    "adamax": Baseline(torch.optim.Adamax, 2.0**-9),
 }
 
 # Classes of pytorch-optimizer, and where the search begins. Names that `BASELINES` has mean the same algorithm.
@@ -163,6 +164,8 @@ def schedule_factor(schedule: str, step: int, horizon: int) -> float:
         return 1.0
     if schedule == "cosine":
         return cosine(step / horizon)
+    if schedule == "step":
+        return 1.0 if step < 0.5 * horizon else 0.1 if step < 0.75 * horizon else 0.01
     warmup = max(float(np.round(WARMUP * horizon)), 1.0)
     return (step + 1) / (warmup + 1) if step < warmup else cosine((step - warmup) / max(horizon - warmup, 1.0))
 

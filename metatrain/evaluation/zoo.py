@@ -108,8 +108,8 @@ class _Labels:
     def __init__(self, analysis: Analysis) -> None:
         entries = [e for e in analysis.results.config.get("evaluation", {}).get("baselines", ()) if e != "all"]
         parsed = [parse_entry(entry) for entry in entries]
-        self._names = {label: name for label, name, _ in parsed}
-        self._given = {label: options["learning_rate"] for label, _, options in parsed if "learning_rate" in options}
+        self._names = {entry.label: entry.name for entry in parsed}
+        self._given = {e.label: e.options["learning_rate"] for e in parsed if "learning_rate" in e.options}
         self._labels = analysis.results.baselines()
 
     def tuned(self, name: str | None = None) -> list[str]:

@@ -120,7 +120,8 @@ def test_the_constant_schedule_is_constant(name: str) -> None:
 
 
 @pytest.mark.parametrize(("schedule", "expected"), [("cosine", optax.cosine_decay_schedule(0.5, 40)), (
-    "warmup_cosine", optax.warmup_cosine_decay_schedule(0.1, 0.5, 4, 40))])  # fmt: skip
+    "warmup_cosine", optax.warmup_cosine_decay_schedule(0.1, 0.5, 4, 40)), (
+    "step", optax.piecewise_constant_schedule(0.5, {20: 0.1, 30: 0.1}))])  # fmt: skip
 def test_schedules_are_optax_own(schedule: str, expected: optax.Schedule) -> None:
     params = {"w": jnp.zeros(())}
     tx = make_baseline("sgd", jax.tree.map(lambda x: x[0], Tuned.grid([0.5], schedule)), 40)

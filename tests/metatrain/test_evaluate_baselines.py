@@ -79,6 +79,15 @@ def test_options_go_to_the_constructor() -> None:
         ({"b1": 0.5}, r"a baseline needs a name, found \{'b1': 0.5\}"),
         ({"name": "adam", "label": "a/b"}, "baseline adam: label is 'a/b'"),
         ({"name": "adam", "label": "l3rs"}, "baseline adam: label is 'l3rs'"),
+        (
+            {"name": "adam", "schedules": ["cosinus"]},
+            "baseline adam: no schedule cosinus; allowed are constant, cosine",
+        ),
+        (
+            {"name": "adam", "schedules": "cosine"},
+            "baseline adam: schedules is 'cosine'; it must be a list of constant",
+        ),
+        ({"name": "adam", "schedules": []}, r"baseline adam: schedules is \[\]; it must be a list of constant"),
         ({"name": "adma", "b1": 0.5}, "no baseline adma; allowed are sgd, .*swats, iomt, doit, .*package.module:funct"),
     ],
 )
@@ -104,6 +113,16 @@ def test_labels_order_and_duplicates() -> None:
     assert notes == []
     with pytest.raises(UserError, match=r"two baselines .* 'x'"):
         chosen_baselines([{"name": "adam", "label": "x"}, {"name": "sgd", "label": "x"}], ["constant"])
+
+
+def test_an_entry_may_have_schedules_of_its_own() -> None:
+    entries = ["adam", {"name": "sgdm", "schedules": ["step", "cosine"]}, {"name": "swats", "schedules": ["step"]}]
+    chosen, notes = chosen_baselines(entries, ["constant"])
+    assert {label: list(baseline.schedules) for label, baseline in chosen.items()} == {
+        "adam": ["constant"],
+        "sgdm": ["step", "cosine"],
+    }
+    assert "swats is left out" in notes[0]  # it relies on a constant rate
 
 
 def test_all_has_the_systems_and_not_their_ablations() -> None:
