@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from metatrain import cluster_commands, specialize_command
+from metatrain import cluster_commands, compare_command, specialize_command
 from metatrain.terminal import AllowOtherVersion, ConfigFile, Overrides, TrustTask, console, load
 
 # What a command needs beyond this it imports when it is called: JAX and Ray take seconds.
@@ -337,6 +337,7 @@ def estimate(
 
 app.add_typer(cluster_commands.app)
 app.add_typer(specialize_command.app)
+app.add_typer(compare_command.app)
 
 
 @app.command()

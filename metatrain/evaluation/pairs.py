@@ -1,0 +1,86 @@
+"""One optimizer of an evaluation against each of the others, on the same seeds; and the cost of IOMT's controller."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+from metatrain.config import UserError
+from metatrain.evaluation.records import RecordTable, Results, family, nan_as_inf
+from metatrain.evaluation.statistics import Interval, mean_interval
+
+Field = Literal["loss", "accuracy"]
+Outcome = Literal["better", "worse", "undecided"]
+
+
+class Pair(NamedTuple):
+    """An optimizer beside the one that all are compared with."""
+
+    optimizer: str
+    difference: Interval  # of the compared one minus this one, paired over seeds
+    outcome: Outcome  # of the compared one: better or worse only where the interval excludes 0
+
+
+class Overhead(NamedTuple):
+    """What IOMT's controller took in the first seed's run over the longest horizon."""
+
+    optimizer: str
+    stages: int
+    seconds: float  # of the controller, in all stages
+    share: float  # of the seconds of training without it; NaN where the cost of a step was not measured
+
+
+def pairs(results: RecordTable, optimizer: str, setting: str, horizon: int, field: Field) -> list[Pair]:
+    """An optimizer against each of the others, the best of them first.
+
+    Args:
+      results: runs of all optimizers on the same seeds.
+      optimizer: a label of `results`, see `find_label`.
+      setting, horizon: where they are compared.
+      field: what is compared, on test: a lower loss, or a higher accuracy, is better.
+    """
+    sign = 1 if field == "accuracy" else -1
+    ours = results.values(setting, optimizer, horizon, field)
+    found = []
+    for label in results.optimizers():
+        theirs = results.values(setting, label, horizon, field)
+        if label == optimizer or not len(theirs):
+            continue
+        difference = mean_interval(ours - theirs)
+        ahead = sign * difference.value > 0
+        outcome: Outcome = ("better" if ahead else "worse") if difference.excludes(0.0) else "undecided"
+        found.append(Pair(label, difference, outcome))
+
+    def rank(pair: Pair) -> float:
+        return nan_as_inf(-sign * results.mean(setting, pair.optimizer, horizon, field))
+
+    return sorted(found, key=rank)
+
+
+def find_label(results: RecordTable, name: str) -> str:
+    """The label of an optimizer that is given with or without its schedule: iomt stands for iomt/constant.
+
+    Raises:
+      UserError: there is no such optimizer, or several.
+    """
+    labels = results.optimizers()
+    found = [name] if name in labels else [label for label in labels if family(label) == name]
+    if len(found) != 1:
+        problem = f"{len(found)} optimizers are" if found else "no optimizer is"
+        raise UserError(f"{problem} called {name}; choose one of {', '.join(labels)}")
+    return found[0]
+
+
+def overheads(results: Results, setting: str) -> list[Overhead]:
+    """The overhead of each variant of IOMT in a setting."""
+    costs = {cost.optimizer: cost.seconds_a_step for cost in results.costs if cost.setting == setting}
+    found = []
+    for history in results.switches:
+        if history.setting != setting:
+            continue
+        seconds = sum(stage["seconds"] for stage in history.stages)
+        steps = sum(stage["steps"] for stage in history.stages)
+        training = costs.get(history.optimizer, math.nan) * steps - seconds  # the cost is that of a whole run
+        share = seconds / training if training > 0 else math.nan
+        found.append(Overhead(history.optimizer, len(history.stages), seconds, share))
+    return found
