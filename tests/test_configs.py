@@ -10,6 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from metatrain.config import load_config
+from metatrain.evaluation.baselines import chosen_baselines
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 _LABELS = {"imagenet_resized/64x64": "imagenet_resized_labels.txt", "places365_small": "categories_places365.txt"}
@@ -20,10 +21,18 @@ def _sets(options: dict[str, Any]) -> list[dict[str, Any]]:
     return [options["target"], *([init["source"]] if isinstance(init, dict) else [])]
 
 
-@pytest.mark.parametrize("recipe", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+_RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "cluster")
+
+
+@pytest.mark.parametrize("recipe", _RECIPES, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_a_recipe_is_valid_and_says_its_command(recipe: Path) -> None:
-    load_config(recipe)
-    assert re.search(rf"metatrain (run|evaluate \S+) configs/{recipe.name}", recipe.read_text())
+    config = load_config(recipe)
+    header = recipe.read_text().partition("\nname:")[0]
+    assert re.search(rf"metatrain (run|evaluate \S+) configs/{recipe.relative_to(CONFIGS)}", header)
+    how = config.evaluation
+    chosen_baselines(how.baselines, how.schedules)  # names and options
+    if recipe.parent.name == "claims":
+        assert re.search(r"\d+ (seconds|minutes|hours)", header), "the header has no cost"
 
 
 @pytest.mark.parametrize("name", ["resnet8-imagenet25", "resnet8-places25", "baselines/iomt-peft"])
