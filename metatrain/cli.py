@@ -24,6 +24,7 @@ from rich.text import Text
 
 from metatrain import cluster_commands, compare_command, specialize_command
 from metatrain.terminal import AllowOtherVersion, ConfigFile, Overrides, TrustTask, console, load
+from metatrain.waiting import WaitError
 
 # What a command needs beyond this it imports when it is called: JAX and Ray take seconds.
 if TYPE_CHECKING:
@@ -61,6 +62,9 @@ def main() -> None:
             raise
         _refuse(f"{error.filename or 'a file'} cannot be written: {error.strerror}")
         sys.exit(3 if error.errno in _FULL else 2)
+    except WaitError as error:
+        _refuse(str(error))
+        sys.exit(1)
     except MemoryError as error:
         _refuse(f"there is not enough memory: {error}")
         sys.exit(1)
@@ -143,6 +147,7 @@ def run(
     from metatrain.ray.jobs import check_client
 
     _use_cores()
+    _show_setup()
     check_client()
     loaded = load(config, overrides, trust_task)
     _conclude(loop.run(loaded, out, resume_run=resume, allow_other_version=allow_other_version))
@@ -162,8 +167,14 @@ def resume(
     from metatrain.outer import loop
 
     _use_cores()
+    _show_setup()
     done = loop.resume(folder, overrides or (), trust_task=trust_task, allow_other_version=allow_other_version)
     _conclude(done)
+
+
+def _show_setup() -> None:
+    """Show what the tasks log while they are built, e.g. how far pretraining is."""
+    logging.getLogger("tasks").setLevel(logging.INFO)
 
 
 def _conclude(run: Run) -> None:
@@ -302,7 +313,7 @@ def pretrain(config: ConfigFile, overrides: Overrides = None, trust_task: TrustT
     from tasks import make_task
 
     _use_cores()
-    logging.getLogger("tasks").setLevel(logging.INFO)
+    _show_setup()
     for name, options in load(config, overrides, trust_task).task.forms():
         task = make_task(name, options)
         meta_train, held_out = (len(task.pools[pool]) for pool in ("meta_train", "held_out"))

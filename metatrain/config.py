@@ -179,6 +179,7 @@ class ExecutionConfig(_Section):
       resources_per_worker: Ray's names: CPU, GPU (a part of one, or whole ones), TPU, or a custom resource. A worker
         uses what it reserves.
       autoscaling: wait for a node that can hold a worker instead of refusing the run when there is none.
+      wait_minutes: how long to wait without any worker of the cluster before the run stops, saved.
       allow_unauthenticated: use a cluster that others can reach, without Ray's token.
       plan: how candidates run: one compiled loop over all (fused), one compiled step that Python calls (stepwise), or
         PyTorch (torch). auto measures the first two; tasks of PyTorch always run as torch.
@@ -190,6 +191,7 @@ class ExecutionConfig(_Section):
     workers: Few | Literal["auto"] = "auto"
     resources_per_worker: dict[Text, Positive] = {"CPU": 1.0}
     autoscaling: Flag = False
+    wait_minutes: Positive = 60.0
     allow_unauthenticated: Flag = False
     plan: Plan | Literal["auto"] = "auto"
     members_per_call: Count | Literal["auto"] = "auto"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
@@ -42,6 +43,7 @@ def use_cpu_only() -> None:
         )
 
 
+@functools.cache
 def device_kind() -> str:
     """The kind of this process's first device, e.g. "NVIDIA H100 80GB HBM3"; the model of a CPU, where known.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import jax
@@ -23,18 +23,20 @@ class Probe:
 
     Args:
       tasks, spec, outer: the run.
+      log: called before each step that may take a while.
     """
 
     tasks: Sequence[AnyTask]
     spec: l3rs.Spec
     outer: OuterConfig
+    log: Callable[[str], None] = lambda _: None
 
     def device(self) -> str:
         return device_kind()
 
     def plan_seconds(self) -> dict[Plan, float]:
         """Seconds per candidate-step of each plan, the mean over the tasks."""
-        return plan_seconds([task for task in self.tasks if isinstance(task, Task)], self.spec)
+        return plan_seconds([task for task in self.tasks if isinstance(task, Task)], self.spec, self.log)
 
     def members_that_fit(self) -> int | None:
         """Candidates of a fused call that fit into the device's memory; None for a CPU, which has no limit of its own.
@@ -45,6 +47,7 @@ class Probe:
         memory = device_memory(jax.local_devices()[0])
         if memory is None:
             return None
+        self.log("computing how many candidates fit into the memory of a device: compiling takes a while")
         strategy = make_strategy(self.outer, l3rs.init_meta_params(jax.random.key(0), self.spec))
         tasks = [task for task in self.tasks if isinstance(task, Task)]
         return min(members_that_fit(task, self.spec, strategy, memory) for task in tasks)

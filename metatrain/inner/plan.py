@@ -60,10 +60,16 @@ def known_plan(tasks: Sequence[AnyTask]) -> Plan | None:
     return None if any(_has_convolutions(task) for task in tasks if isinstance(task, Task)) else "fused"
 
 
-def plan_seconds(tasks: Sequence[Task], spec: l3rs.Spec) -> dict[Plan, float]:
-    """Seconds per candidate-step of both plans of JAX, the mean over the tasks; measured on one device."""
+def plan_seconds(
+    tasks: Sequence[Task], spec: l3rs.Spec, log: Callable[[str], None] = lambda _: None
+) -> dict[Plan, float]:
+    """Seconds per candidate-step of both plans of JAX, the mean over the tasks; measured on one device.
+
+    `log` is called before each task.
+    """
     seconds: dict[Plan, float] = {"fused": 0.0, "stepwise": 0.0}
-    for task in tasks:
+    for number, task in enumerate(tasks, 1):
+        log(f"measuring both plans on task {number} of {len(tasks)}, {task.name}: compiling takes a while")
         for plan, measured in _seconds_per_step(task, spec).items():
             seconds[plan] += measured / len(tasks)
     _log.info(

@@ -36,7 +36,7 @@ from metatrain.outer.export import Form, save_optimizer, write_form
 from metatrain.outer.lease import LeaseLostError
 from metatrain.outer.lock import BusyError, FolderGoneError, FolderWatch, run_lock
 from metatrain.outer.metrics import Metrics, describe_draws
-from metatrain.outer.progress import Display
+from metatrain.outer.progress import Display, print_line
 from metatrain.outer.setup import Setup
 from metatrain.outer.signals import Interrupts
 from metatrain.outer.start import resolve_start
@@ -46,6 +46,7 @@ from metatrain.outer.strategy import mean_ranks
 from metatrain.report.live import Live
 from metatrain.system import check_destination
 from metatrain.trust import refuse_links, require_trust
+from metatrain.waiting import WaitError
 
 _log = logging.getLogger("metatrain")
 
@@ -76,6 +77,7 @@ def run(
 
     Raises:
       UserError: the folder exists, or holds another run; or the configuration cannot be run here.
+      WaitError: a wait for the cluster has reached its bound.
     """
     _leave_devices(config)
     with run_folder(out if out is not None else Path("runs") / config.name) as folder:
@@ -84,7 +86,7 @@ def run(
             return _resume(folder, resolve_start(config), allow_other_version)
         _refuse_existing(folder)
         check_destination(folder.path)
-        setup = Setup.build(config.model_copy(update={"code": None}))
+        setup = Setup.build(config.model_copy(update={"code": None}), print_line)
         _refuse_existing(folder)  # another run may have begun meanwhile
         setup = dataclasses.replace(setup, config=setup.config.model_copy(update={"code": current_code()}))
         _create(folder, setup.config)
@@ -92,8 +94,8 @@ def run(
             return _train(folder, setup)
         except (BusyError, FolderGoneError):
             raise
-        except UserError:
-            # Refused before anything was saved: the new folder must not block the next attempt.
+        except (UserError, WaitError):
+            # Ended before anything was saved: the new folder must not block the next attempt.
             if not any(step.name.isdigit() for step in (folder.path / "state").glob("*")):
                 shutil.rmtree(folder.path)
             raise
@@ -178,7 +180,7 @@ def _resume(folder: RunFolder, wanted: Config, allow_other_version: bool) -> Run
         )
     code = _checked_code(folder, saved, allow_other_version)
     rewritten = saved.model_copy(update={"outer": config.outer, "code": code})
-    setup = Setup.build(config.model_copy(update={"code": code}))
+    setup = Setup.build(config.model_copy(update={"code": code}), print_line)
     return _train(folder, setup, None if rewritten == saved else rewritten)
 
 
@@ -287,6 +289,7 @@ class _Session:
         self._metrics = Metrics(folder.path, self.progress.generation, config.logging.tensorboard)
         resources.callback(self._metrics.close)
         self._page = Live(folder.path)
+        self._compiled: set[int] = set()  # tasks
         resources.callback(self._page.close)
 
     def compute(self) -> bool:
@@ -331,7 +334,12 @@ class _Session:
     def _generations(self, interrupts: Interrupts) -> None:
         outer, every = self._setup.config.outer, self._setup.config.checkpoint.every
         while self.progress.generation < outer.steps:
+            draws = self._setup.generation(self.progress.generation).draws
+            if new := {draw.task for draw in draws} - self._compiled:
+                self._compiled |= new
+                self.display.compiling(sorted(new), len(self._compiled), len(self._setup.tasks))
             self.progress, line = _generation(self._setup, self._evaluator, self.progress, interrupts, self._wait)
+            line["compiled"] = bool(new)
             self._watch.check()
             self._metrics.write(line)
             self.display.update(line)

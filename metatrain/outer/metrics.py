@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from metatrain.inner.population import Draw
 
 _MAX_BYTES = 1 << 30
 _MAX_LINE = 1 << 16
+_RECENT = 50  # generations whose duration the estimate of the time left uses
 
 
 class Metrics:
@@ -43,7 +47,7 @@ class Metrics:
         self._file.flush()
         if self._board:
             for name, value in line.items():
-                if name != "generation" and isinstance(value, int | float):
+                if name != "generation" and isinstance(value, int | float) and type(value) is not bool:
                     self._board.add_scalar(name, value, line["generation"])
 
     def close(self) -> None:
@@ -95,6 +99,26 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
         return []
     lines = [line for text in _lines(file) if (line := _parse(text)) is not None]
     return [{"theta_norm" if key == "psi_norm" else key: value for key, value in line.items()} for line in lines]
+
+
+def seconds_left(generations: Iterable[tuple[float, bool]], remaining: int, uncompiled: int = 0) -> float | None:
+    """The time that the rest of a run will take.
+
+    Args:
+      generations: (seconds, whether that includes compilation) of each generation so far.
+      remaining: generations.
+      uncompiled: tasks that are still to be compiled.
+
+    Returns:
+      Seconds, at the pace of the recent generations without compilation; None as long as there is none.
+    """
+    known = [(seconds, compiled) for seconds, compiled in generations if math.isfinite(seconds)]
+    recent = [*itertools.islice((s for s, compiled in reversed(known) if not compiled), _RECENT)]
+    if not recent:
+        return None
+    pace = statistics.fmean(recent)
+    extra = [max(seconds - pace, 0.0) for seconds, compiled in known if compiled]
+    return pace * remaining + uncompiled * (statistics.fmean(extra) if extra else 0.0)
 
 
 def _lines(file: Path) -> Iterator[str]:

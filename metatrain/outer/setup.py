@@ -61,7 +61,12 @@ class Setup:
         config = resolve_start(config)
         if config.own_code():
             search_current_folder()
-        tasks = tuple(make_task(name, options) for name, options in config.task.forms())
+        forms = config.task.forms()
+        built: list[AnyTask] = []
+        for number, (name, options) in enumerate(forms, 1):
+            log(f"task {number} of {len(forms)}, {name}: data and inits")
+            built.append(make_task(name, options))
+        tasks = tuple(built)
         check_plan(tasks, config.execution.plan)
         spec = make_spec(task_layers(tasks[0]), config.optimizer.spec_fields())
         _check_variants(tasks, spec)
@@ -137,6 +142,7 @@ def _decide(config: Config, tasks: tuple[AnyTask, ...], spec: l3rs.Spec, log: Ca
                 fits = measurements.members_that_fit()
     if members == "auto":
         members = members_per_call(config.outer.population, plan, _on_accelerator(execution), list(fits.values()))
+    log(f"plan: {plan}, {members} candidates in a call")
     measured = tuple(
         MeasuredConfig(
             device=device,
@@ -157,7 +163,7 @@ def _measurements(
         from metatrain.ray.measure import WorkerMeasurements
 
         return WorkerMeasurements(tasks, spec, config.outer, config.execution, log)
-    return LocalMeasurements(Probe(tasks, spec, config.outer))
+    return LocalMeasurements(Probe(tasks, spec, config.outer, log))
 
 
 def is_elsewhere(execution: ExecutionConfig) -> bool:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from metatrain.config import ExecutionConfig, UserError, one_line
-from metatrain.waiting import noticed
+from metatrain.waiting import WaitError, noticed
 
 _log = logging.getLogger("metatrain")
 
@@ -39,6 +39,7 @@ def connect(execution: ExecutionConfig, log: Callable[[str], None]) -> bool:
 
     Raises:
       UserError: the cluster does not answer, its token is wrong or missing, or versions differ.
+      WaitError: Ray does not start on this machine in time.
     """
     address = execution.address or os.environ.get("RAY_ADDRESS")
     if address is None:
@@ -96,9 +97,19 @@ def _own_ray(execution: ExecutionConfig, log: Callable[[str], None]) -> bool:
     # Ray calls exec right after fork, so JAX's threads are no problem.
     warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)
     with noticed("Ray to start on this machine", "if it does not, look into /tmp/ray/session_latest/logs", log):
-        ray.init(
-            address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except Exception as error:  # Ray raises bare exceptions when one of its processes does not come up in time
+            raise WaitError(
+                f"Ray did not start on this machine: {one_line(error)[:400]}; try again when it is less busy, or look "
+                "into /tmp/ray/session_latest/logs"
+            ) from error
     log(f"started Ray on this machine for this run, on loopback only, {_mode()}")
     return True
 

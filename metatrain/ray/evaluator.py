@@ -24,6 +24,7 @@ from metatrain.ray.connection import connect
 from metatrain.ray.fleet import COUNT_SECONDS, Fleet, Member, Package
 from metatrain.ray.health import Health
 from metatrain.ray.shards import Shards, shard_size
+from metatrain.ray.waits import Waits
 from metatrain.ray.worker import Worker, unusable
 from tasks.base import AnyTask
 
@@ -81,6 +82,8 @@ class RayEvaluator:
         self._population, self._chunks = outer.population, cut(outer.population, members_per_call)
         self._rounds = 0
         self._pace = 0.0  # seconds per step of a chunk in the last generation
+        self._wait_seconds = 60.0 * execution.wait_minutes
+        self._devices: set[str] = set()  # kinds of the workers' devices
         self._counts = dict.fromkeys(("duplicated", "requeued", "stale", "rejected"), 0)
         self._health = Health()
         try:
@@ -93,6 +96,7 @@ class RayEvaluator:
     def evaluate(self, state: State, spec: GenerationSpec, waiting: Callable[[str], None] | None = None) -> np.ndarray:
         work = self._begin(state, spec)
         fleet, reported = self._fleet, False
+        waits = Waits(fleet, self._health, self._wait_seconds, self._log, time.monotonic())
         while not work.shards.finished:
             fleet.recruit(time.monotonic())
             for member in fleet.members:
@@ -102,9 +106,12 @@ class RayEvaluator:
                 waiting("no worker is left: waiting for the cluster")
             refs = [*fleet.starting, *(ref for member in fleet.members for ref in member.calls)]
             idle = any(not member.calls for member in fleet.members)
-            for ref in self._wait(refs, _WATCH_SECONDS if idle else COUNT_SECONDS):
+            ready = self._wait(refs, _WATCH_SECONDS if idle else COUNT_SECONDS)
+            for ref in ready:
                 self._receive(ref, work)
             self._replace_hung(work)
+            fleet.give_up_slow_starts(time.monotonic())
+            waits.look(bool(ready), work.steps, time.monotonic())
         self._end(work, spec.draws)
         return work.losses
 
@@ -209,6 +216,7 @@ class RayEvaluator:
             if self._health.unusable(member):
                 self._lose(member, work, "too many unusable answers")
             return
+        self._note_device(answer.device)
         if answer.chunk < member.chunk:
             self._log(f"a worker ran out of memory; it now evaluates {answer.chunk} candidates at once")
             member.chunk = answer.chunk
@@ -216,6 +224,14 @@ class RayEvaluator:
             work.losses[work.members[shard]] = answer.fitness
         else:
             self._counts["stale"] += 1
+
+    def _note_device(self, device: str) -> None:
+        if device in self._devices:
+            return
+        self._devices.add(device)
+        if len(self._devices) > 1:
+            kinds = " / ".join(sorted(self._devices))
+            self._log(f"workers compute on different devices ({kinds}); the last bits of results depend on the device")
 
     def _failed(self, member: Member, work: _Round, shard: int | None, error: Any) -> None:
         """The task's code raised an error; `shard` is None if it was a shard of an earlier round."""

@@ -32,11 +32,13 @@ class Member:
       actor: Ray's handle.
       chunk: members in one compiled call.
       calls: {reference to the answer: (round, shard)} of the calls without an answer.
+      since: when it was asked for, or sent the arrays that it needs.
     """
 
     actor: Any
     chunk: int
     calls: dict[Any, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    since: float = 0.0
 
 
 class Fleet:
@@ -94,7 +96,7 @@ class Fleet:
                 .options(**options, resources=needs, max_restarts=0, scheduling_strategy="SPREAD")
                 .remote(worker_share(self._execution.resources_per_worker))
             )
-            self._set_up(Member(actor, self._chunk))
+            self._set_up(Member(actor, self._chunk), now)
 
     def receive(self, ref: Any, now: float) -> None:
         """The set-up of a worker has ended, one way or another.
@@ -123,7 +125,7 @@ class Fleet:
             self._reject(member, needed, now)
         elif needed:  # its machine's cache lacks these arrays
             self._job.send(needed)
-            self._set_up(member)
+            self._set_up(member, now)
         else:
             self._health.started(member, now)
             self.members.append(member)
@@ -147,7 +149,30 @@ class Fleet:
             self._kill(member)
         self.members, self.starting = [], {}
 
-    def _set_up(self, member: Member) -> None:
+    def give_up_slow_starts(self, now: float) -> None:
+        """Ask again for workers that take too long: their process hangs, or the cluster has no room for them."""
+        limit = self._health.start_seconds()
+        slow = [(ref, member) for ref, member in self.starting.items() if now - member.since > limit]
+        for ref, member in slow:
+            del self.starting[ref]
+            self._kill(member)
+        if slow:
+            self._log(
+                f"{len(slow)} of the workers asked for did not start within {limit:.0f} s ({self.free_resources()}); "
+                "they are asked for again"
+            )
+            self._health.slow_start()
+
+    def free_resources(self) -> str:
+        """What the cluster has and what of it is free, in the resources that a worker needs."""
+        total, free = self._ray.cluster_resources(), self._ray.available_resources()
+        return ", ".join(
+            f"{name}: {free.get(name, 0):g} of {total.get(name, 0):g} free, a worker needs {amount:g}"
+            for name, amount in self._execution.resources_per_worker.items()
+        )
+
+    def _set_up(self, member: Member, now: float) -> None:
+        member.since = now
         self.starting[member.actor.setup.remote(self._job.blob, self._job.refs)] = member
 
     def _reject(self, member: Member, why: str, now: float) -> None:

@@ -7,14 +7,19 @@ are asked for after others failed to start, and when errors of the task's code e
 from __future__ import annotations
 
 import dataclasses
+import statistics
+from collections import deque
 from collections.abc import Hashable, Iterable
 
 HANG_SECONDS = 30.0  # a worker may take at least this long to answer
-HANG_FACTOR = 20.0  # and this many times the slowest answer of the run
+HANG_FACTOR = 20.0  # and this many times the usual duration of the slowest worker
+START_SECONDS = 120.0  # until a worker that was asked for has its place, its process and its tasks
 FIRST_CALL_SECONDS = 600.0  # a worker's first call compiles
 _MAX_DOUBLINGS = 6  # of the time to answer, which doubles as long as every worker exceeds it
+_MAX_SLOW_STARTS = 3  # doublings of the time to start
 _MAX_UNUSABLE = 3  # answers of a worker before it is replaced
 _MAX_ERRORS = 3  # of the task's code without an answer in between, before the run ends
+_RECENT = 9  # answers of a worker whose median is its usual speed: one that hung for a while does not count
 _RECRUIT_SECONDS = 60.0  # longest wait before workers are asked for again after failed starts
 
 
@@ -23,6 +28,8 @@ class _Worker:
     since: float  # when it was last given work or answered
     answered: int = 0
     unusable: int = 0
+    # Seconds per candidate-step of its recent answers.
+    pace: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=_RECENT))
 
 
 class Health:
@@ -39,14 +46,14 @@ class Health:
         self._workers: dict[Hashable, _Worker] = {}
         self._errors = 0  # of the task's code since the last answer
         self._doublings = 0  # of the time to answer since the last answer
-        self._slowest = 0.0  # seconds per candidate-step of the slowest answer
         self._failed_starts = 0  # in a row
+        self._slow_starts = 0  # in a row
         self._recruit_at = 0.0
 
     def started(self, worker: Hashable, now: float) -> None:
         """A worker is ready."""
         self.any_started = True
-        self._failed_starts = 0
+        self._failed_starts = self._slow_starts = 0
         self._workers[worker] = _Worker(now)
 
     def failed_start(self, now: float) -> None:
@@ -57,6 +64,14 @@ class Health:
     def may_recruit(self, now: float) -> bool:
         """Whether workers may be asked for."""
         return now >= self._recruit_at
+
+    def start_seconds(self) -> float:
+        """Seconds that a worker may take to start; twice as many after every start that took longer."""
+        return START_SECONDS * 2.0**self._slow_starts
+
+    def slow_start(self) -> None:
+        """A worker has exceeded its time to start, and is asked for again."""
+        self._slow_starts = min(self._slow_starts + 1, _MAX_SLOW_STARTS)
 
     def given_work(self, worker: Hashable, now: float) -> None:
         """A worker that was idle has been given a shard."""
@@ -72,7 +87,7 @@ class Health:
         """
         record = self._workers[worker]
         if record.answered and steps is not None:  # a first answer includes compilation
-            self._slowest = max(self._slowest, (now - record.since) / steps)
+            record.pace.append((now - record.since) / steps)
         record.since, record.answered = now, record.answered + 1
         self._errors = self._doublings = 0
 
@@ -92,10 +107,14 @@ class Health:
 
     def patience(self, worker: Hashable, steps: int) -> float:
         """Seconds that a worker may take to answer for a shard of `steps` candidate-steps."""
-        seconds = max(HANG_SECONDS, HANG_FACTOR * self._slowest * steps)
+        seconds = max(HANG_SECONDS, HANG_FACTOR * self.usual_seconds(steps))
         if not self._workers[worker].answered:
             seconds = max(seconds, FIRST_CALL_SECONDS)
         return seconds * 2.0**self._doublings
+
+    def usual_seconds(self, steps: int) -> float:
+        """Seconds that the slowest worker usually takes for so many candidate-steps; 0 if unknown."""
+        return steps * max((statistics.median_low(w.pace) for w in self._workers.values() if w.pace), default=0.0)
 
     def hung(self, busy: Iterable[Hashable], steps: int, now: float) -> dict[Hashable, float]:
         """The busy workers that exceed their patience, and how long each has not answered.

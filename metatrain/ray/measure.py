@@ -13,7 +13,7 @@ from metatrain.ray.connection import connect
 from metatrain.ray.fleet import Package, live_nodes, refuse_what_never_fits
 from metatrain.ray.share import Share, room, take_share, worker_share
 from metatrain.ray.worker import unpack
-from metatrain.waiting import noticed
+from metatrain.waiting import WaitError, noticed
 from tasks.base import AnyTask
 
 _TYPE = "accelerator_type:"  # Ray's resource of nodes with a kind of accelerator, e.g. accelerator_type:A100
@@ -55,6 +55,7 @@ class WorkerMeasurements:
 
     Raises:
       UserError: the cluster cannot be used, see `connect`; no node can hold a worker; a worker cannot be set up.
+      WaitError: no worker has answered within `execution.wait_minutes`.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class WorkerMeasurements:
         self._owned = connect(execution, log)
         import ray
 
-        self._ray, self._log = ray, log
+        self._ray, self._log, self._minutes = ray, log, execution.wait_minutes
         self._started: list[Any] = []
         self._actors: dict[str, Any] = {}  # one for each kind of device
         try:
@@ -123,10 +124,18 @@ class WorkerMeasurements:
         return self._answer(method.remote(*arguments))
 
     def _answer(self, ref: Any) -> Any:
-        advice = "compiling for it takes a while; another run may use the cluster: see `metatrain list`"
+        advice = (
+            f"at most {self._minutes:g} min (execution.wait_minutes): it compiles, or another run uses the cluster: "
+            "see `metatrain list`"
+        )
         with noticed("a worker that measures its device", advice, self._log):
             try:
-                return self._ray.get(ref)
+                return self._ray.get(ref, timeout=60 * self._minutes)
+            except self._ray.exceptions.GetTimeoutError:
+                raise WaitError(
+                    f"no worker of the cluster has measured its device within {self._minutes:g} min; try again when "
+                    "the cluster has room, or wait longer with execution.wait_minutes"
+                ) from None
             except self._ray.exceptions.RayError as error:
                 cause = getattr(error, "cause", None) or error
                 if isinstance(cause, UserError):

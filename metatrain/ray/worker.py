@@ -14,6 +14,7 @@ import numpy as np
 
 import l3rs
 from metatrain.config import OuterConfig, Plan
+from metatrain.inner.devices import device_kind
 from metatrain.inner.population import candidate_losses, fitness_by_halves
 from metatrain.outer.strategy import make_strategy
 from metatrain.ray.share import Share, take_share
@@ -29,6 +30,7 @@ class Answer(NamedTuple):
     shard: int
     fitness: np.ndarray  # float32 [members]
     chunk: int  # members in one compiled call; fewer than asked for if memory ran out
+    device: str = ""  # kind of the device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Worker:
             return np.asarray(self._calls[task](*arguments, self._data[task], jax.device_put(part, self._device)))
 
         fitness, chunk = fitness_by_halves(call, members, chunk)
-        return Answer(round_, shard, fitness, chunk)
+        return Answer(round_, shard, fitness, chunk, device_kind())
 
 
 def unpack(blob: bytes, sent: Mapping[int, Any]) -> tuple[Job, list[AnyTask]] | list[int] | str:

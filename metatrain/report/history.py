@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metatrain.outer.metrics import read_metrics
+from metatrain.outer.metrics import read_metrics, seconds_left
 
 WINDOW = 31  # generations of the running median
 
-_RECENT = 50  # generations that the remaining time is estimated from, and that are compared with the first ones
+_RECENT = 50  # generations that are compared with the first ones, and that give the rate
 _BANDS = 3  # of horizons
 _COLUMNS = (
     "generation",
@@ -24,6 +24,7 @@ _COLUMNS = (
     "theta_norm",
     "candidate_steps_per_s",
     "seconds",
+    "compiled",
     "workers",
 )
 
@@ -70,9 +71,9 @@ class History:
         """The time of all generations."""
         return float(np.nansum(self["seconds"]))
 
-    def seconds_left(self, total: int) -> float:
-        """The time that the remaining generations of `total` will take, at the pace of the recent ones."""
-        return float(np.nanmean(self["seconds"][-_RECENT:])) * (total - self.done)
+    def seconds_left(self, total: int) -> float | None:
+        """The time that the remaining generations of `total` will take; None as long as each one has compiled."""
+        return seconds_left(zip(self["seconds"], self["compiled"] == 1, strict=True), total - self.done)
 
     @property
     def lowest(self) -> Lowest | None:

@@ -100,7 +100,8 @@ def _sentence(history: History, config: Config, state: str) -> str:
     progress = f"{history.done:,} of {formatting.counted(total, 'generation')}"
     if state == "stopped":
         return f"Stopped after {progress}; `metatrain resume` continues it."
-    return f"{progress} done; about {formatting.about(history.seconds_left(total))} left."
+    left = history.seconds_left(total)
+    return f"{progress} done." if left is None else f"{progress} done; about {formatting.about(left)} left."
 
 
 def _facts(history: History, config: Config, state: str) -> list[tuple[str, str]]:

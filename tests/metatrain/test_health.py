@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from metatrain.ray.health import FIRST_CALL_SECONDS, HANG_FACTOR, HANG_SECONDS, Health
+from metatrain.ray.health import FIRST_CALL_SECONDS, HANG_FACTOR, HANG_SECONDS, START_SECONDS, Health
 from metatrain.ray.shards import shard_size
 
 
@@ -66,6 +66,38 @@ def test_workers_that_hang_at_the_same_time_double_patience_once() -> None:
     health = ready("a", "b", "c")
     assert set(health.hung(["a", "b"], 10, HANG_SECONDS + 1)) == {"a", "b"}  # c is idle
     assert health.patience("c", 10) == 2 * HANG_SECONDS
+
+
+def test_a_worker_that_hung_for_a_while_and_hangs_again_is_replaced_as_soon_as_any() -> None:
+    """Its late answer is not taken for its speed: twenty times 25 s would be a wait of 500 s."""
+    health, now = ready("a", "b"), 0.0
+    for seconds in (0.5, 25.0, 0.5):
+        health.given_work("a", now)
+        now += seconds
+        health.answered("a", now, 10)
+    health.given_work("a", now)
+    assert set(health.hung(["a"], 10, now + HANG_SECONDS + 1)) == {"a"}
+
+
+def test_the_speed_of_a_lost_worker_is_forgotten() -> None:
+    health = ready("slow", "fast")
+    for worker, seconds in (("slow", 10.0), ("fast", 1.0)):
+        health.given_work(worker, 0.0)
+        health.answered(worker, seconds, 10)
+    assert health.patience("fast", 10) == pytest.approx(HANG_FACTOR * 10)
+    health.lost("slow")
+    assert health.patience("fast", 10) == HANG_SECONDS
+
+
+def test_a_start_has_a_limit_that_grows_to_a_bound_and_shrinks_after_a_success() -> None:
+    health = Health()
+    limits = []
+    for _ in range(5):
+        limits.append(health.start_seconds() / START_SECONDS)
+        health.slow_start()
+    assert limits == [1, 2, 4, 8, 8]
+    health.started("a", 0.0)
+    assert health.start_seconds() == START_SECONDS
 
 
 def test_patience_has_a_bound() -> None:

@@ -20,7 +20,7 @@ def folder(tmp_path: Path) -> Path:
     """A run of 6 generations after 4: 60 s for the first, which compiles, then 2 s each."""
     (tmp_path / "config.yaml").write_text(dump_config(small_config()))
     common = {"meta_loss_mean": 0.5, "candidate_steps_per_s": 100.0, "workers": 2}
-    lines = [{"generation": i, "seconds": 2.0 if i else 60.0, **common} for i in range(4)]
+    lines = [{"generation": i, "seconds": 2.0 if i else 60.0, "compiled": not i, **common} for i in range(4)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path
 

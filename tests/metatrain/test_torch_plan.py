@@ -25,6 +25,7 @@ from metatrain.inner.rollout import fused_rollout, learned  # noqa: E402
 from metatrain.inner.torch_rollout import learned_torch, torch_rollout, torch_steps  # noqa: E402
 from metatrain.outer.loop import resume, run  # noqa: E402
 from metatrain.outer.setup import Setup  # noqa: E402
+from metatrain.waiting import Wait  # noqa: E402
 from tasks import TaskSample, make_task  # noqa: E402
 from tasks.torch import TorchTask  # noqa: E402
 from tasks.torch_training import step_seed  # noqa: E402
@@ -127,12 +128,12 @@ def test_layers_are_named_as_in_flax() -> None:
     }
 
 
-def test_processes_give_the_bits_of_one_and_survive_a_kill() -> None:
+def test_processes_give_the_bits_of_one_and_survive_a_kill_and_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     setup = Setup.build(torch_config(outer={"population": 6}))
     state = setup.fresh().strategy
     local = setup.evaluator(print)
     assert isinstance(local, LocalEvaluator)
-    expected = [local.evaluate(state, setup.generation(n)) for n in range(3)]
+    expected = [local.evaluate(state, setup.generation(n)) for n in range(4)]
     local.close()
     assert len({*expected[0][0].tolist()}) == 6
     assert np.isfinite(expected).all()
@@ -141,12 +142,19 @@ def test_processes_give_the_bits_of_one_and_survive_a_kill() -> None:
     try:
         np.testing.assert_array_equal(processes.evaluate(state, setup.generation(0)), expected[0])
         np.testing.assert_array_equal(processes.evaluate(state, setup.generation(1)), expected[1])
-        victim = next(iter(processes._workers.values()))
+        victim = next(iter(processes._workers.values())).process
         os.kill(victim.pid, signal.SIGKILL)
         victim.join()
         np.testing.assert_array_equal(processes.evaluate(state, setup.generation(2)), expected[2])
         assert processes.report() == {"workers": 2, "lost": 1}
         assert "exit code -9" in news[0]
+        monkeypatch.setattr("metatrain.inner.processes._HANG_SECONDS", 4.0)
+        monkeypatch.setattr(Wait, "is_notice_due", lambda wait, now: wait.seconds(now) > 1)
+        victim = next(worker.process for worker in processes._workers.values() if worker.started)
+        os.kill(victim.pid, signal.SIGSTOP)
+        np.testing.assert_array_equal(processes.evaluate(state, setup.generation(3)), expected[3])
+        assert any(f"process {victim.pid} " in line and "replaced after 4 s" in line for line in news)
+        assert not victim.is_alive()
     finally:
         processes.close()
 

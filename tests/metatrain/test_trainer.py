@@ -62,6 +62,7 @@ def test_a_run_leaves_what_it_promises(quiet: Path) -> None:
     for key in ("horizon", "meta_loss_mean", "meta_loss_best", "theta_norm", "candidate_steps_per_s", "seconds"):
         assert all(line[key] is not None for line in lines)
     assert all(2 <= line["horizon"] <= 9 for line in lines)
+    assert [line["compiled"] for line in lines] == [True] + [False] * 5  # by this process
     assert len({line["horizon"] for line in lines}) > 1
     info = l3rs.info(quiet / "optimizer")["info"]
     assert info["generations"] == 6

@@ -1,0 +1,73 @@
+"""The waits of a generation on Ray: for a worker, and for an answer. Each is named after half a minute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from metatrain.ray.fleet import Fleet
+from metatrain.ray.health import Health
+from metatrain.waiting import NOTICE_SECONDS, Wait, WaitError, notice
+
+_UNUSUAL = 3.0  # times the usual duration of a shard, until a lack of answers is worth a sentence
+
+
+class Waits:
+    """Logs what a generation waits for, and ends the wait for a worker.
+
+    Args:
+      fleet, health: of the run.
+      limit: seconds without any worker.
+      log: called with a sentence for each wait.
+      now: the time.
+    """
+
+    def __init__(self, fleet: Fleet, health: Health, limit: float, log: Callable[[str], None], now: float) -> None:
+        self._fleet, self._health, self._limit, self._log = fleet, health, limit, log
+        self._worker, self._answer = Wait(now), Wait(now)
+
+    def look(self, received: bool, steps: int, now: float) -> None:
+        """Call this again and again.
+
+        Args:
+          received: whether a worker has answered or has been set up since the last call.
+          steps: candidate-steps of a shard.
+          now: the time.
+
+        Raises:
+          WaitError: there has been no worker for longer than the limit.
+        """
+        if self._fleet.members:
+            self._worker.over(now)
+            self._look_for_answer(received, steps, now)
+        else:
+            self._answer.over(now)
+            self._look_for_worker(now)
+
+    def _look_for_worker(self, now: float) -> None:
+        minutes = self._limit / 60
+        if self._worker.seconds(now) > self._limit:
+            free = self._fleet.free_resources()
+            raise WaitError(
+                f"no worker of the cluster has been available for {minutes:g} min ({free}); the run stops, and "
+                "what it has computed is saved; start or resume it when the cluster has room, or wait longer with "
+                "execution.wait_minutes"
+            )
+        if self._worker.is_notice_due(now):
+            asked = len(self._fleet.starting)
+            what = f"the first of {asked} workers that it has asked the cluster for ({self._fleet.free_resources()})"
+            advice = (
+                f"at most {minutes:g} min (execution.wait_minutes); if nothing is free, another run uses the cluster: "
+                "see `metatrain list`"
+            )
+            self._log(notice(what, self._worker.seconds(now), advice))
+
+    def _look_for_answer(self, received: bool, steps: int, now: float) -> None:
+        if received:
+            self._answer.over(now)
+        usual = self._health.usual_seconds(steps)
+        if self._answer.is_notice_due(now, max(NOTICE_SECONDS, _UNUSUAL * usual)):
+            limit = max(self._health.patience(member, steps) for member in self._fleet.members)
+            expected = f"usually {usual:.3g} s" if usual else "the first answer includes compilation"
+            what = f"an answer of {len(self._fleet.members)} workers ({expected})"
+            advice = f"a worker without an answer for {limit:.0f} s is replaced; nothing is lost"
+            self._log(notice(what, self._answer.seconds(now), advice))
