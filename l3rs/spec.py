@@ -25,6 +25,7 @@ class Layer:
 
     @property
     def size(self) -> int:
+        """The number of parameters."""
         return math.prod(self.shape)
 
 
@@ -48,6 +49,7 @@ class Direction:
         return cls(options.pop("name"), tuple(sorted(options.items())))
 
     def to_json(self) -> str | dict[str, Any]:
+        """The name, or a mapping of the name and the options: what `parse` reads."""
         return {"name": self.name, **dict(self.options)} if self.options else self.name
 
 
@@ -121,6 +123,7 @@ class Spec:
         return cls(layers_of(params), tuple(Direction.parse(d) for d in directions), **fields)
 
     def to_json(self) -> dict[str, Any]:
+        """The fields in JSON's types, as a checkpoint's l3rs.json stores them."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields["layers"] = [[layer.path, list(layer.shape)] for layer in self.layers]
         fields["directions"] = [d.to_json() for d in self.directions]
@@ -132,6 +135,11 @@ class Spec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Spec:
+        """The spec that `to_json` described.
+
+        Raises:
+          L3RSError: the fields are not those of a spec, or one has a value that is not allowed.
+        """
         known = {f.name for f in dataclasses.fields(cls)}
         if set(data) | {"embedding", *(() if "form" in data else _FORM_2)} != known:
             raise L3RSError(f"spec has fields {sorted(data)}; expected are {sorted(known)}")

@@ -1,7 +1,5 @@
 """What every baseline has in common: an ordinary optax transformation, under jit, vmap and in loops."""
 
-import doctest
-import importlib
 import subprocess
 import sys
 
@@ -219,15 +217,6 @@ def test_public_face():
     for name in baselines.__all__:
         assert name in dir(baselines)
         assert name == "BASELINES" or getattr(baselines, name).__doc__
-
-
-@pytest.mark.slow  # op by op: each is compiled
-@pytest.mark.parametrize("module", ["mada", "avgrad", "swats", "padam", "adabound"])
-def test_docstring_examples_run(module):
-    # A module and its function have one name: `l3rs.baselines.mada` is the function.
-    found = doctest.testmod(importlib.import_module(f"l3rs.baselines.{module}"))
-    assert found.attempted > 0
-    assert found.failed == 0
 
 
 def test_l3rs_does_not_load_them():

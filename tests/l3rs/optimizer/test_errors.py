@@ -1,14 +1,11 @@
 """Errors for wrong arguments."""
 
-import doctest
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import l3rs
-from l3rs import optimizer
 from tests.l3rs.optimizer.common import (
     SHAPES,
     normal,
@@ -57,13 +54,6 @@ def test_unknown_direction_is_refused_before_training():
     spec = l3rs.Spec.create(normal(SHAPES, 0), ("adam", "adan"))
     with pytest.raises(l3rs.L3RSError, match="unknown direction 'adan'; allowed are adam, first_moment, sgd"):
         l3rs.learned_optimizer(random_theta(spec), spec, 10)
-
-
-@pytest.mark.slow  # op by op: each is compiled
-def test_docstring_example_runs():
-    found = doctest.testmod(optimizer)
-    assert found.attempted > 0
-    assert found.failed == 0
 
 
 @pytest.mark.parametrize(
