@@ -15,19 +15,21 @@ _POINTS = 100  # accuracies are compared in percentage points
 def pair_table(results: Results, optimizer: str, setting: str, horizon: int, field: Field) -> Table:
     """Test loss and accuracy of all optimizers, and the difference of one of them to each other with its interval."""
     what = "accuracy, in points," if field == "accuracy" else "loss"
+    name = formatting.optimizer(optimizer)
     view = Table(
-        title=f"{setting or 'test'}, {formatting.counted(horizon, 'step')}: {what} of {optimizer} minus that of others",
+        title=f"{setting or 'test'}, {formatting.counted(horizon, 'step')}: {what} of {name} minus that of others",
         caption=f"mean of {formatting.counted(results.seeds(), 'seed')} ± standard deviation; paired 95 % interval",
     )
     view.add_column("optimizer", no_wrap=True)
-    for head in ("test loss", "accuracy", "difference", "interval", f"{optimizer} is"):
+    for head in ("test loss", "accuracy", "difference", "interval", f"{name} is"):
         view.add_column(head, justify="right", no_wrap=True)
-    view.add_row(optimizer, *_scores(results, optimizer, setting, horizon), style="cyan")
+    view.add_row(name, *_scores(results, optimizer, setting, horizon), style="cyan")
     scale = _POINTS if field == "accuracy" else 1
     for pair in pairs(results, optimizer, setting, horizon, field):
         value, low, high = (_signed(scale * x, 2 if field == "accuracy" else 3) for x in pair.difference)
         interval = f"{low} … {high}" if np.isfinite(pair.difference.low) else formatting.MISSING
-        view.add_row(pair.optimizer, *_scores(results, pair.optimizer, setting, horizon), value, interval, pair.outcome)
+        scores = _scores(results, pair.optimizer, setting, horizon)
+        view.add_row(formatting.optimizer(pair.optimizer), *scores, value, interval, pair.outcome)
     return view
 
 
