@@ -174,15 +174,12 @@ class ExecutionConfig(_Section):
     Attributes:
       backend: this process, or workers of Ray.
       address: of Ray, host:port or auto; null starts Ray on this machine.
-      workers: Ray actors; auto fills the cluster, and follows it as it grows. Locally, processes of the plan torch;
-        auto: cores.
-      resources_per_worker: Ray's names: CPU, GPU (a part of one, or whole ones), TPU, or a custom resource. A worker
-        uses what it reserves.
+      workers: Ray actors; auto fills the cluster as it grows. Locally, processes of the plan torch; auto: cores.
+      resources_per_worker: Ray's names: CPU, GPU (whole ones or a part of one), TPU, or a custom resource.
       autoscaling: wait for a node that can hold a worker instead of refusing the run when there is none.
       wait_minutes: how long to wait without any worker of the cluster before the run stops, saved.
       allow_unauthenticated: use a cluster that others can reach, without Ray's token.
-      plan: how candidates run: one compiled loop over all (fused), one compiled step that Python calls (stepwise), or
-        PyTorch (torch). auto measures the first two; tasks of PyTorch always run as torch.
+      plan: fused, stepwise or torch, see the guide "Meta-train"; auto measures which of the first two is faster.
       members_per_call: candidates in one compiled call.
     """
 
@@ -276,11 +273,17 @@ class LoggingConfig(_Section):
 
 
 class MeasuredConfig(_Section):
-    """What a run's plan and members per call were chosen by, on one kind of device. The run writes it."""
+    """What a run's plan and members per call were chosen by, on one kind of device. The run writes it.
 
-    device: str  # its kind
-    ms_per_step: dict[str, float] = {}  # {plan: milliseconds per candidate-step}
-    members_that_fit: int | None = None  # candidates of one fused call; null without a limit
+    Attributes:
+      device: its kind.
+      ms_per_step: {plan: milliseconds per candidate-step}.
+      members_that_fit: candidates of one fused call; null without a limit.
+    """
+
+    device: str
+    ms_per_step: dict[str, float] = {}
+    members_that_fit: int | None = None
 
 
 class CodeConfig(_Section):
@@ -305,7 +308,6 @@ class Config(_Section):
     Attributes:
       name: of the run and of its folder: letters, digits, dots, underscores and hyphens.
       seed: of everything random in the run.
-      code: written by the run, never by hand.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)

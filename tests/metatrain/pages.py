@@ -79,11 +79,16 @@ _PROBE = """<script>addEventListener('load', () => {
 })</script>"""
 
 
-def browse(page: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def browse(
+    page: Path | str, *options: str, profile: Path | None = None, timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """Chromium on a file, or on a URL with a folder for its profile."""
     assert BROWSER
+    if isinstance(page, Path):
+        page, profile = page.as_uri(), page.parent / "profile"
     command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-    command += [f"--user-data-dir={page.parent / 'profile'}", *options, page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    command += [f"--user-data-dir={profile}", *options, page]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=True)
 
 
 def check_in_a_browser(source: str, folder: Path, width: int, scheme: str) -> None:

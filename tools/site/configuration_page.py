@@ -65,20 +65,21 @@ def keys(model: type[pydantic.BaseModel]) -> dict[str, tuple[str, str, str]]:
     return {
         name: (_type(field.annotation, field.metadata), _default(field), said.get(name, ""))
         for name, field in model.model_fields.items()
-        if not _is_section(field.annotation)
+        if _section(field.annotation) is None
     }
 
 
 def _sections(model: type[pydantic.BaseModel], prefix: str) -> Iterator[tuple[str, type[pydantic.BaseModel]]]:
     for name, field in model.model_fields.items():
-        kinds = [each for each in (field.annotation, *getattr(field.annotation, "__args__", ())) if _is_section(each)]
-        for kind in kinds:
-            yield prefix + name, kind
-            yield from _sections(kind, f"{prefix}{name}.")
+        if (section := _section(field.annotation)) is not None:
+            yield prefix + name, section
+            yield from _sections(section, f"{prefix}{name}.")
 
 
-def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, pydantic.BaseModel)
+def _section(annotation: Any) -> Any:
+    """The model of a field that is a section, a list of sections, or a section or null; else None."""
+    kinds = (annotation, *getattr(annotation, "__args__", ()))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel)), None)
 
 
 def _table(model: type[pydantic.BaseModel], prefix: str) -> str:

@@ -23,7 +23,9 @@ _STYLE = Path(theme.__file__).with_name("templates") / "style.css"
 
 def main(results: str, destination: str) -> None:
     plate = figures.horizons(Analysis(Results.load(results)), "loss")
-    plate = dataclasses.replace(plate, panels=[plate.panels[0]._replace(title="Test loss"), plate.panels[-1]])
+    plate = dataclasses.replace(
+        plate, panels=[plate.panels[0]._replace(title="Test loss"), plate.panels[-1]], size=(3.0, 2.3)
+    )
     with tempfile.TemporaryDirectory() as folder:
         plate.save(Path(folder))
         text = (Path(folder) / f"{plate.name}.svg").read_text(encoding="utf-8")
@@ -31,6 +33,7 @@ def main(results: str, destination: str) -> None:
     text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), text)
     text = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", text)
     text = re.sub(r"font: ((?:bold )?[\d.]+px) [^;\"]*", r"font: \1 system-ui, sans-serif", text)
+    text = text.replace(f"fill: {theme.PAPER}", "fill: none", 1)  # the page's own colour is behind it
     text = re.sub(r"\s*\n\s*", "\n", text).strip() + "\n"
     Path(f"{destination}-light.svg").write_text(text, encoding="utf-8")
     Path(f"{destination}-dark.svg").write_text(_dark(text), encoding="utf-8")
