@@ -181,15 +181,20 @@ def _split(file: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, 
         parts = cut(*_checked(file, arrays, ""))
         return {split: {"x": part["image"], "label": part["label"]} for split, part in parts.items()}
     if names == {f"{part}/{field}" for part in ("train", "test") for field in "xy"}:
-        (x, y), (test_x, test_y) = (_checked(file, arrays, f"{part}/") for part in ("train", "test"))
+        (x, y), (test_x, test_y) = _same_width(file, [_checked(file, arrays, f"{part}/") for part in ("train", "test")])
         rows = stratified(y, TRAIN_FRACTIONS)
         return {**{k: {"x": x[r], "label": y[r]} for k, r in rows.items()}, "test": {"x": test_x, "label": test_y}}
     if names == {f"{split}/{field}" for split in SPLITS for field in "xy"}:
-        pairs = {split: _checked(file, arrays, f"{split}/") for split in SPLITS}
-        if len({x.shape[1] for x, _ in pairs.values()}) > 1:
-            raise TaskError(f"the feature file {file} has splits of different widths")
-        return {split: {"x": x, "label": y} for split, (x, y) in pairs.items()}
+        pairs = _same_width(file, [_checked(file, arrays, f"{split}/") for split in SPLITS])
+        return {split: {"x": x, "label": y} for split, (x, y) in zip(SPLITS, pairs, strict=True)}
     raise TaskError(f"the feature file {file} has the arrays {', '.join(sorted(names)[:12])}; allowed are {_LAYOUTS}")
+
+
+def _same_width(file: Path, pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    widths = [x.shape[1] for x, _ in pairs]
+    if len(set(widths)) > 1:
+        raise TaskError(f"the feature file {file} has splits of different widths: {', '.join(map(str, widths))}")
+    return pairs
 
 
 def _checked(file: Path, arrays: Mapping[str, np.ndarray], prefix: str) -> tuple[np.ndarray, np.ndarray]:

@@ -382,6 +382,20 @@ def test_from_json_names_fields():
         ({"norm_decays": (-0.1, 0.5)}, "spec.loss_decays and spec.norm_decays must lie in [0, 1)"),
         ({"hidden": (4, 0)}, "spec.hidden is (4, 0); it must hold whole numbers ≥ 1"),
         ({"embedding_dim": 0}, "spec.embedding_dim is 0; it must hold whole numbers ≥ 1"),
+        ({"signal": 1}, "spec.signal is 1; it must be true or false"),
+        ({"form": 3}, "spec.form is 3; allowed are 1 and 2"),
+        ({"form": True}, "spec.form is True; allowed are 1 and 2"),
+        ({"form": 2, "step": "abs"}, "spec.step is 'abs'; allowed in form 2 are 'rms', 'relative', 'initial'"),
+        (
+            {"form": 2, "absolute_time": True},
+            "spec.absolute_time is true; form 2 always reads log T and log t instead",
+        ),
+        ({"natural_size": 0.0}, "spec.natural_size is 0.0; it must be > 0"),
+        ({"adaptation": 1.5}, "spec.adaptation is 1.5; it must lie in [0, 1]"),
+        (
+            {"directions": (Direction("first_moment"), Direction("adam"))},
+            "spec.directions: first_moment reads Adam's average; put adam before it",
+        ),
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -71,6 +72,11 @@ def test_the_optimum_is_that_of_logistic_regression() -> None:
         optimum(make_task("features", {"width": 64, "hidden": 3}))
 
 
+def test_there_is_no_optimum_with_a_hidden_layer() -> None:
+    with pytest.raises(TaskError, match=r"task\.hidden .* 0"):
+        optimum(make_task("features", {"width": 16, "hidden": 4}))
+
+
 def test_a_file_is_cut_or_keeps_its_splits(tmp_path: Path) -> None:
     x, y = examples()
     np.savez(tmp_path / "all.npz", x=x, y=y)
@@ -93,6 +99,12 @@ def test_a_file_is_cut_or_keeps_its_splits(tmp_path: Path) -> None:
         np.testing.assert_array_equal(task.data[split]["label"], four[f"{split}/y"])
 
 
+def widths(parts: Sequence[str]) -> dict[str, np.ndarray]:
+    """Parts of 3, 4, … features."""
+    pairs = {part: examples(12, 3 + i) for i, part in enumerate(parts)}
+    return {f"{part}/{field}": array for part, pair in pairs.items() for field, array in zip("xy", pair, strict=True)}
+
+
 def pickled(path: Path) -> None:
     np.savez(path, x=np.array([{"a": 1}], dtype=object), y=np.zeros(1, int))
 
@@ -110,6 +122,8 @@ def pickled(path: Path) -> None:
         (lambda path: np.savez(path, x=examples()[0], y=examples()[0][:, 0]), "float32"),
         (lambda path: np.savez(path, x=examples()[0] * np.nan, y=examples()[1]), "finite"),
         (lambda path: np.savez(path, x=examples()[0], y=examples()[1] - 1), "from 0"),
+        (lambda path: np.savez(path, **widths(["train", "test"])), "widths: 3, 4"),
+        (lambda path: np.savez(path, **widths(SPLITS)), "widths: 3, 4, 5, 6"),
     ],
 )
 def test_bad_files_are_one_sentence(tmp_path: Path, write: object, fact: str) -> None:
