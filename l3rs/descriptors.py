@@ -157,6 +157,7 @@ def n_descriptors(spec: Spec) -> int:
 # Form 2: no sizes. A convolution is a matrix, and what a layer's names tell does not depend on its fans.
 
 _SCALE_FREE_KINDS = ("matrix", "bias", "scale", "embedding", "other")
+_BATCH_NORM = re.compile(r"(^|[/.])(bn|batch_?norm)_?\d+$")
 _EMBEDDING_RMS = 0.04  # twice the usual initialization of an embedding: `natural_size` halves it
 _NORM_RMS = 0.2  # of a tensor without a matrix beside it that began at zero: a norm's bias, a residual's scale
 
@@ -167,7 +168,7 @@ def scale_free_descriptors(layers: Sequence[Layer]) -> np.ndarray:
     - 5: one-hot, the kind of tensor; convolutions are matrices.
     - 1: depth, the position of the layer's module among the network's modules, in [0, 1]: sorted by name, numbers by
       value, whatever the order given, so that splitting a network into groups does not change it; see `depth_order`.
-      A norm comes behind the module with a kernel that it is numbered like: `bn1` behind `conv1`.
+      A batch norm comes behind the module with a kernel that it is numbered like: `bn1` behind `conv1`.
     - 2: whether its module is the last, and whether it is the first.
     """
     paths = [layer.path for layer in layers]
@@ -184,23 +185,24 @@ def scale_free_descriptors(layers: Sequence[Layer]) -> np.ndarray:
 
 
 def _norms_behind(modules: Sequence[str], layers: Sequence[Layer]) -> list[str]:
-    """The modules, each norm moved behind the first module with a kernel of its parent and number, if there is one."""
+    """The modules, each numbered batch norm moved behind the module with a kernel of its parent and number."""
     kernels = {module_of(layer.path) for layer in layers if _scale_free_kind(layer) in ("matrix", "embedding")}
-    followed: dict[tuple[str, str], str] = {}
+    numbers = {module: _parent_and_number(module) for module in modules}
+    leaders: dict[tuple[str, str], str] = {}
     for module in modules:
         if module in kernels:
-            followed.setdefault(_parent_and_number(module), module)
-    before = {module: followed.get(_parent_and_number(module)) for module in modules if module not in kernels}
-    ordered = []
+            leaders.setdefault(numbers[module], module)
+    followers: dict[str, list[str]] = {}
     for module in modules:
-        if before.get(module) is None:
-            ordered += [module, *(norm for norm, kernel in before.items() if kernel == module)]
-    return ordered
+        if _BATCH_NORM.search(module.lower()) and numbers[module] in leaders:
+            followers.setdefault(leaders[numbers[module]], []).append(module)
+    moved = {norm for norms in followers.values() for norm in norms}
+    return [each for module in modules if module not in moved for each in (module, *followers.get(module, ()))]
 
 
 def _parent_and_number(module: str) -> tuple[str, str]:
-    numbers = re.findall(r"\d+$", module)
-    return module_of(module) if re.search("[/.]", module) else "", numbers[0] if numbers else ""
+    parent, name = re.fullmatch(r"(?:(.*)[/.])?([^/.]*)", module).groups("")  # type: ignore[union-attr]
+    return parent, re.findall(r"\d*$", name)[0]
 
 
 def natural_rms(layers: Sequence[Layer]) -> np.ndarray:

@@ -209,7 +209,7 @@ def test_descriptors_do_not_depend_on_the_order_given():
     assert found["stem/kernel"][:5] == found["head/kernel"][:5] == [1, 0, 0, 0, 0]
 
 
-def test_a_norm_comes_behind_its_convolution_whatever_it_is_called():
+def test_a_batch_norm_comes_behind_its_convolution():
     names = ("bn1.weight", "conv1.weight", "layer1.0.bn1.weight", "layer1.0.bn2.weight", "layer1.0.conv1.weight")
     names += ("layer1.0.conv2.weight", "fc.weight")
     network = [Layer(name, (4,) if "bn" in name else (3, 3, 4, 4) if "conv" in name else (4, 10)) for name in names]
@@ -217,6 +217,10 @@ def test_a_norm_comes_behind_its_convolution_whatever_it_is_called():
     expected = ["conv1", "bn1", "layer1.0.conv1", "layer1.0.bn1", "layer1.0.conv2", "layer1.0.bn2", "fc"]
     assert [name.removesuffix(".weight") for name in sorted(names, key=lambda name: rows[name][5])] == expected
     assert [name for name in names if rows[name][7]] == ["conv1.weight"]
+    vit = layers(
+        ("patch/kernel", (49, 8)), ("blocks/0/out/kernel", (8, 8)), ("norm/scale", (8,)), ("head/kernel", (8, 2))
+    )
+    assert [row[5] for row in scale_free_descriptors(vit)] == pytest.approx([0, 1 / 3, 2 / 3, 1])
 
 
 def test_natural_sizes():
