@@ -23,6 +23,9 @@ from tasks.text import prepare_text, text
 
 TASKS: dict[str, Callable[..., Task]] = {"digits": digits, "features": features, "images": images, "text": text}
 
+_MAX_NAME = 200  # characters of a task's name
+_MAX_TEXT = 1000  # characters of an error's text that are shown
+
 # Tasks whose data must be downloaded and prepared first.
 PREPARATIONS: dict[str, Callable[..., list[str]]] = {"images": prepare_images, "text": prepare_text}
 
@@ -151,6 +154,9 @@ def _returned(function: Any) -> type[AnyTask] | None:
 
 def _check_functions(name: str, task: AnyTask) -> None:
     """Call a user's functions once, so that an error in them is reported here and not in the middle of a run."""
+    if not isinstance(task.name, str) or not 0 < len(task.name) <= _MAX_NAME:
+        found = repr(task.name)[:100]
+        raise TaskError(f"task {name!r}: its name is {found}; it must be a text of 1 to {_MAX_NAME} characters")
     if isinstance(task, Task):
         _trace(name, task)
         return
@@ -173,12 +179,40 @@ def _trace(name: str, task: Task) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TaskError(f"task {name!r}: parameter {jax.tree_util.keystr(path)} is {leaf.dtype}; it must be float")
-    loss = lambda p, s, b: task.loss(p, s, b, True)  # noqa: E731
-    result = _guarded(name, "failed:", lambda: jax.eval_shape(loss, params, stats, batch))
+    for train in (True, False):
+        loss = functools.partial(lambda train, p, s, b: task.loss(p, s, b, train), train)
+        _check_loss(
+            name, train, stats, _guarded(name, "failed:", functools.partial(jax.eval_shape, loss, params, stats, batch))
+        )
+
+
+def _check_loss(name: str, train: bool, stats: Any, result: Any) -> None:
+    """Raise TaskError unless `result` has the shapes of what a loss returns."""
     match result:
-        case (loss, Aux()) if getattr(loss, "shape", None) == () and jnp.issubdtype(loss.dtype, jnp.floating):
-            return
-    raise TaskError(f"task {name!r}: its loss must return (a scalar float, tasks.Aux), found {str(result)[:300]}")
+        case (loss, Aux() as aux) if _is_scalar(loss) and jnp.issubdtype(loss.dtype, jnp.floating):
+            if not _is_scalar(aux.accuracy):
+                raise TaskError(
+                    f"task {name!r}: its loss returns accuracy {str(aux.accuracy)[:200]}; it must be a scalar"
+                )
+            if train and (found := _shapes(aux.stats)) != (wanted := _shapes(stats)):
+                raise TaskError(
+                    f"task {name!r}: its loss returns stats {str(found)[:200]}, its init {str(wanted)[:200]}; they "
+                    "must have the same keys, shapes and dtypes"
+                )
+        case _:
+            raise TaskError(
+                f"task {name!r}: its loss must return (a scalar float, tasks.Aux), found {str(result)[:300]}"
+            )
+
+
+def _is_scalar(value: Any) -> bool:
+    return getattr(value, "shape", None) == ()
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    """{path: dtype and shape} of a tree's leaves."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 
 def _guarded(name: str, what: str, work: Callable[[], Any]) -> Any:
@@ -195,7 +229,7 @@ def _guarded(name: str, what: str, work: Callable[[], Any]) -> Any:
             own = [frame for frame in frames if not _is_installed(frame.filename)]
             where = f"{own[-1].filename}:{own[-1].lineno}" if own else ""
         kind = type(error).__name__
-        shown = f"{kind}: {_first_line(error)}" if str(error) else kind
+        shown = f"{kind}: {text}" if (text := _first_line(error)) else kind
         raise TaskError(f"task {name!r}: {what} {shown}{f' ({where})' if where else ''}") from error
 
 
@@ -205,4 +239,8 @@ def _is_installed(filename: str) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+    try:
+        text = str(error).strip().partition("\n")[0]
+    except Exception:  # of a user's own class
+        return ""
+    return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}…"

@@ -34,8 +34,12 @@ def plain(examples: int = 8, fault: str = "") -> Task:
         return ({} if fault == "empty" else {"w": jnp.ones(2)}), {}
 
     def loss(params, stats, batch, train):
-        if fault == "loss":
+        if fault == "loss" or fault == "evaluation" and not train:
             raise KeyError("label")
+        if fault == "stats":
+            return jnp.mean(batch["x"] @ params["w"]), Aux({"n": jnp.ones(3)}, jnp.zeros(()))
+        if fault == "accuracy":
+            return jnp.mean(batch["x"] @ params["w"]), Aux(stats, jnp.ones(2))
         if fault == "scalar":
             return batch["x"] @ params["w"], Aux(stats, jnp.zeros(()))
         if fault == "aux":
@@ -44,7 +48,16 @@ def plain(examples: int = 8, fault: str = "") -> Task:
 
     if fault == "type":
         return 5
-    return Task("own", data, init, uniform_batches(4), loss, {"meta_train": range(3), "held_out": range(3, 6)})
+    if fault == "unprintable":
+        raise Unprintable
+    if fault == "long":
+        raise ValueError("x" * 100_000)
+    name = None if fault == "name" else "own"
+    return Task(name, data, init, uniform_batches(4), loss, {"meta_train": range(3), "held_out": range(3, 6)})
+
+class Unprintable(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
 
 def quoted() -> "tasks.Task":
     return plain()
@@ -114,6 +127,12 @@ def test_functions_of_the_system_are_never_called(tmp_path: Path, name: str, opt
         ("exit", ["SystemExit", "own_task.py:15"]),
         ("type", ["int", "Task"]),
         ("loss", ["KeyError", "label", "own_task.py:26"]),
+        ("evaluation", ["KeyError", "label", "own_task.py:26"]),
+        ("stats", ["stats", "['n']", "float32[3]"]),
+        ("accuracy", ["accuracy", "(2,)", "scalar"]),
+        ("name", ["name", "None", "200"]),
+        ("unprintable", ["Unprintable", "own_task.py"]),
+        ("long", ["ValueError", "xxx…"]),
         ("scalar", ["loss", "(4,)"]),
         ("aux", ["loss", "Aux"]),
         ("params", ["['w']", "int32"]),
@@ -126,6 +145,7 @@ def test_faults_of_a_users_task_are_one_sentence(own: str, fault: str, facts: li
     assert f"{own}:plain" in str(error.value)
     assert all(fact in str(error.value) for fact in facts), error.value
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 2000
 
 
 @pytest.mark.parametrize(
