@@ -1,6 +1,7 @@
 """Meta-train learned optimizers, and compare them with tuned baselines.
 
-Exit code 0: done, or stopped on request and saved; 2: the input is wrong; 3: the disk is full; 1: any other error.
+Exit code 0: done, or stopped on request and saved; 1: any other error, and a bad line of `doctor`; 2: the input is
+wrong; 3: the disk is full; 128 + N: killed by signal N.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from metatrain import cluster_commands, compare_command, specialize_command
+from metatrain import cluster_commands, compare_command, doctor_command, specialize_command
+from metatrain.log_lines import LogFormatter, print_line
 from metatrain.terminal import AllowOtherVersion, ConfigFile, Overrides, TrustTask, console, load
 from metatrain.waiting import WaitError
 
@@ -47,7 +49,7 @@ def main() -> None:
     if any("\0" in word for word in sys.argv):
         sys.exit(_refuse("an argument contains a NUL character"))
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False))  # the code of typer.Exit; a command returns None
     except _UsageError as error:
         message = " ".join(error.format_message().split())  # none for a lack of arguments: that has shown the help
         sys.exit(_refuse(f"{message}; see metatrain --help") if message else 2)
@@ -147,7 +149,7 @@ def run(
     from metatrain.ray.jobs import check_client
 
     _use_cores()
-    _show_setup()
+    _log_as_driver()
     check_client()
     loaded = load(config, overrides, trust_task)
     _conclude(loop.run(loaded, out, resume_run=resume, allow_other_version=allow_other_version))
@@ -167,7 +169,7 @@ def resume(
     from metatrain.outer import loop
 
     _use_cores()
-    _show_setup()
+    _log_as_driver()
     done = loop.resume(folder, overrides or (), trust_task=trust_task, allow_other_version=allow_other_version)
     _conclude(done)
 
@@ -177,9 +179,18 @@ def _show_setup() -> None:
     logging.getLogger("tasks").setLevel(logging.INFO)
 
 
+def _log_as_driver() -> None:
+    """Show what is logged during a run; with time and level where nobody looks at a terminal."""
+    _show_setup()
+    logging.getLogger("metatrain").setLevel(logging.INFO)
+    if not sys.stderr.isatty():
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(LogFormatter())
+
+
 def _conclude(run: Run) -> None:
     if run.finished:
-        console.print(f"meta-trained for {run.generation} generations; the optimizer is in {run.optimizer}")
+        print_line(f"meta-trained for {run.generation} generations; the optimizer is in {run.optimizer}")
 
 
 @app.command()
@@ -349,6 +360,7 @@ def estimate(
 app.add_typer(cluster_commands.app)
 app.add_typer(specialize_command.app)
 app.add_typer(compare_command.app)
+app.add_typer(doctor_command.app)
 
 
 @app.command()

@@ -75,19 +75,33 @@ def list_(address: _Address = _DASHBOARD, allow_unauthenticated: _Open = False) 
 @app.command()
 def status(
     name: Annotated[str, typer.Argument(help="Name of a run of the cluster, id of its job, or a run's folder.")],
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", "-w", help="Keep showing it until the run ends, or Ctrl-C, which ends the screen."),
+    ] = False,
     address: _Address = _DASHBOARD,
     allow_unauthenticated: _Open = False,
 ) -> None:
     """Show the progress of a run: of a folder on this machine, or of a Ray cluster."""
+    from metatrain.watch import watch as watch_run
+
     if (Path(name) / "config.yaml").is_file() or ("/" in name and Path(name).is_dir()):
-        from metatrain.outer.status import local_status
+        from metatrain.outer.status import Snapshot, local_snapshot
 
-        console.print(local_status(Path(name), name))
-        return
-    from metatrain.ray import jobs
+        def read() -> Snapshot:
+            return local_snapshot(Path(name), name)
+    else:
+        from metatrain.ray import jobs
 
-    connected = jobs.client(address, allow_unauthenticated, _log)
-    console.print(jobs.status(connected, jobs.find(connected, name)))
+        connected = jobs.client(address, allow_unauthenticated, _log)
+
+        def read() -> Snapshot:
+            return jobs.snapshot(connected, jobs.find(connected, name))
+
+    if watch:
+        watch_run(read)
+    else:
+        console.print(read().line())
 
 
 @app.command()

@@ -267,9 +267,13 @@ class LoggingConfig(_Section):
 
     Attributes:
       tensorboard: event files in the folder `tensorboard`.
+      mlflow: a run of MLflow (`l3rs[mlflow]`), in `mlflow.db` unless MLFLOW_TRACKING_URI names a server.
+      wandb: a run of Weights & Biases (`l3rs[wandb]`), in the folder `wandb` unless WANDB_MODE or WANDB_API_KEY is set.
     """
 
     tensorboard: Flag = True
+    mlflow: Flag = False
+    wandb: Flag = False
 
 
 class MeasuredConfig(_Section):
@@ -422,15 +426,16 @@ def differences(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
 
     A value that one of them lacks is None there.
     """
-    left, right = (_flat(config.model_dump(mode="python")) for config in (before, after))
+    left, right = (flat(config.model_dump(mode="python")) for config in (before, after))
     keys = dict.fromkeys([*left, *right])
     return {key: (left.get(key), right.get(key)) for key in keys if left.get(key) != right.get(key)}
 
 
-def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{dotted key: value} of nested mappings."""
     found: dict[str, Any] = {}
     for key, value in section.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 import time
 from typing import Any
 
@@ -38,6 +39,11 @@ def log_line(sentence: str, level: int = logging.INFO, seconds: float | None = N
     return f"{time.strftime(_TIME, time.gmtime(seconds))} {logging.getLevelName(level)} {sentence}"
 
 
+def print_line(sentence: str) -> None:
+    """Print a sentence of a driver; as it is in a terminal."""
+    print(sentence if sys.stdout.isatty() else log_line(sentence), flush=True)
+
+
 def generation_line(metrics: dict[str, Any], total: int, seconds_left: float | None = None) -> str:
     """The figures of a generation as one line, without time and level.
 
@@ -47,7 +53,8 @@ def generation_line(metrics: dict[str, Any], total: int, seconds_left: float | N
       seconds_left: of the run, where that is known.
     """
     values = {**metrics, "seconds_left": seconds_left}
-    pairs = [f"{key}={_shown(value)}" for key, value in values.items() if key != "generation" and value is not None]
+    shown = {key: value for key, value in values.items() if isinstance(value, bool | int | float | str)}
+    pairs = [f"{key}={_shown(value)}" for key, value in shown.items() if key != "generation"]
     return f"generation {metrics['generation'] + 1}/{total} {' '.join(pairs)}"
 
 
@@ -69,6 +76,8 @@ def read_generation_line(text: str) -> tuple[dict[str, Any], int] | None:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return json.dumps(value)
     if isinstance(value, float):
         return f"{value:.6g}"
     return re.sub(r"\s+", "_", str(value)) or "none"

@@ -20,7 +20,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test goes to a network
 
 
-_CLUSTERS = ("test_chaos.py", "test_cluster.py", "test_jobs.py", "test_retry.py", "test_torch_cluster.py")
+_CLUSTERS = (
+    "test_chaos.py",
+    "test_cluster.py",
+    "test_doctor.py",
+    "test_jobs.py",
+    "test_monitoring.py",
+    "test_retry.py",
+    "test_torch_cluster.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

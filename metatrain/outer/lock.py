@@ -15,6 +15,7 @@ from metatrain.config import UserError
 _log = logging.getLogger("metatrain")
 
 LOCK_FILE = ".lock"
+_LOOK_SECONDS = 0.5  # longer than `is_locked` holds a lock that nobody else holds
 
 
 class BusyError(UserError):
@@ -75,7 +76,7 @@ def run_lock(folder: Path, name: str) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # filelock's own notice that it replaces a missing `flock`
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=_LOOK_SECONDS)
     except filelock.Timeout:
         raise BusyError(f"another process is using the run {name}; wait until it ends, or stop it") from None
     except OSError as error:
@@ -84,3 +85,18 @@ def run_lock(folder: Path, name: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds the lock of a run in this folder."""
+    lock = filelock.FileLock(folder / LOCK_FILE)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            lock.acquire(timeout=0)
+    except filelock.Timeout:
+        return True
+    except OSError:
+        return False
+    lock.release()
+    return False

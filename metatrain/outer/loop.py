@@ -31,14 +31,16 @@ from l3rs.io.files import write_atomically
 from metatrain.config import CodeConfig, Config, UserError, differences, dump_config, load_config
 from metatrain.inner.devices import use_cpu_only
 from metatrain.inner.population import Evaluator
+from metatrain.log_lines import print_line
 from metatrain.outer.code import changes, current_code
 from metatrain.outer.export import Form, save_optimizer, write_form
 from metatrain.outer.lease import LeaseLostError
 from metatrain.outer.lock import BusyError, FolderGoneError, FolderWatch, run_lock
 from metatrain.outer.metrics import Metrics, describe_draws
-from metatrain.outer.progress import Display, print_line
+from metatrain.outer.progress import Display
 from metatrain.outer.setup import Setup
 from metatrain.outer.signals import Interrupts
+from metatrain.outer.sinks import make_sinks
 from metatrain.outer.start import resolve_start
 from metatrain.outer.state import Progress, StateStore
 from metatrain.outer.store import RunFolder, run_folder
@@ -280,13 +282,14 @@ class _Session:
         self._folder, self._setup, self._watch = folder, setup, watch
         self.display = Display(config.outer.steps)
         write_form(folder.path, _form(setup))
-        self._evaluator = setup.evaluator(self.display.log)
+        self._evaluator = setup.evaluator(self.display.warn)
         resources.callback(self._evaluator.close)
         resources.callback(self.display.close)
         self._store = StateStore(folder.path / "state", config.checkpoint.keep, config.code)
         resources.callback(self._store.close)
         self.progress = self._store.restore(setup.fresh().strategy) or setup.fresh()
-        self._metrics = Metrics(folder.path, self.progress.generation, config.logging.tensorboard)
+        generation = self.progress.generation
+        self._metrics = Metrics(folder.path, generation, make_sinks(config, folder.path, generation))
         resources.callback(self._metrics.close)
         self._page = Live(folder.path)
         self._compiled: set[int] = set()  # tasks
@@ -341,8 +344,7 @@ class _Session:
             self.progress, line = _generation(self._setup, self._evaluator, self.progress, interrupts, self._wait)
             line["compiled"] = bool(new)
             self._watch.check()
-            self._metrics.write(line)
-            self.display.update(line)
+            self.display.update(self._metrics.write(line))
             self._page.tick()
             if self.progress.failures >= outer.max_failures:
                 return
@@ -352,7 +354,7 @@ class _Session:
     def _wait(self, reason: str) -> None:
         """Save before a wait whose end is not known."""
         self._save()
-        self.display.log(f"{reason}; what is done is saved")
+        self.display.warn(f"{reason}; what is done is saved")
 
     def _save(self) -> None:
         self._watch.check()

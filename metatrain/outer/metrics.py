@@ -1,4 +1,4 @@
-"""The metrics of a run: one line of `metrics.jsonl` per generation, and TensorBoard."""
+"""The metrics of a run: one line of `metrics.jsonl` per generation, and further sinks."""
 
 from __future__ import annotations
 
@@ -14,46 +14,50 @@ import numpy as np
 
 from l3rs.io.files import write_atomically
 from metatrain.inner.population import Draw
+from metatrain.outer.sinks import Sink
 
+# What evaluators on workers count from the start of the process; in `metrics.jsonl`, from the start of the run.
+COUNTS = ("lost", "duplicated", "requeued", "stale", "rejected", "waited")
 _MAX_BYTES = 1 << 30
 _MAX_LINE = 1 << 16
 _RECENT = 50  # generations whose duration the estimate of the time left uses
 
 
 class Metrics:
-    """Writes `metrics.jsonl` and, if asked, TensorBoard's event files.
+    """Writes `metrics.jsonl` and hands each generation's numbers to the sinks.
 
     Args:
       folder: the run's folder.
       generation: the generation that comes next. Lines of this and later generations are dropped:
         a resumed run writes them again.
-      tensorboard: whether to write for TensorBoard, too.
+      sinks: TensorBoard and others.
     """
 
-    def __init__(self, folder: Path, generation: int, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, generation: int, sinks: Sequence[Sink] = ()) -> None:
         path = folder / "metrics.jsonl"
+        self._before: dict[str, Any] = {}  # the line before `generation`
         if path.exists():
-            kept = "".join(f"{line}\n" for line in _lines(path) if _is_before(line, generation))
-            write_atomically(path, kept)
+            kept = [line for line in _lines(path) if _is_before(line, generation)]
+            write_atomically(path, "".join(f"{line}\n" for line in kept))
+            self._before = (_parse(kept[-1]) or {}) if kept else {}
         self._file = path.open("a", encoding="utf-8")
-        self._board = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter
+        self._sinks = sinks
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=generation or None)
-
-    def write(self, line: dict[str, Any]) -> None:
+    def write(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Write a generation; returns its line, whose counts go back to the start of the run."""
+        earlier = {name: self._before.get(name) for name in COUNTS if name in line}
+        line = {**line, **{name: line[name] + count for name, count in earlier.items() if _is_number(count)}}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        if self._board:
-            for name, value in line.items():
-                if name != "generation" and isinstance(value, int | float) and type(value) is not bool:
-                    self._board.add_scalar(name, value, line["generation"])
+        figures = {name: value for name, value in line.items() if name != "generation" and _is_number(value)}
+        for sink in self._sinks:
+            sink.write(line["generation"], figures)
+        return line
 
     def close(self) -> None:
         self._file.close()
-        if self._board:
-            self._board.close()
+        for sink in self._sinks:
+            sink.close()
 
 
 def describe_draws(draws: Sequence[Draw], losses: np.ndarray) -> dict[str, Any]:
@@ -142,3 +146,7 @@ def _parse(text: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return line if isinstance(line, dict) and type(line.get("generation")) is int else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

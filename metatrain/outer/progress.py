@@ -1,9 +1,8 @@
-"""A run's progress on the screen: a live bar in a terminal, plain lines elsewhere."""
+"""A run's progress: a live bar in a terminal, the lines of a log elsewhere; see `metatrain.log_lines`."""
 
 from __future__ import annotations
 
-import math
-import time
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,14 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from metatrain.log_lines import generation_line, log_line
 from metatrain.outer.metrics import seconds_left
-
-_SECONDS_BETWEEN_LINES = 10.0
-
-
-def print_line(sentence: str) -> None:
-    """Print a sentence of the set-up of a run, before there is a `Display`."""
-    print(sentence, flush=True)
 
 
 class Display:
@@ -35,7 +28,6 @@ class Display:
 
     def begin(self, start: int) -> None:
         """Start, after `start` finished generations."""
-        self._last_line = -math.inf
         self._generations: list[tuple[float, bool]] = []  # seconds of each, and whether they include compilation
         self._uncompiled = 0  # tasks
         if self._console.is_terminal:
@@ -44,7 +36,7 @@ class Display:
             self._task = self._bar.add_task("generation", total=self._total, completed=start, line="starting")
             self._bar.start()
         else:
-            self._console.print(f"generation {start}/{self._total}: starting")
+            self.log(f"generation {start}/{self._total}: starting")
 
     def compiling(self, new: Sequence[int], compiled: int, tasks: int) -> None:
         """The first generation of some tasks in this process begins, which includes their compilation.
@@ -59,30 +51,34 @@ class Display:
         if self._bar:
             self._bar.update(self._task, line=line)
         else:
-            self._console.print(line)
+            self.log(line)
 
     def update(self, metrics: dict[str, Any]) -> None:
         """Show a line of metrics."""
         done = metrics["generation"] + 1
         mean = metrics["meta_loss_mean"]
         if mean is None:
-            self.log(f"generation {metrics['generation']}: no candidate has a finite loss; the state is kept")
+            self.warn(f"generation {metrics['generation']}: no candidate has a finite loss; the state is kept")
         self._generations.append((metrics["seconds"], metrics["compiled"]))
         left = seconds_left(self._generations, self._total - done, min(self._uncompiled, self._total - done))
-        known = "" if left is None else f"  {left:,.0f} s left"
-        line = (
-            f"meta-loss {'not finite' if mean is None else format(mean, '.4f')}  horizon {metrics['horizon']:>4.0f}  "
-            f"{metrics['candidate_steps_per_s']:,.0f} candidate-steps/s  {metrics['workers']} workers{known}"
-        )
         if self._bar:
+            known = "" if left is None else f"  {left:,.0f} s left"
+            loss = "not finite" if mean is None else f"{mean:.4f}"
+            line = (
+                f"meta-loss {loss}  horizon {metrics['horizon']:>4.0f}  "
+                f"{metrics['candidate_steps_per_s']:,.0f} candidate-steps/s  {metrics['workers']} workers{known}"
+            )
             self._bar.update(self._task, completed=done, line=line)
-        elif done == self._total or time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
-            self._console.print(f"generation {done}/{self._total}  {line}")
+        else:
+            self.log(generation_line(metrics, self._total, left))
 
-    def log(self, sentence: str) -> None:
-        """Print a sentence above the bar."""
-        self._console.print(sentence)
+    def log(self, sentence: str, level: int = logging.INFO) -> None:
+        """Print a sentence, above the bar in a terminal; elsewhere with its time and level."""
+        self._console.print(sentence if self._console.is_terminal else log_line(sentence, level))
+
+    def warn(self, sentence: str) -> None:
+        """Print a sentence that an operator should look at."""
+        self.log(sentence, logging.WARNING)
 
     def close(self) -> None:
         if self._bar:

@@ -76,7 +76,7 @@ class Setup:
         return cls(config, tasks, spec, strategy, start)
 
     def evaluator(self, log: Callable[[str], None]) -> Evaluator:
-        """The evaluator of the chosen backend; `log` is called with news of the workers."""
+        """The evaluator of the chosen backend; `log` is called with what an operator should look at."""
         execution, outer = self.config.execution, self.config.outer
         plan, members = execution.plan, execution.members_per_call
         assert plan != "auto"

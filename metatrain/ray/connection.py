@@ -32,7 +32,7 @@ def connect(execution: ExecutionConfig, log: Callable[[str], None]) -> bool:
 
     Args:
       execution: address, workers, resources, security.
-      log: called with what the process is connected to, and whether with a token.
+      log: called with a sentence if it takes long.
 
     Returns:
       Whether this call opened the connection, so that the caller has to close it.
@@ -72,7 +72,7 @@ def connect(execution: ExecutionConfig, log: Callable[[str], None]) -> bool:
     except UserError:
         ray.shutdown()
         raise
-    log(f"connected to the Ray cluster at {address}, {_mode()}")
+    _log.info("connected to the Ray cluster at %s, %s", address, _mode())
     return True
 
 
@@ -110,7 +110,7 @@ def _own_ray(execution: ExecutionConfig, log: Callable[[str], None]) -> bool:
                 f"Ray did not start on this machine: {one_line(error)[:400]}; try again when it is less busy, or look "
                 "into /tmp/ray/session_latest/logs"
             ) from error
-    log(f"started Ray on this machine for this run, on loopback only, {_mode()}")
+    _log.info("started Ray on this machine for this run, on loopback only, %s", _mode())
     return True
 
 

@@ -59,7 +59,7 @@ class RayEvaluator:
       tasks, spec, outer, plan: the candidates and what they train.
       members_per_call: candidates in one compiled call; a shard is one or more calls.
       execution: address, workers, resources, security.
-      log: called with news of the workers.
+      log: called with what an operator should look at: workers that are lost, long waits.
 
     Raises:
       UserError: the cluster cannot be used, see `connect`; or no node can hold a worker.
@@ -85,6 +85,7 @@ class RayEvaluator:
         self._wait_seconds = 60.0 * execution.wait_minutes
         self._devices: set[str] = set()  # kinds of the workers' devices
         self._counts = dict.fromkeys(("duplicated", "requeued", "stale", "rejected"), 0)
+        self._waited = 0.0  # seconds without any worker
         self._health = Health()
         try:
             package = Package(tasks, spec, outer, plan)
@@ -96,9 +97,14 @@ class RayEvaluator:
     def evaluate(self, state: State, spec: GenerationSpec, waiting: Callable[[str], None] | None = None) -> np.ndarray:
         work = self._begin(state, spec)
         fleet, reported = self._fleet, False
-        waits = Waits(fleet, self._health, self._wait_seconds, self._log, time.monotonic())
+        last = time.monotonic()
+        waits = Waits(fleet, self._health, self._wait_seconds, self._log, last)
         while not work.shards.finished:
-            fleet.recruit(time.monotonic())
+            now = time.monotonic()
+            if not fleet.members:
+                self._waited += now - last
+            last = now
+            fleet.recruit(now)
             for member in fleet.members:
                 self._hand_out(member, work)
             if waiting and self._health.any_started and not fleet.members and not reported:
@@ -120,9 +126,10 @@ class RayEvaluator:
 
         `workers`: workers now. Since the start, `lost`: workers lost; `duplicated`: shards started twice;
         `requeued`: members evaluated again because their worker was lost; `stale`: answers that came too
-        late; `rejected`: unusable answers.
+        late; `rejected`: unusable answers; `waited`: seconds without any worker.
         """
-        return {"workers": len(self._fleet.members), "lost": self._fleet.lost, **self._counts}
+        counts = {"lost": self._fleet.lost, **self._counts, "waited": round(self._waited, 1)}
+        return {"workers": len(self._fleet.members), **counts}
 
     def close(self) -> None:
         self._fleet.close()

@@ -15,19 +15,22 @@ import logging
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
+import sys
 import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from email.utils import parsedate_to_datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from l3rs.io.files import first_line
 from metatrain.config import Config, UserError, dump_config
-from metatrain.outer.status import progress
+from metatrain.outer.status import Snapshot, folder_snapshot, logged_snapshot
 from metatrain.ray.connection import has_token, is_loopback, probe, require_token, split_address
 from metatrain.waiting import NOTICE_SECONDS, notice, noticed
 
@@ -37,6 +40,7 @@ _START_SECONDS = 180.0
 _STOP_SECONDS = 120
 _AGENT_SECONDS = 60.0
 _MODULE_BYTES = 50 * 2**20
+_GENERATION = re.compile(r"generation [1-9]\d*/\d+ ")  # of a driver's log
 _OURS = ("l3rs", "tasks", "metatrain")
 
 
@@ -169,6 +173,33 @@ def submit_job(jobs: Any, **job: Any) -> str:
         time.sleep(1.0)
 
 
+def output(jobs: Any, job_id: str, seconds: float = _START_SECONDS) -> tuple[str, bool]:
+    """Wait for a short job; returns what it printed, and whether it succeeded.
+
+    Raises:
+      UserError: it takes longer than `seconds`.
+    """
+    deadline = time.monotonic() + seconds
+    with noticed(f"the job {job_id}", f"at most {seconds:.0f} s", lambda text: print(text, file=sys.stderr)):
+        while time.monotonic() < deadline:
+            status = str(jobs.get_job_status(job_id).value)
+            if status not in ("PENDING", "RUNNING"):
+                lines = jobs.get_job_logs(job_id).splitlines()
+                printed = [line for line in lines if not line.startswith("Running entrypoint for job")]
+                return "\n".join(printed), status == "SUCCEEDED"
+            time.sleep(0.5)
+    raise UserError(f"the job {job_id} has not ended after {seconds:.0f} s; see: ray job logs {job_id}")
+
+
+def clock_ahead(jobs: Any) -> float | None:
+    """Seconds by which the clock of the cluster's head is ahead of this machine's, to a second; None if unknown."""
+    try:
+        stated = parsedate_to_datetime(jobs._do_request("GET", "/api/version").headers["Date"])
+    except (KeyError, ValueError, TypeError):
+        return None
+    return stated.timestamp() + 0.5 - time.time()
+
+
 def list_runs(jobs: Any) -> list[Job]:
     """All runs of the cluster, the oldest first."""
     found = [
@@ -204,13 +235,11 @@ def find(jobs: Any, name: str) -> Job:
     return found[-1]
 
 
-def status(jobs: Any, job: Job) -> str:
-    """A run's progress, from its metrics if its folder can be read here, else from its driver's output."""
-    state = job.status.lower()
-    if found := progress(Path(job.folder), job.name, state, going=job.status == "RUNNING"):
-        return found
-    printed = [line for line in jobs.get_job_logs(job.id).splitlines() if line.startswith("generation ")]
-    return f"{job.name}: {state}, {printed[-1] if printed else 'nothing computed yet'}"
+def snapshot(jobs: Any, job: Job) -> Snapshot:
+    """A run's progress, from its metrics if its folder can be read here, else from its driver's log."""
+    state, going = job.status.lower(), job.status == "RUNNING"
+    found = folder_snapshot(Path(job.folder), job.name, state, going=going)
+    return found if found.metrics else logged_snapshot(jobs.get_job_logs(job.id), job.name, state, going=going)
 
 
 def logs(jobs: Any, job: Job, follow: bool) -> Iterator[str]:
@@ -294,7 +323,7 @@ def _wait_for_start(jobs: Any, job_id: str, log: Callable[[str], None]) -> Job:
         job = find(jobs, job_id)
         if job.status == "FAILED":
             raise UserError(_failure(jobs, job))
-        if job.status != "PENDING" and (job.status != "RUNNING" or "meta-loss" in jobs.get_job_logs(job_id)):
+        if job.status != "PENDING" and (job.status != "RUNNING" or _GENERATION.search(jobs.get_job_logs(job_id))):
             return job
         time.sleep(0.5)
     log(f"the run has not finished a generation after {_START_SECONDS:.0f} s; see: metatrain logs {job_id}")

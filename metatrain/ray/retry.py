@@ -16,7 +16,7 @@ from types import FrameType
 from metatrain.log_lines import log_line
 
 _LONGEST_WAIT = 60.0  # seconds before a start
-_FINAL = (0, 2, 3)  # done or stopped on request; the input is wrong; the disk is full
+FINAL_CODES = (0, 2, 3)  # done or stopped on request; the input is wrong; the disk is full
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
     attempt = 0
     while True:
         code = subprocess.Popen(command).wait()
-        if code in _FINAL or stopping or attempt == retries:
+        if code in FINAL_CODES or stopping or attempt == retries:
             return code if code >= 0 else 128 - code
         attempt += 1
         wait = min(2.0 ** (attempt - 1), _LONGEST_WAIT)

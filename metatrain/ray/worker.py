@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from metatrain.config import OuterConfig, Plan
 from metatrain.inner.devices import device_kind
 from metatrain.inner.population import candidate_losses, fitness_by_halves
 from metatrain.outer.strategy import make_strategy
+from metatrain.ray.metrics import WorkerCounters
 from metatrain.ray.share import Share, take_share
 from tasks import Task, TaskError
 from tasks.base import AnyTask
@@ -81,6 +83,7 @@ class Worker:
         self._calls = [candidate_losses(task, job.spec, strategy, job.plan) for task in tasks]
         self._device = jax.local_devices()[0]
         self._data = jax.device_put([task.data for task in tasks], self._device)
+        self._counters = WorkerCounters()
         return []
 
     def evaluate(
@@ -99,13 +102,16 @@ class Worker:
 
         if round_ != self._round:
             self._shared = [(task, jax.device_put(own, self._device)) for task, own in ray.get(shared[0])]
+            self._horizons = [int(np.asarray(own[-1])) for _, own in self._shared]
             self._round = round_
         task, arguments = self._shared[draw]
 
         def call(part: np.ndarray) -> np.ndarray:
             return np.asarray(self._calls[task](*arguments, self._data[task], jax.device_put(part, self._device)))
 
+        began = time.monotonic()
         fitness, chunk = fitness_by_halves(call, members, chunk)
+        self._counters.add(len(members) * self._horizons[draw], time.monotonic() - began)
         return Answer(round_, shard, fitness, chunk, device_kind())
 
 

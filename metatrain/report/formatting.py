@@ -70,14 +70,6 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:,.1f} h"
 
 
-def about(seconds: float) -> str:
-    """A duration that is only an estimate."""
-    for limit, unit, name in ((90.0, 1.0, "s"), (5400.0, 60.0, "min"), (172_800.0, 3600.0, "h")):
-        if seconds < limit:
-            return f"{max(seconds / unit, 1):.0f} {name}"
-    return f"{seconds / 86_400:.1f} days"
-
-
 def bounds(interval: Interval, kind: str = "number") -> str:
     """The ends of an interval; empty where there is none (a single seed, a run that diverged)."""
     if math.isnan(interval.low) or math.isnan(interval.high) or interval.low == -math.inf:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metatrain.outer.metrics import read_metrics, seconds_left
+from metatrain.outer.metrics import COUNTS, read_metrics, seconds_left
 
 WINDOW = 31  # generations of the running median
 
@@ -26,6 +26,7 @@ _COLUMNS = (
     "seconds",
     "compiled",
     "workers",
+    *COUNTS,
 )
 
 
@@ -103,6 +104,11 @@ class History:
     def lost(self) -> int:
         """Generations in which no candidate had a finite loss."""
         return int((~np.isfinite(self["meta_loss_mean"])).sum())
+
+    def count(self, name: str) -> float | None:
+        """How often something of `metatrain.outer.metrics.COUNTS` has happened; None where it is not counted."""
+        values = self[name][np.isfinite(self[name])]
+        return float(values[-1]) if len(values) else None
 
     def bands(self) -> list[Band]:
         """The generations by horizon, in at most three groups of about equal size."""

@@ -11,12 +11,20 @@ from pathlib import Path
 from markupsafe import Markup
 
 from metatrain.config import Config, UserError, load_config
+from metatrain.durations import about
 from metatrain.report import formatting
 from metatrain.report.history import History
 from metatrain.report.html import write_page
 from metatrain.trust import refuse_links
 
 _log = logging.getLogger("metatrain")
+
+_COUNTS = {
+    "lost": "workers lost",
+    "duplicated": "shards started twice, because the first took too long",
+    "requeued": "candidates evaluated again, because their worker was lost",
+    "waited": "waited without any worker",
+}
 
 _Charts = list[tuple[str, str, list[tuple[str, Markup]], Markup]]
 
@@ -101,7 +109,7 @@ def _sentence(history: History, config: Config, state: str) -> str:
     if state == "stopped":
         return f"Stopped after {progress}; `metatrain resume` continues it."
     left = history.seconds_left(total)
-    return f"{progress} done." if left is None else f"{progress} done; about {formatting.about(left)} left."
+    return f"{progress} done." if left is None else f"{progress} done; about {about(left)} left."
 
 
 def _facts(history: History, config: Config, state: str) -> list[tuple[str, str]]:
@@ -122,6 +130,8 @@ def _facts(history: History, config: Config, state: str) -> list[tuple[str, str]
             f" by {formatting.counted(int(workers), 'worker')}" if state == "running" and math.isfinite(workers) else ""
         )
         facts.append((f"{rate:,.0f}", f"candidate-steps a second{by}"))
+    counts = {name: count for name in _COUNTS if (count := history.count(name)) is not None}
+    facts += [(about(n) if name == "waited" else f"{n:,.0f}", _COUNTS[name]) for name, n in counts.items()]
     return facts
 
 

@@ -18,6 +18,7 @@ from metatrain.report.theme import SERIES, Look
 _POINTS = 600  # of a series that are drawn: a screen shows no more
 _LOSS, *_BANDS = (Look(SERIES[0], "", 1.6), Look(SERIES[1], "", 1.6), Look(SERIES[2], "", 1.6, "--"),
                   Look(SERIES[3], "", 1.6, ":"))  # fmt: skip
+_COUNTS = {"lost": "workers lost", "duplicated": "shards started twice", "requeued": "candidates evaluated again"}
 _OTHER = Look(SERIES[2], "", 1.6)
 
 
@@ -71,6 +72,12 @@ def charts(history: History) -> list[Chart]:
         smooth = name in ("theta_norm", "workers")
         series = [_Series(generation, values, _OTHER)] if smooth else _with_median(generation, values, _OTHER)
         found.append(_chart(title, caption, series, zero=name == "workers"))
+    if counted := [name for name in _COUNTS if history.count(name)]:
+        looks = dict(zip(_COUNTS, (_LOSS, *_BANDS), strict=False))
+        series = [_Series(generation, history[name], looks[name]) for name in counted]
+        legend = [(_COUNTS[name], looks[name]) for name in counted]
+        caption = "Since the start of the run. None of it changes the result."
+        found.append(_chart("Lost, started twice, evaluated again", caption, series, legend, zero=True))
     return found
 
 

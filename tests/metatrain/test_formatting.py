@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from metatrain import report
+from metatrain.durations import about
 from metatrain.evaluation.analysis import Analysis
 from metatrain.evaluation.records import L3RS
 from metatrain.report import formatting
@@ -44,7 +45,7 @@ def test_formats() -> None:
         "9.08 min",
         "2.5 h",
     ]
-    assert [formatting.about(s) for s in (0.1, 400, 9000, 9e5)] == ["1 s", "7 min", "2 h", "10.4 days"]
+    assert [about(s) for s in (0.1, 400, 9000, 9e5)] == ["1 s", "7 min", "2 h", "10.4 days"]
 
 
 def test_ticks_are_round_and_few() -> None:

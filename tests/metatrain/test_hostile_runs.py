@@ -17,7 +17,7 @@ from metatrain.config import UserError, load_config
 from metatrain.describe import describe
 from metatrain.outer import loop
 from metatrain.outer.export import export
-from metatrain.outer.status import local_status
+from metatrain.outer.status import local_snapshot
 from metatrain.report import live
 from metatrain.trust import require_trust
 from tests.metatrain.common import REGRESSION, small_config
@@ -88,7 +88,7 @@ def test_links_and_pipes_are_refused(run: Path, tmp_path: Path, name: str, work:
             "export": lambda: export(run, tmp_path / "exported"),
             "resume": lambda: loop.resume(run),
             "report": lambda: live.write(run),
-            "status": lambda: local_status(run, str(run)),
+            "status": lambda: local_snapshot(run, str(run)).line(),
         }[work]()
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -177,7 +177,7 @@ def test_export_report_status_and_inspect_import_no_task(evil: Path, tmp_path: P
     export(evil, tmp_path / "exported")
     assert l3rs.info(tmp_path / "exported")["info"]["task"] == "regression"
     live.write(evil, going=False)
-    assert "finished" in local_status(evil, "it")
+    assert "finished" in local_snapshot(evil, "it").line()
     assert list(describe(str(tmp_path / "exported")))
     assert "evil_task" not in sys.modules
     assert not (tmp_path / "mark").exists()

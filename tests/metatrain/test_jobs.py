@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from metatrain.config import UserError, dump_config
+from metatrain.log_lines import read_generation_line
 from metatrain.outer.loop import run
 from metatrain.ray.connection import is_loopback, require_token, split_address
 from metatrain.ray.jobs import CLIENT, check_client, client, submit_job
@@ -47,6 +49,13 @@ def _user_config(folder: Path, **execution: object) -> Path:
     return config
 
 
+def _logged_generations(text: str) -> list[int]:
+    """The generations in a driver's log, in which every line has time and level: nothing of Ray's is in between."""
+    lines = [line for line in text.splitlines() if not line.startswith("Running entrypoint for job")]
+    assert [line for line in lines if not re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (INFO|WARNING) ", line)] == []
+    return [found[0]["generation"] + 1 for line in lines if (found := read_generation_line(line))]
+
+
 @pytest.mark.slow
 def test_submit_status_logs_stop_resume(tmp_path: Path) -> None:
     config, folder = _user_config(tmp_path), tmp_path / "run"
@@ -76,6 +85,9 @@ def test_submit_status_logs_stop_resume(tmp_path: Path) -> None:
         assert (code, "job small-3" in out) == (0, True), err
         code, out, err = metatrain("logs", "small", "-f")
         assert (code, "generation 30/30" in out) == (0, True), err
+        before, after = _logged_generations(metatrain("logs", "small-1")[1]), _logged_generations(out)
+        assert before == list(range(1, done + 1))
+        assert after == list(range(done + 1, 31))
         listed = metatrain("list")[1]
         assert "small-1  stopped" in listed
         assert "small-3  succeeded" in listed
@@ -141,8 +153,7 @@ def test_the_sequence_of_the_readme(tmp_path: Path, earlier_token: bool) -> None
         words = ["outer.steps=2", "task.seconds=0.0"]
         code, out, err = metatrain("run", config, *words, "execution.backend=ray", "--out", tmp_path / "own")
         assert code == 0, err
-        assert "started Ray on this machine" in out
-        assert "with Ray's token" in out
+        assert re.search(r"^\S+Z INFO started Ray on this machine .* with Ray's token$", err, re.MULTILINE)
         assert token.exists() == earlier_token
         # The test's cluster listens on an address that other machines can reach.
         accepted = [] if earlier_token else ["--allow-unauthenticated"]

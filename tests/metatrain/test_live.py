@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -133,3 +134,21 @@ def test_a_page_of_1000_generations_is_drawn_quickly(tmp_path: Path) -> None:
 def test_page_on_a_phone(tmp_path: Path) -> None:
     page = live.write(run_folder(tmp_path, 300))
     check_in_a_browser(page.read_text(), tmp_path, 390, "dark")
+
+
+def test_what_workers_lost_is_on_the_page_of_a_run_on_a_cluster(tmp_path: Path) -> None:
+    counts = {"lost": 2, "duplicated": 17, "requeued": 5, "stale": 1, "rejected": 0, "waited": 130.0}
+    page = check_page(live.write(run_folder(tmp_path, 50, **counts)))
+    shown = {
+        "workers lost": "2",
+        "shards started twice[^0-9]*": "17",
+        "candidates evaluated again[^0-9]*": "5",
+        "waited without any worker": "2 min",
+    }
+    for meaning, number in shown.items():
+        assert re.search(rf"{meaning}\s*{number}", page.text), meaning
+    assert "Lost, started twice, evaluated again" in page.text
+    assert "workers lost" not in check_page(live.write(run_folder(tmp_path, 50))).text
+    processes = check_page(live.write(run_folder(tmp_path, 50, lost=1)))  # of this machine
+    assert "workers lost" in processes.text
+    assert "shards started twice" not in processes.text

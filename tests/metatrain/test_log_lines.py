@@ -9,8 +9,15 @@ _TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
 
 
 def test_a_generation_is_one_line_that_can_be_read_back() -> None:
-    metrics = {"generation": 3, "meta_loss_mean": 0.5, "meta_loss_best": 1e-7, "horizon": 12, "kind": "two words\n"}
-    line = log_line(generation_line(metrics, 6, 4.25), seconds=0)
+    metrics = {
+        "generation": 3,
+        "meta_loss_mean": 0.5,
+        "meta_loss_best": 1e-7,
+        "horizon": 12,
+        "kind": "two words\n",
+        "new": True,
+    }
+    line = log_line(generation_line({**metrics, "samples": [{"horizon": 2}]}, 6, 4.25), seconds=0)  # one line each
     assert line.startswith("1970-01-01T00:00:00Z INFO generation 4/6 ")
     assert "\n" not in line
     found = read_generation_line(line)

@@ -1,17 +1,27 @@
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from metatrain.config import dump_config
-from metatrain.outer.lock import run_lock
-from metatrain.outer.status import local_status, progress
-from metatrain.ray.jobs import Job, status
+from metatrain.log_lines import generation_line, log_line
+from metatrain.outer.lock import is_locked, run_lock
+from metatrain.outer.status import Snapshot, folder_snapshot, local_snapshot
+from metatrain.ray.jobs import Job, snapshot
 from metatrain.waiting import noticed
+from metatrain.watch import screen, sparkline, watch
 from tests.metatrain.common import small_config
 
 
@@ -25,22 +35,119 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def _job(folder: Path, state: str) -> Job:
+    return Job("a-1", "a", str(folder), state, "", 0.0)
+
+
 def test_time_left_counts_no_compilation_and_only_a_run_that_goes_on_has_it(folder: Path) -> None:
-    assert progress(folder, "a", "running", going=True) == (
+    assert folder_snapshot(folder, "a", "running", going=True).line() == (
         "a: running, generation 4/6, meta-loss 0.5000, 100 candidate-steps/s, 2 workers, about 4 s left"
     )
-    assert "left" not in str(progress(folder, "a", "failed", going=False))
+    assert "left" not in folder_snapshot(folder, "a", "failed", going=False).line()
     for state in ("FAILED", "STOPPED", "SUCCEEDED", "PENDING"):
-        assert "left" not in status(None, Job("a-1", "a", str(folder), state, "", 0.0))
-    assert "left" in status(None, Job("a-1", "a", str(folder), "RUNNING", "", 0.0))
+        assert "left" not in snapshot(None, _job(folder, state)).line()
+    assert "left" in snapshot(None, _job(folder, "RUNNING")).line()
 
 
 def test_a_folder_is_running_while_its_lock_is_held(folder: Path) -> None:
-    assert local_status(folder, "a").startswith("a: stopped, generation 4/6")
+    assert local_snapshot(folder, "a").line().startswith("a: stopped, generation 4/6")
     with run_lock(folder, "a"):
-        assert "a: running, generation 4/6" in local_status(folder, "a")
+        assert "a: running, generation 4/6" in local_snapshot(folder, "a").line()
     (folder / "metrics.jsonl").unlink()
-    assert local_status(folder, "a") == "a: stopped, nothing computed yet"
+    assert local_snapshot(folder, "a").line() == "a: stopped, nothing computed yet"
+
+
+def test_looking_at_a_run_keeps_no_driver_from_starting(folder: Path) -> None:
+    """A look takes the lock for a moment; a driver that starts just then waits for it."""
+    looks = 0
+    stop = threading.Event()
+
+    def look() -> None:
+        nonlocal looks
+        while not stop.is_set():
+            is_locked(folder)
+            looks += 1
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        for _ in range(20):
+            with run_lock(folder, "a"):
+                pass
+    finally:
+        stop.set()
+        thread.join()
+    assert looks
+
+
+def test_a_run_whose_folder_is_elsewhere_is_read_from_its_drivers_log(folder: Path, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+    class Jobs:
+        def get_job_logs(self, _: str) -> str:
+            return "\n".join(["generation 0/6: starting", *(log_line(generation_line(line, 6)) for line in lines)])
+
+    here, elsewhere = snapshot(None, _job(folder, "RUNNING")), snapshot(Jobs(), _job(tmp_path / "none", "RUNNING"))
+    assert elsewhere.line() == here.line()
+    assert [line["seconds"] for line in elsewhere.metrics] == [line["seconds"] for line in here.metrics]
+
+
+def _shown(run: Snapshot, now: float) -> str:
+    console = Console(width=100, file=io.StringIO(), force_terminal=False)
+    console.print(screen(run, now))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_screen_shows_progress_loss_speed_workers_and_what_was_lost(folder: Path) -> None:
+    more = {"lost": 1, "duplicated": 7, "requeued": 3, "waited": 61.0, "meta_loss_best": 0.25, "horizon": 9}
+    run = folder_snapshot(folder, "a", "running", going=True)
+    run = dataclasses.replace(run, metrics=[{**line, **more} for line in run.metrics], updated=1000.0)
+    text = _shown(run, 1002.0)
+    for part in ("a, running", "4/6", "67%", "about 4 s left", "0.5000", "lowest", "0.2500", "100 candidate-steps/s",
+                 "horizon 9", "2; 1 lost", "7 shards started twice", "3 candidates requeued",
+                 "waited 61 s for workers", "2 s ago", "Ctrl-C"):  # fmt: skip
+        assert part in text, part
+    assert "longer than usual" not in text
+    assert "longer than usual" in _shown(run, 2000.0)
+    for hardly in (dataclasses.replace(run, metrics=[]), dataclasses.replace(run, total=None),
+                   dataclasses.replace(run, metrics=[{**run.metrics[0], "meta_loss_mean": None}])):  # fmt: skip
+        assert "a, running" in _shown(hardly, 1002.0)
+
+
+def test_a_sparkline_keeps_the_ends_and_their_order() -> None:
+    assert sparkline([3.0, 1.0], 10) == "█▁"
+    assert sparkline([1.0] * 5, 3) == "▁▁▁"
+    long = sparkline([float(i) for i in range(1000)], 40)
+    assert (len(long), long[0], long[-1]) == (40, "▁", "█")
+    assert list(long) == sorted(long)
+
+
+def test_watch_ends_with_the_run_and_prints_only_what_is_new(folder: Path) -> None:
+    going = folder_snapshot(folder, "a", "running", going=True)
+    ended = folder_snapshot(folder, "a", "finished", going=False)
+    looks = iter([going, going, ended])
+    console = Console(file=io.StringIO(), width=100)
+    watch(lambda: next(looks), console, seconds=0.0)
+    printed = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert printed == [going.line(), ended.line()]
+
+
+def test_watch_in_a_terminal_ends_with_ctrl_c_and_exit_code_0(folder: Path) -> None:
+    """By the command itself, in a terminal of its own."""
+    pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
+    command = [sys.executable, "-m", "metatrain.cli", "status", "--watch", str(folder)]
+    with run_lock(folder, "a"):
+        ours, theirs = pty.openpty()
+        env = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+        process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True)
+        os.close(theirs)
+        shown = b""
+        while b"Ctrl-C" not in shown:
+            shown += os.read(ours, 4096)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+        os.close(ours)
+    assert b"4/6" in shown
 
 
 def test_a_wait_is_named_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:

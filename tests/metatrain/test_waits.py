@@ -13,7 +13,7 @@ from metatrain.outer import loop
 from metatrain.outer.metrics import seconds_left
 from metatrain.outer.progress import Display
 from metatrain.outer.setup import Setup
-from metatrain.outer.status import progress
+from metatrain.outer.status import folder_snapshot
 from metatrain.ray.fleet import Fleet
 from metatrain.ray.health import FIRST_CALL_SECONDS, HANG_FACTOR, START_SECONDS, Health
 from metatrain.ray.waits import Waits
@@ -113,9 +113,8 @@ def test_the_time_left_counts_each_compilation_once() -> None:
 
 
 def test_the_display_shows_compilation_and_a_time_left_without_it(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("metatrain.outer.progress._SECONDS_BETWEEN_LINES", 0.0)
     display = Display(100)
     display.begin(0)
     common = {"meta_loss_mean": 1.0, "horizon": 5, "candidate_steps_per_s": 1.0, "workers": 2}
@@ -129,11 +128,11 @@ def test_the_display_shows_compilation_and_a_time_left_without_it(
     lines = capsys.readouterr().out.splitlines()
     assert "compiling task 1 (1 of 2)" in lines[1]
     assert "compiling task 2 (2 of 2)" in lines[4]
-    done = [line for line in lines if "meta-loss" in line]
+    done = [line for line in lines if "meta_loss_mean" in line]
     assert "left" not in done[0]
-    assert "256 s left" in done[1]  # 98 generations of 2 s, and 60 s for the other task's compilation
-    assert "194 s left" in done[2]
-    assert "192 s left" in done[3]
+    assert "seconds_left=256" in done[1]  # 98 generations of 2 s, and 60 s for the other task's compilation
+    assert "seconds_left=194" in done[2]
+    assert "seconds_left=192" in done[3]
 
 
 def test_a_runs_page_and_status_leave_compilation_out(tmp_path: Path) -> None:
@@ -146,10 +145,10 @@ def test_a_runs_page_and_status_leave_compilation_out(tmp_path: Path) -> None:
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert History.read(folder / "metrics.jsonl").seconds_left(6) == pytest.approx(6.0)
-    assert "about 6 s left" in str(progress(folder, "a", "running", going=True))
+    assert "about 6 s left" in folder_snapshot(folder, "a", "running", going=True).line()
     (folder / "metrics.jsonl").write_text(json.dumps(lines[0]) + "\n")
     assert History.read(folder / "metrics.jsonl").seconds_left(6) is None
-    assert "left" not in str(progress(folder, "a", "running", going=True))
+    assert "left" not in folder_snapshot(folder, "a", "running", going=True).line()
     assert "about" not in write(folder).read_text().partition("<svg")[0]
 
 
