@@ -85,7 +85,9 @@ class TensorBoardSink:
     def __init__(self, folder: Path, generation: int) -> None:
         from tensorboardX import SummaryWriter
 
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=generation or None)
+        # The suffix: its file names have whole seconds.
+        suffix = f".{generation}"
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=generation or None, filename_suffix=suffix)
 
     def write(self, generation: int, figures: dict[str, float]) -> None:
         for name, value in figures.items():
