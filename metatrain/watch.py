@@ -97,7 +97,7 @@ def _rows(run: Snapshot, now: float) -> list[tuple[str, RenderableType]]:
         rows.append(("", sparkline(losses, 40)))
     if best := [line for line in run.metrics if line.get("meta_loss_best") is not None]:
         lowest = min(best, key=lambda line: line["meta_loss_best"])
-        rows.append(("lowest", f"{lowest['meta_loss_best']:.4f} in generation {lowest['generation'] + 1:,}"))
+        rows.append(("lowest", f"{lowest['meta_loss_best']:.4f} in generation {lowest['generation']:,}"))
     if without := len(run.metrics) - len(losses):
         rows.append(("", Text(f"{without:,} generations without a finite meta-loss", "yellow")))
     seconds = statistics.median(line["seconds"] for line in run.metrics[-_RECENT:])
