@@ -448,8 +448,3 @@ def portable(value: Any) -> Any:
     if isinstance(value, str) and value.startswith("/"):  # this machine's folders mean nothing elsewhere
         return "…/" + "/".join(Path(value).parts[-2:])
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def one_line(error: BaseException) -> str:
-    """An error's whole message, without line breaks."""
-    return " ".join(str(error).split())

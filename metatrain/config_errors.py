@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a configuration, as one sentence."""
+"""Errors as one sentence: what pydantic finds wrong with a configuration, and any other error's message."""
 
 from __future__ import annotations
 
@@ -55,3 +55,8 @@ def _found(error: Any) -> str:
         return ""
     found = repr(error["input"])
     return f", found {found if len(found) <= 100 else found[:100] + '…'}"
+
+
+def one_line(error: BaseException) -> str:
+    """An error's whole message, without line breaks."""
+    return " ".join(str(error).split())

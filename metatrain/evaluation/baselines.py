@@ -18,7 +18,8 @@ import optax.contrib
 from l3rs.baselines import BASELINES as OWN
 from l3rs.baselines import iomt
 from l3rs.io.files import first_line
-from metatrain.config import UserError, one_line
+from metatrain.config import UserError
+from metatrain.config_errors import one_line
 
 SCHEDULES = ("constant", "cosine", "warmup_cosine", "step")
 WARMUP = 0.1  # of the horizon

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metatrain.config import UserError, one_line
+from metatrain.config import UserError
+from metatrain.config_errors import one_line
 from metatrain.evaluation.baselines import SCHEDULES, WARMUP, Baseline, MissingBaselineError, Tuned, given_rate
 
 # Where the search for the learning rate begins: as for optax's optimizers of the same name.

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from l3rs.io.files import read_regular, write_atomically
-from metatrain.config import Config, UserError, as_written, flat, one_line
+from metatrain.config import Config, UserError, as_written, flat
+from metatrain.config_errors import one_line
 
 _log = logging.getLogger("metatrain")
 

@@ -19,7 +19,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from metatrain.config import ExecutionConfig, UserError, one_line
+from metatrain.config import ExecutionConfig, UserError
+from metatrain.config_errors import one_line
 from metatrain.waiting import WaitError, noticed
 
 _log = logging.getLogger("metatrain")

@@ -21,6 +21,7 @@ from metatrain.config import check_config
 from tests.docs.blocks import PAGES, ROOT, Block, blocks
 
 _TOOLS = {"export", "kubectl", "pip", "sbatch"}  # commands that are not ours
+_SLOW = {"start.md", "index.md", "trust.md"}  # several networks, or updates outside of jax.jit: many small compilations
 
 
 def _id(page: Path) -> str:
@@ -36,7 +37,12 @@ def _commands(block: Block) -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks(page, "python")], ids=_id)
+def _pages() -> list[Any]:
+    pages = [page for page in PAGES[1:] if blocks(page, "python")]
+    return [pytest.param(page, id=_id(page), marks=pytest.mark.slow if page.name in _SLOW else ()) for page in pages]
+
+
+@pytest.mark.parametrize("page", _pages())
 def test_python(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page are one program, in one namespace; a block with a title is a file of that name."""
     monkeypatch.chdir(tmp_path)
