@@ -73,7 +73,8 @@ def _decide_form_1(
     step_norm = spec.step_scale * core.base_norm(spec, measured, xp) * xp.exp(log_step)
     gone = measured.gradient_norm == 0
     step_norm = xp.where(gone, step_norm * _remaining_signal(mix, measured, spec, xp), step_norm)
-    return Decision(core.mixture_coefficients(mix, step_norm, measured, xp), mix, step_norm), memory
+    coefficients = core.mixture_coefficients(mix, step_norm, *core.cosines_of(measured, xp), xp)
+    return Decision(coefficients, mix, step_norm), memory
 
 
 def _remaining_signal(mix: Any, measured: Statistics, spec: Spec, xp: Any) -> Any:

@@ -20,6 +20,7 @@ is lost, not given to another. A layer whose gradient is exactly zero keeps its 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ NORMALISED = ("adam", "rmsprop", "lion")  # their RMS is a signal by itself
 AVERAGED = ("momentum", "first_moment")  # averages of gradients: their norm over the gradient's tells the noise
 
 POWER_DECAY = 0.999  # of the mean squared norm of a direction
+_LOG_POWER_DECAY = np.float32(math.log(POWER_DECAY))
 BEGAN_AT_ZERO = 0.03  # a layer whose RMS is less than this share of its natural size began at zero
 ADAPTATION_LIMIT = 5.0  # |A|: a factor of 150
 
@@ -62,24 +64,53 @@ def init_layers(n_layers: int, n_directions: int, xp: Any) -> LayerMemory:
     return LayerMemory(single, single, single, each, each, each, single, single)
 
 
-def pack(layers: LayerMemory) -> np.ndarray:
-    """A layer's memory as one row, float32 [L, 5 + 3P]; `unpack` reverses it."""
-    return np.concatenate([np.asarray(x, np.float32).reshape(len(layers.size), -1) for x in layers], axis=1)
-
-
 def unpack(rows: np.ndarray, n_directions: int) -> LayerMemory:
-    """See `pack`."""
+    """Views of the layers' memory in float32 [L, 5 + 3P]: a layer's is one row."""
     forms = init_layers(len(rows), n_directions, np)
     ends = np.cumsum([x[0].size for x in forms])
     columns = np.split(rows, ends[:-1], axis=1)
     return LayerMemory(*(column.reshape(x.shape) for column, x in zip(columns, forms, strict=True)))
 
 
+class _Kinds(NamedTuple):
+    """Which directions are of a kind, as indices of columns or of [P, P]. P directions."""
+
+    driven: slice | np.ndarray  # a gradient drives them: all but weight decay
+    averaged: slice | np.ndarray  # see AVERAGED
+    is_driven: np.ndarray  # float32 [P], 0 or 1
+    is_normalised: np.ndarray  # bool [P], see NORMALISED
+    pairs: tuple[np.ndarray, np.ndarray]  # (p, q) with p < q
+
+
+def _kinds(spec: Spec) -> _Kinds:
+    return _kinds_of(tuple(direction.name for direction in spec.directions))
+
+
+@functools.cache
+def _kinds_of(names: tuple[str, ...]) -> _Kinds:
+    driven = np.array([name != "weight_decay" for name in names])
+    averaged = np.array([name in AVERAGED for name in names])
+    normalised = np.array([name in NORMALISED for name in names])
+    pairs = np.triu_indices(len(names), 1)
+    return _Kinds(_columns(driven), _columns(averaged), driven.astype(np.float32), normalised, pairs)
+
+
+def _columns(chosen: np.ndarray) -> slice | np.ndarray:
+    """An index of the chosen columns: a slice, which is cheaper, if they are next to each other."""
+    indices = np.flatnonzero(chosen)
+    first, end = (indices[0], indices[-1] + 1) if len(indices) else (0, 0)
+    return slice(int(first), int(end)) if end - first == len(indices) else indices
+
+
+def n_driven(spec: Spec) -> int:
+    """How many directions a gradient drives."""
+    return int(_kinds(spec).is_driven.sum())
+
+
 def n_layer_features(spec: Spec) -> int:
     """How many features each layer has, besides its embedding."""
-    names = [direction.name for direction in spec.directions]
-    n_averaged = sum(name in AVERAGED for name in names)
-    n_pairs = len(names) * (len(names) - 1) // 2
+    n_averaged = sum(direction.name in AVERAGED for direction in spec.directions)
+    n_pairs = len(_kinds(spec).pairs[0])
     return (2 + n_driven(spec)) + n_driven(spec) + n_averaged + n_pairs + 3 + (spec.adaptation > 0)
 
 
@@ -94,11 +125,13 @@ def decide(
     """Choose a step for every layer; see `decide.decide` for arguments and result."""
     assert memory.layers is not None
     before = memory.layers
+    kinds = _kinds(spec)
     has_gradient = measured.gradient_norm > 0
-    layers = _observe(before, measured, facts, spec, xp)
+    layers = _observe(before, measured, has_gradient, facts, spec, kinds, xp)
     signals = measured.direction_norm * core.inverse(layers.reference, xp)
+    cosines, scale = core.cosines_of(measured, xp)
 
-    log_norms = _log_norms(measured, spec, xp)
+    log_norms = _log_norms(measured, kinds, xp)
     averages = core.update_log_norms(memory.log_norms, log_norms, spec.norm_decays, xp)
     memory = memory._replace(
         step=memory.step + 1,
@@ -106,7 +139,9 @@ def decide(
         loss=core.update_loss(memory.loss, measured.loss, spec.loss_decays, xp),
         layers=layers,
     )
-    shared, per_layer = _features(spec, memory, measured, signals, facts, total_steps, xp)
+    own = _layer_features(spec, kinds, memory, measured, signals, cosines, xp)
+    shared = _shared_features(spec, memory, own, facts, total_steps, xp)
+    per_layer = xp.concatenate([own, facts.embedding], axis=1)
     mix, log_step, change = core.network(theta, spec, shared, per_layer, xp)
 
     waits = ~has_gradient & (layers.observed > 0)
@@ -115,36 +150,33 @@ def decide(
     adaptation = before.adaptation
     if change is not None:
         adapted = adaptation + np.float32(spec.adaptation) * xp.tanh(change)
-        adaptation = xp.where(has_gradient, xp.clip(adapted, -ADAPTATION_LIMIT, ADAPTATION_LIMIT), adaptation)
+        adapted = core.clip(adapted, -ADAPTATION_LIMIT, ADAPTATION_LIMIT, xp)
+        adaptation = xp.where(has_gradient, adapted, adaptation)
     depth = math.sqrt(max(facts.n_matrices, 1)) if spec.depth_scaling else 1.0
-    scale = np.float32(spec.step_scale / depth) * measured.root_n * layers.size
+    base = np.float32(spec.step_scale / depth) * measured.root_n * layers.size
     if spec.horizon_scaling:
-        scale = scale * xp.sqrt(USUAL_HORIZON / total_steps.astype(xp.float32))
-    step_norm = scale * xp.exp(log_step + adaptation) * _signal(mix, signals, spec, xp)
-    decision = Decision(core.mixture_coefficients(mix, step_norm, measured, xp), mix, step_norm)
+        base = base * xp.sqrt(USUAL_HORIZON / total_steps.astype(xp.float32))
+    step_norm = base * xp.exp(log_step + adaptation) * _signal(mix, signals, spec, kinds, xp)
+    decision = Decision(core.mixture_coefficients(mix, step_norm, cosines, scale, xp), mix, step_norm)
     layers = layers._replace(mix=mix, log_step=log_step, adaptation=adaptation)
     return decision, memory._replace(layers=layers)
 
 
-def n_driven(spec: Spec) -> int:
-    """How many directions a gradient drives."""
-    return len(_driven(spec))
-
-
-def _driven(spec: Spec) -> list[int]:
-    """The directions that a gradient drives: all but weight decay."""
-    return [p for p, direction in enumerate(spec.directions) if direction.name != "weight_decay"]
-
-
-def _observe(before: LayerMemory, measured: Statistics, facts: NetworkFacts, spec: Spec, xp: Any) -> LayerMemory:
+def _observe(
+    before: LayerMemory,
+    measured: Statistics,
+    has_gradient: Any,
+    facts: NetworkFacts,
+    spec: Spec,
+    kinds: _Kinds,
+    xp: Any,
+) -> LayerMemory:
     """The memory with this step's norms in it. Without a gradient nothing of it changes."""
-    has_gradient = measured.gradient_norm > 0
     observed = before.observed + has_gradient
     power = POWER_DECAY * before.power + (1 - POWER_DECAY) * measured.direction_norm**2
     # 1 - POWER_DECAYⁿ without the cancellation, which would cost three digits at first.
-    weight = -xp.expm1(xp.maximum(observed, 1) * np.float32(math.log(POWER_DECAY)))
-    normalised = np.array([direction.name in NORMALISED for direction in spec.directions])
-    usual = xp.where(normalised, measured.root_n[:, None], core.root(power / weight[:, None], xp))
+    weight = -xp.expm1(xp.maximum(observed, 1) * _LOG_POWER_DECAY)
+    usual = xp.where(kinds.is_normalised, measured.root_n[:, None], core.root(power / weight[:, None], xp))
     reference = xp.maximum(usual, measured.direction_norm)  # so that a signal is at most 1
     size, from_zero = _size(before, measured, facts, spec, xp)
     return before._replace(
@@ -162,42 +194,44 @@ def _size(before: LayerMemory, measured: Statistics, facts: NetworkFacts, spec: 
     natural = np.float32(spec.natural_size) * facts.natural_rms
     at_zero = ~(rms >= BEGAN_AT_ZERO * natural)
     now, first = xp.where(at_zero, natural, rms), before.size == 0
-    size = {"rms": xp.ones_like(now), "relative": now, "initial": xp.where(first, now, before.size)}[spec.step]
+    match spec.step:
+        case "rms":
+            size = xp.ones_like(now)
+        case "relative":
+            size = now
+        case "initial":
+            size = xp.where(first, now, before.size)
     return size, xp.where(first, at_zero.astype(xp.float32), before.from_zero)
 
 
-def _signal(mix: Any, signals: Any, spec: Spec, xp: Any) -> Any:
+def _signal(mix: Any, signals: Any, spec: Spec, kinds: _Kinds, xp: Any) -> Any:
     """What share of its full length a step has, float32 [L]: the mean signal of what the gradient drives."""
-    driven = np.zeros(len(spec.directions), np.float32)
-    driven[_driven(spec)] = 1
-    share = mix * driven
+    share = mix * kinds.is_driven
     carried = (share * signals).sum(1)
     if not spec.signal:  # for comparison: all or nothing
         return (carried > 0).astype(xp.float32)
     return carried * core.inverse(share.sum(1), xp)
 
 
-def _log_norms(measured: Statistics, spec: Spec, xp: Any) -> Any:
+def _log_norms(measured: Statistics, kinds: _Kinds, xp: Any) -> Any:
     """Log norms over √n, float32 [L, S]: gradient, parameters, and the directions that a gradient drives."""
     norms = [measured.gradient_norm[:, None], measured.parameter_norm[:, None]]
-    norms.append(measured.direction_norm[:, np.array(_driven(spec), int)])
+    norms.append(measured.direction_norm[:, kinds.driven])
     return core.safe_log(xp.concatenate(norms, axis=1) / measured.root_n[:, None], xp)
 
 
-def _features(
-    spec: Spec, memory: Memory, measured: Statistics, signals: Any, facts: NetworkFacts, total_steps: Any, xp: Any
-) -> tuple[Any, Any]:
-    """The inputs of the network: float32 [F], shared by all layers, and float32 [L, G]."""
-    own = _layer_features(spec, memory, measured, signals, xp)
+def _shared_features(spec: Spec, memory: Memory, own: Any, facts: NetworkFacts, total_steps: Any, xp: Any) -> Any:
+    """What the network reads for all layers alike, float32 [F]; `own` are the layers' features, float32 [L, G]."""
     time = core.time_features(memory.step, total_steps, False, xp)
-    lengths = xp.stack([_log_time(total_steps, xp), _log_time(memory.step, xp)])
+    lengths = [_log_time(steps, xp).reshape(1) for steps in (total_steps, memory.step)]
     loss = core.loss_features(memory.loss, spec.loss_decays, xp)[1:]  # without the loss itself, which has a scale
     depth = xp.asarray([min(math.log10(max(facts.n_matrices, 1)), 2.0)], xp.float32)
-    shared = xp.concatenate([time, lengths, loss, depth, own.mean(0)])
-    return shared, xp.concatenate([own, facts.embedding], axis=1)
+    return xp.concatenate([time, *lengths, loss, depth, own.mean(0)])
 
 
-def _layer_features(spec: Spec, memory: Memory, measured: Statistics, signals: Any, xp: Any) -> Any:
+def _layer_features(
+    spec: Spec, kinds: _Kinds, memory: Memory, measured: Statistics, signals: Any, cosines: Any, xp: Any
+) -> Any:
     """Of every layer, float32 [L, G]:
 
     - fast over slow averages of its norms (log, in ±3)
@@ -211,25 +245,21 @@ def _layer_features(spec: Spec, memory: Memory, measured: Statistics, signals: A
     """
     layers = memory.layers
     assert layers is not None
-    names = [direction.name for direction in spec.directions]
     changes = core.norm_changes(memory.log_norms, xp.maximum(layers.observed, 1), spec.norm_decays, xp)
-    driven = np.array(_driven(spec), int)
-    seen = xp.maximum(core.safe_log(signals[:, driven], xp), SIGNAL_LOG_LIMIT) / 2
-    averaged = np.array([p for p, name in enumerate(names) if name in AVERAGED], int)
-    steadiness = measured.direction_norm[:, averaged] * core.inverse(measured.gradient_norm, xp)[:, None]
+    seen = xp.maximum(core.safe_log(signals[:, kinds.driven], xp), SIGNAL_LOG_LIMIT) / 2
+    steadiness = measured.direction_norm[:, kinds.averaged] * core.inverse(measured.gradient_norm, xp)[:, None]
     growth = measured.parameter_norm / measured.root_n * core.inverse(layers.size, xp)
     logs = xp.concatenate([steadiness, growth[:, None]], axis=1)
-    logs = xp.clip(core.safe_log(logs, xp), -core.RATIO_LIMIT, core.RATIO_LIMIT)
-    rows, columns = np.triu_indices(len(names), 1)
-    cosines = core.cosines(measured, xp)[:, rows, columns]
+    logs = core.clip(core.safe_log(logs, xp), -core.RATIO_LIMIT, core.RATIO_LIMIT, xp)
+    rows, columns = kinds.pairs
     loss = xp.abs(core.fast_loss(memory.loss, spec.loss_decays, xp))
     promised = measured.root_n * layers.size * measured.gradient_norm * core.inverse(loss, xp)
-    leverage = xp.clip(core.safe_log(promised, xp), -LEVERAGE_LOG_LIMIT, LEVERAGE_LOG_LIMIT)[:, None] / 3
-    found = [changes, seen, logs, cosines, layers.from_zero[:, None], leverage]
+    leverage = core.clip(core.safe_log(promised, xp), -LEVERAGE_LOG_LIMIT, LEVERAGE_LOG_LIMIT, xp)[:, None] / 3
+    found = [changes, seen, logs, cosines[:, rows, columns], layers.from_zero[:, None], leverage]
     if spec.adaptation > 0:
         found.append(layers.adaptation[:, None] / 3)
     return xp.concatenate(found, axis=1)
 
 
 def _log_time(steps: Any, xp: Any) -> Any:
-    return xp.clip(xp.log10(steps.astype(xp.float32)) - 2.0, *TIME_LOG_RANGE)
+    return core.clip(xp.log10(steps.astype(xp.float32)) - 2.0, *TIME_LOG_RANGE, xp)

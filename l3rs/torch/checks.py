@@ -92,10 +92,11 @@ def as_loss(loss: Tensor | float) -> Tensor:
     Raises:
       L3RSError: it is not one real number.
     """
-    if not isinstance(loss, (Tensor, numbers.Real)) or isinstance(loss, bool):
-        raise L3RSError(f"the loss is {loss!r}; it must be a number or a tensor of one")
-    value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss), device="cpu")
-    if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
-        raise L3RSError(f"the loss is {value.dtype}{list(value.shape)}; it must be one real number")
+    if not isinstance(loss, Tensor):
+        if not isinstance(loss, numbers.Real) or isinstance(loss, bool):
+            raise L3RSError(f"the loss is {loss!r}; it must be a number or a tensor of one")
+        return torch.tensor(float(loss), dtype=torch.float32, device="cpu")
+    if loss.numel() != 1 or loss.is_complex() or loss.dtype == torch.bool:
+        raise L3RSError(f"the loss is {loss.dtype}{list(loss.shape)}; it must be one real number")
     # A copy, because the caller may change the tensor in place.
-    return value.reshape(()).float().clone()
+    return loss.detach().reshape(()).to(torch.float32, copy=True)

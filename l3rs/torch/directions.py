@@ -33,22 +33,31 @@ class BaseDirection:
     """A base optimizer's direction d, on lists of float32 pieces.
 
     A direction that reads the new moments updates them in `advance`; one that reads the old moments, in `after`.
+    A moment that is d but for a factor, the `scale`, is read as it is: nothing is computed from it.
     """
 
     moments: ClassVar[tuple[str, ...]] = ()
     reads_adam: ClassVar[bool] = False  # the moments that it reads are those of the first Adam
     reads_params: ClassVar[bool] = False
 
+    def scale(self, steps: np.ndarray) -> np.ndarray | None:
+        """What `advance` and `read` leave out of d, of the shape of `steps`; None if they return d itself."""
+        del steps
+        return None
+
     def advance(self, moments: Moments, inputs: Inputs) -> Tensors:
-        """Update the moments with the gradients; returns d."""
+        """Update the moments with the gradients; returns d over its scale."""
         return self.read(moments, inputs)
 
     def read(self, moments: Moments, inputs: Inputs) -> Tensors:
-        """d, from moments that have been updated."""
+        """d over its scale, from moments that have been updated."""
         raise NotImplementedError
 
     def add(self, targets: list[Tensor], factors: list[float], moments: Moments, inputs: Inputs) -> None:
         """Add factor · d to each target."""
+        scale = self.scale(inputs.steps)
+        if scale is not None:
+            factors = (np.array(factors) * scale).tolist()
         for target, piece, factor in zip(targets, self.read(moments, inputs), factors, strict=True):
             target.add_(piece, alpha=factor)
 
@@ -128,14 +137,10 @@ class _FirstMoment(BaseDirection):
     reads_adam = True
 
     def read(self, moments: Moments, inputs: Inputs) -> Tensors:
-        return torch._foreach_mul(moments[0], self._scale(inputs.steps).tolist())
+        del inputs
+        return moments[0]
 
-    def add(self, targets: list[Tensor], factors: list[float], moments: Moments, inputs: Inputs) -> None:
-        scaled = (np.array(factors) * self._scale(inputs.steps)).tolist()
-        for target, piece, factor in zip(targets, moments[0], scaled, strict=True):
-            target.add_(piece, alpha=factor)
-
-    def _scale(self, steps: np.ndarray) -> np.ndarray:
+    def scale(self, steps: np.ndarray) -> np.ndarray:
         return 1 / (1 - self.b1 ** steps.astype(float))
 
 
@@ -230,6 +235,12 @@ def assign_moments(directions: Sequence[BaseDirection], moments: Sequence[list[T
     own = [[next(slots) for _ in direction.moments] for direction in directions]
     adam = next((m for m, direction in zip(own, directions, strict=True) if isinstance(direction, _Adam)), [])
     return [adam if direction.reads_adam else m for m, direction in zip(own, directions, strict=True)]
+
+
+def scales_of(directions: Sequence[BaseDirection], steps: np.ndarray) -> dict[int, np.ndarray]:
+    """The scale of each direction that has one."""
+    scales = ((p, direction.scale(steps)) for p, direction in enumerate(directions))
+    return {p: scale for p, scale in scales if scale is not None}
 
 
 def make_inputs(bucket: Bucket, directions: Sequence[BaseDirection], finite: np.ndarray, steps: np.ndarray) -> Inputs:

@@ -26,22 +26,12 @@ from l3rs.io.checkpoint import DEFAULT, restore, trained_horizon
 from l3rs.layers import Convention, Match, MatchBy, Matching, OnUnknown, match_network, network_facts
 from l3rs.spec import L3RSError, Spec, Theta
 from l3rs.theta import check_theta, digest
+from l3rs.torch.active import ActiveLayers
 from l3rs.torch.checks import as_loss, check_devices, check_group, check_params, warn_of_small_lr
 from l3rs.torch.directions import make_directions
-from l3rs.torch.flat import FlatLayers, flat_groups
 from l3rs.torch.names import TORCH, flax_layer
-from l3rs.torch.passes import ActiveLayer, host, mean_over_ranks
-from l3rs.torch.pieces import Pieces
-from l3rs.torch.state import (
-    SmallState,
-    check_state,
-    keep_precision,
-    numpy_theta,
-    read_memory,
-    small_state,
-    warn_of_identity,
-    write_memory,
-)
+from l3rs.torch.passes import host, mean_loss
+from l3rs.torch.state import check_state, keep_precision, numpy_theta, small_state, warn_of_identity
 
 
 class L3RS(torch.optim.Optimizer):
@@ -110,8 +100,7 @@ class L3RS(torch.optim.Optimizer):
     """
 
     # Views into the tensors of `state`, made anew where it was replaced; not part of a copy.
-    _flat: Sequence[FlatLayers] = ()
-    _small: SmallState | None = None
+    _active: ActiveLayers | None = None
 
     def __init__(
         self,
@@ -218,6 +207,7 @@ class L3RS(torch.optim.Optimizer):
         matches = [Match(path, x.shape, rows.get(path), "") for path, x in zip(paths, described, strict=True)]
         self._facts = network_facts(self._theta, self.spec, matches, described, self._convention)
         self._rows = {params[i]: row for row, i in enumerate(chosen)}
+        self._active = None
 
     def _training(self) -> list[bool]:
         params = (param for group in self.param_groups for param in group["params"])
@@ -276,122 +266,109 @@ class L3RS(torch.optim.Optimizer):
                 raise L3RSError("step takes a closure that returns a loss, or a loss, not both")
             # Lightning adds a closure that does nothing to a loss.
             closure, loss = (closure, returned) if loss is None else (None, loss)
-        layers = self._layers()
+        layers = self._active_layers()
         if loss is not None and not (closure is not None and self._observed):
             self.observe(loss)
         if not self._observed:
-            if (closure is not None and not layers) or not any(float(group["lr"]) for group in self.param_groups):
+            if (closure is not None and layers is None) or not any(float(group["lr"]) for group in self.param_groups):
                 return None
             raise L3RSError(
                 "L3RS needs the loss: call step(loss=loss), step(closure), or observe(loss) before step(); where "
                 "Accelerate or Lightning wraps the optimizer, optimizer.optimizer.observe(loss)"
             )
         observed, self._observed = self._observed, []
-        if layers:
+        if layers is not None:
             with np.errstate(all="ignore"):  # non-finite values are detected and excluded
                 self._step(layers, observed)
         return loss
 
-    def _layers(self) -> list[ActiveLayer]:
-        """The parameters that have a gradient; creates their state if it does not exist."""
+    def _active_layers(self) -> ActiveLayers | None:
+        """The parameters that have a gradient, None if there are none; creates their state if it does not exist."""
         if self.spec.form == 2 and self._trains != self._training():
             self._embed()
-        layers = []
+        params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
+        if not params:
+            return None
+        if not all(param.grad.layout is torch.strided for param in params):
+            self._refuse_sparse()
+        states = [self.state[param] for param in params]
+        if self._active is None or not self._active.holds(params, states):
+            for param, state in zip(params, states, strict=True):
+                if not state:
+                    state |= self._new_state(param)
+            rows = np.array([self._rows[param] for param in params])
+            facts = self._facts._replace(
+                embedding=self._facts.embedding[rows], natural_rms=self._facts.natural_rms[rows]
+            )
+            made_of = (params, states, facts, self.spec, self._directions, self._moments())
+            self._active = ActiveLayers(*made_of, before=self._active)
+        return self._active
+
+    def _refuse_sparse(self) -> None:
         for group in self.param_groups:
             for param, path in zip(group["params"], group["layers"], strict=True):
-                if param.grad is None:
-                    continue
-                if param.grad.layout != torch.strided:
-                    which = f"{path!r} {tuple(param.shape)}"
+                if param.grad is not None and param.grad.layout != torch.strided:
                     raise L3RSError(
-                        f"the gradient of {which} is sparse; L3RS needs dense ones, e.g. nn.Embedding(sparse=False)"
+                        f"the gradient of {path!r} {tuple(param.shape)} is sparse; L3RS needs dense ones, e.g. "
+                        f"nn.Embedding(sparse=False)"
                     )
-                state = self.state[param]
-                if not state:
-                    state["step"] = 0
-                    state |= {
-                        name: torch.zeros(shape, dtype=torch.float32, device="cpu")
-                        for name, shape in small_state(self.spec).items()
-                    }
-                    for key in self._moments():
-                        state[key] = torch.zeros_like(param, dtype=torch.float32)
-                options = group["lr"], group["weight_decay"]
-                layers.append(ActiveLayer(param, param.grad, state, self._rows[param], *options))
-        return layers
+
+    def _new_state(self, param: Tensor) -> dict[str, Any]:
+        small = small_state(self.spec).items()
+        return {
+            "step": 0,
+            **{name: torch.zeros(shape, dtype=torch.float32, device="cpu") for name, shape in small},
+            **{key: torch.zeros_like(param, dtype=torch.float32) for key in self._moments()},
+        }
 
     def _moments(self) -> list[str]:
         """Names of the moments in a parameter's state: `0/adam/exp_avg`."""
         named = enumerate(zip(self.spec.directions, self._directions, strict=True))
         return [f"{i}/{spec.name}/{moment}" for i, (spec, direction) in named for moment in direction.moments]
 
-    def _blocks(self, layers: Sequence[ActiveLayer]) -> list[tuple[np.ndarray, FlatLayers | Pieces]]:
-        """What processes the layers, and the indices of those that it processes."""
-        keys = self._moments()
-        held, flats = iter(self._flat), []
-        blocks: list[tuple[np.ndarray, FlatLayers | Pieces]] = []
-        for group in flat_groups(layers, self._directions):
-            members, flat = [layers[i] for i in group], next(held, None)
-            if flat is None or not flat.holds(members):
-                flat = FlatLayers(members, self._directions, keys)
-            flats.append(flat)
-            blocks.append((np.array(group), flat))
-        self._flat = flats
-        rest = sorted(set(range(len(layers))).difference(*(each.tolist() for each, _ in blocks)))
-        if rest:
-            blocks.append((np.array(rest), Pieces([layers[i] for i in rest], self._directions, keys)))
-        return blocks
-
-    def _step(self, layers: Sequence[ActiveLayer], observed: Sequence[Tensor]) -> None:
-        device = layers[0].param.device
-        losses = torch.stack([each.to(device) for each in observed])
-        loss = host(mean_over_ranks(torch.where(losses.isfinite(), losses, torch.nan).nanmean()))
-        blocks = self._blocks(layers)
+    def _step(self, layers: ActiveLayers, observed: Sequence[Tensor]) -> None:
+        loss = host(mean_loss([each.to(layers.params[0].device) for each in observed]))
+        n_layers, n_directions = len(layers.params), len(self._directions)
+        blocks = layers.blocks()
 
         # Reductions that need no direction, and whether a gradient may enter the moments at all.
-        squared = np.empty((len(layers), 2), np.float32)
+        squared = np.empty((n_layers, 2), np.float32)
         for each, block in blocks:
             squared[each] = block.squared_norms()
         gradient_squared, parameter_squared = squared.T
         finite = np.isfinite(gradient_squared)
+        steps = layers.count_step()
 
-        for layer in layers:
-            layer.state["step"] += 1
-        steps = np.array([layer.state["step"] for layer in layers], np.float32)
-
-        gram = np.empty((len(layers), len(self._directions), len(self._directions)), np.float32)
+        gram = np.empty((n_layers, n_directions, n_directions), np.float32)
         for each, block in blocks:
             gram[each] = block.gram(finite[each], steps[each])
 
-        root_n = core.root_sizes([layer.param.numel() for layer in layers])
-        measured = core.measure(loss, steps, root_n, gradient_squared, parameter_squared, gram, np)
+        measured = core.measure(loss, steps, layers.root_n, gradient_squared, parameter_squared, gram, np)
         factors, decay = self._decide(layers, measured)
         for each, block in blocks:
             block.add(factors[each], decay[each], measured.moves[each])
 
-    def _decide(self, layers: Sequence[ActiveLayer], measured: core.Statistics) -> tuple[np.ndarray, np.ndarray]:
+    def _decide(self, layers: ActiveLayers, measured: core.Statistics) -> tuple[np.ndarray, np.ndarray]:
         """Choose the step and remember it; the factor of each direction, [L, P], and of the parameters, [L]."""
         guard = None if self._guard is None else self._guard_state()
-        states = [layer.state for layer in layers]
-        if self._small is None or not self._small.holds(states):
-            self._small = SmallState(self.spec, states)
-        memory = read_memory(self.spec, self.param_groups[0]["shared"], self._small.values, guard)
-        rows = np.array([layer.row for layer in layers])
-        facts = self._facts._replace(embedding=self._facts.embedding[rows], natural_rms=self._facts.natural_rms[rows])
+        memory = layers.small.read(self.param_groups[0]["shared"], guard)
         total_steps = np.asarray(self.total_steps)
-        decision, memory = decide(self._theta, self.spec, memory, measured, facts, total_steps, self._guard, np)
+        decision, memory = decide(self._theta, self.spec, memory, measured, layers.facts, total_steps, self._guard, np)
         self._remember(memory)
-        write_memory(memory, decision, self._small.values)
-        lr = np.array([float(layer.lr) for layer in layers], np.float32)
+        layers.small.write(memory, decision)
+        lr, weight_decay = (self._per_layer(option) for option in ("lr", "weight_decay"))
         self._warn_of_first_steps(layers, lr * decision.step_norm, measured)
-        weight_decay = np.array([float(layer.weight_decay) for layer in layers], np.float32)
         return -lr[:, None] * decision.coefficients, -lr * weight_decay * decision.step_norm / measured.root_n
 
-    def _warn_of_first_steps(
-        self, layers: Sequence[ActiveLayer], step_norm: np.ndarray, measured: core.Statistics
-    ) -> None:
+    def _per_layer(self, option: str) -> np.ndarray:
+        """An option of the param groups, for each parameter with a gradient, float32 [L]."""
+        counts = [sum(param.grad is not None for param in group["params"]) for group in self.param_groups]
+        return np.repeat(np.array([float(group[option]) for group in self.param_groups], np.float32), counts)
+
+    def _warn_of_first_steps(self, layers: ActiveLayers, step_norm: np.ndarray, measured: core.Statistics) -> None:
         if self._warned_of_first_steps or measured.steps.max() > first_steps.N_STEPS:
             return
-        is_matrix = np.array([layer.param.dim() > 1 for layer in layers])
+        is_matrix = np.array([param.dim() > 1 for param in layers.params])
         found = first_steps.too_long(step_norm, measured.parameter_norm, is_matrix)
         if found is not None:
             self._warned_of_first_steps = True

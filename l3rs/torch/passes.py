@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,17 +16,6 @@ Tensors = tuple[Tensor, ...] | list[Tensor]
 # elsewhere this bounds the memory that a direction takes while it is in use.
 PIECE = {"cpu": 1 << 19}
 LARGE_PIECE = 1 << 24
-
-
-class ActiveLayer(NamedTuple):
-    """A parameter that takes part in this step."""
-
-    param: Tensor
-    grad: Tensor
-    state: dict[str, Any]
-    row: int  # of the layer among those with known facts
-    lr: float | Tensor
-    weight_decay: float
 
 
 class Bucket(NamedTuple):
@@ -81,20 +71,36 @@ def products(directions: Sequence[Tensors]) -> list[Tensor]:
     return [torch.dot(flat[p][i], flat[q][i]) for i in range(len(flat[0])) for p, q in pairs]
 
 
-def gram_matrices(products: np.ndarray, n: int) -> np.ndarray:
-    """float32 [L, P, P] from the products of its upper triangle, [L, P (P + 1) / 2]."""
-    rows, columns = np.triu_indices(n)
+_upper_triangle = functools.cache(np.triu_indices)
+
+
+def gram_matrices(products: np.ndarray, n: int, scales: Mapping[int, np.ndarray]) -> np.ndarray:
+    """float32 [L, P, P] from the products of its upper triangle, [L, P (P + 1) / 2].
+
+    Args:
+      products: ⟨d_p, d_q⟩ without the scales.
+      n: the number of directions, P.
+      scales: of directions p, float32 [L].
+    """
+    rows, columns = _upper_triangle(n)
     gram = np.empty((len(products), n, n), np.float32)
     gram[:, rows, columns] = gram[:, columns, rows] = products
+    for p, scale in scales.items():
+        gram[:, p] *= scale[:, None]
+        gram[:, :, p] *= scale[:, None]
     return gram
 
 
-def per_layer(values: np.ndarray, index: np.ndarray) -> np.ndarray:
+def first_of_each(index: np.ndarray) -> np.ndarray:
+    """Where each layer's pieces begin. `index` is the layer of each piece: 0 … L - 1 in order, each at least once."""
+    return np.flatnonzero(np.diff(index, prepend=-1))
+
+
+def per_layer(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """Sums of the pieces' values, [pieces, K] to float32 [L, K]; they overflow where float32 does.
 
-    `index` is the layer of each piece: 0 … L - 1 in order, each at least once.
+    `starts` is the first piece of each layer.
     """
-    starts = np.flatnonzero(np.diff(index, prepend=-1))
     return np.add.reduceat(values.astype(float), starts, axis=0).astype(np.float32)
 
 
@@ -102,8 +108,15 @@ def host(x: Tensor) -> np.ndarray:
     return x.cpu().numpy()
 
 
-def mean_over_ranks(loss: Tensor) -> Tensor:
-    """The loss that all ranks see: different features would tear their parameters apart."""
+def mean_loss(losses: Sequence[Tensor]) -> Tensor:
+    """The mean of the finite losses of a step, over its micro-batches and over all ranks; not finite if there is none.
+
+    All ranks must see the same loss: different features would tear their parameters apart.
+    """
+    loss = losses[0]
+    if len(losses) > 1:
+        stacked = torch.stack([*losses])
+        loss = torch.where(stacked.isfinite(), stacked, torch.nan).nanmean()
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(loss)

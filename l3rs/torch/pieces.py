@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from l3rs.torch.directions import BaseDirection, add_directions, make_inputs
+from l3rs.torch.directions import BaseDirection, add_directions, make_inputs, scales_of
 from l3rs.torch.passes import (
     LARGE_PIECE,
     PIECE,
-    ActiveLayer,
     buckets,
+    first_of_each,
     gram_matrices,
     host,
     norms,
@@ -25,20 +26,18 @@ class Pieces:
     """Layers of one step in buckets of pieces.
 
     Args:
-      layers: at least one.
+      layers: at least one: a parameter, its gradient, and its moments in the order of the directions.
       directions: the base optimizers.
-      keys: names of the moments in a state, in the order of the directions.
     """
 
-    def __init__(self, layers: Sequence[ActiveLayer], directions: Sequence[BaseDirection], keys: Sequence[str]) -> None:
+    def __init__(self, layers: Sequence[tuple[Tensor, ...]], directions: Sequence[BaseDirection]) -> None:
         self._directions = directions
-        arrays = [(layer.param, layer.grad, *(layer.state[key] for key in keys)) for layer in layers]
-        self._passes = list(buckets(arrays, PIECE.get(layers[0].param.device.type, LARGE_PIECE)))
-        self._index = np.array([i for bucket in self._passes for i in bucket.layers])
+        self._passes = list(buckets(layers, PIECE.get(layers[0][0].device.type, LARGE_PIECE)))
+        self._starts = first_of_each(np.array([i for bucket in self._passes for i in bucket.layers]))
 
     def squared_norms(self) -> np.ndarray:
         """Squared norms of gradients and parameters, float32 [L, 2]."""
-        return per_layer(np.square(host(norms(self._passes))).reshape(2, -1).T, self._index)
+        return per_layer(np.square(host(norms(self._passes))).reshape(2, -1).T, self._starts)
 
     def gram(self, finite: np.ndarray, steps: np.ndarray) -> np.ndarray:
         """Update the moments; inner products of the directions, float32 [L, P, P].
@@ -53,8 +52,9 @@ class Pieces:
             inputs = make_inputs(bucket, self._directions, finite, steps)
             both = zip(self._directions, inputs.moments, strict=True)
             pairs += products([direction.advance(moments, inputs) for direction, moments in both])
-        sums = per_layer(host(torch.stack(pairs)).reshape(len(self._index), -1), self._index)
-        return gram_matrices(sums, len(self._directions))
+        n = len(self._directions)
+        sums = per_layer(host(torch.stack(pairs)).reshape(-1, n * (n + 1) // 2), self._starts)
+        return gram_matrices(sums, n, scales_of(self._directions, steps))
 
     def add(self, factors: np.ndarray, decay: np.ndarray, moves: np.ndarray) -> None:
         """Add decay · θ + Σ_p factor_p d_p to the parameters θ of layers that move: float32 [L, P], [L], bool [L]."""

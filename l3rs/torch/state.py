@@ -29,41 +29,32 @@ class SmallState:
 
     def __init__(self, spec: Spec, states: Sequence[MutableMapping[str, Any]]) -> None:
         stacks = {name: torch.stack([state[name].float().cpu() for state in states]) for name in small_state(spec)}
-        self.values = {name: stack.numpy() for name, stack in stacks.items()}  # float32 [L, …] of each name
-        self._views = {name: stack.unbind() for name, stack in stacks.items()}
-        for name, views in self._views.items():
-            for state, view in zip(states, views, strict=True):
+        values = {name: stack.numpy() for name, stack in stacks.items()}
+        self._log_norms = values["log_norms"].swapaxes(0, 1)
+        self._mix, self._step_norm = values["mix"], values["step_norm"]
+        self._layers = scale_free.unpack(values["memory"], len(spec.directions)) if spec.form == 2 else None
+        for name, stack in stacks.items():
+            for state, view in zip(states, stack.unbind(), strict=True):
                 state[name] = view
 
-    def holds(self, states: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether these are the states that it was made of, with its views in them."""
-        return all(
-            len(states) == len(views) and all(state[name] is view for state, view in zip(states, views, strict=True))
-            for name, views in self._views.items()
+    def read(self, shared: Mapping[str, Any], guard: GuardState | None) -> core.Memory:
+        """The memory before a step; `shared` is what all layers share."""
+        average = np.array(shared["loss_ema"], np.float32)
+        return core.Memory(
+            step=np.asarray(shared["step"]),
+            loss=core.LossState(np.asarray(shared["losses"]), np.float32(shared["first_loss"]), average),
+            log_norms=self._log_norms,
+            guard=guard,
+            layers=self._layers,
         )
 
-
-def read_memory(
-    spec: Spec, shared: Mapping[str, Any], values: Mapping[str, np.ndarray], guard: GuardState | None
-) -> core.Memory:
-    """The memory before a step, of the layers with these values; see `SmallState`."""
-    average = np.array(shared["loss_ema"], np.float32)
-    return core.Memory(
-        step=np.asarray(shared["step"]),
-        loss=core.LossState(np.asarray(shared["losses"]), np.float32(shared["first_loss"]), average),
-        log_norms=values["log_norms"].swapaxes(0, 1),
-        guard=guard,
-        layers=scale_free.unpack(values["memory"], len(spec.directions)) if spec.form == 2 else None,
-    )
-
-
-def write_memory(memory: core.Memory, decision: core.Decision, values: Mapping[str, np.ndarray]) -> None:
-    """Store in the layers' values what was decided and what to remember."""
-    values["log_norms"][:] = memory.log_norms.swapaxes(0, 1)
-    values["mix"][:] = decision.mix
-    values["step_norm"][:] = decision.step_norm
-    if memory.layers is not None:
-        values["memory"][:] = scale_free.pack(memory.layers)
+    def write(self, memory: core.Memory, decision: core.Decision) -> None:
+        """Store what was decided and what to remember."""
+        self._log_norms[:] = memory.log_norms
+        self._mix[:] = decision.mix
+        self._step_norm[:] = decision.step_norm
+        for own, new in zip(self._layers or (), memory.layers or (), strict=True):
+            own[:] = new
 
 
 def numpy_theta(theta: Mapping[str, Any]) -> Theta:
