@@ -7,7 +7,17 @@ import os
 import subprocess
 import sys
 
-BENCHMARKS = ("import_time", "generation", "stepwise", "update", "update_torch", "iomt", "cluster")
+BENCHMARKS = (
+    "import_time",
+    "generation",
+    "stepwise",
+    "update",
+    "training",
+    "update_torch",
+    "training_torch",
+    "iomt",
+    "cluster",
+)
 
 
 def main() -> None:
@@ -15,8 +25,8 @@ def main() -> None:
         importlib.import_module(f"tests.benchmarks.{sys.argv[1]}").main()
         return
     for name in BENCHMARKS:  # one process each, because JAX's devices and threads are fixed once it has started
-        if name == "update_torch" and importlib.util.find_spec("torch") is None:
-            print("update in PyTorch: not measured, torch is not installed")
+        if name.endswith("_torch") and importlib.util.find_spec("torch") is None:
+            print(f"{name.removesuffix('_torch')} in PyTorch: not measured, torch is not installed")
             continue
         subprocess.run([sys.executable, "-m", "tests.benchmarks", name], check=True, env={**os.environ})
 

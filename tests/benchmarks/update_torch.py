@@ -2,7 +2,7 @@
 
 `AdamW(foreach=True)` is nine passes over memory on a CPU, `AdamW(fused=True)` one. L3RS needs norms
 and inner products before it can update, which takes three passes, each over pieces that stay in cache. In networks of
-many small layers, operations per layer cost more than passes over memory.
+many small layers, operations per layer cost more than passes over memory: L3RS copies them into flat buffers.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +22,15 @@ from tests.benchmarks.shapes import NETWORKS, SMALL_LAYERS, Shapes
 from tests.benchmarks.timing import in_turn, ratio
 
 _THREADS = torch.get_num_threads()
+FORMS: dict[str, dict[str, Any]] = {
+    "form 1": {"directions": ("adam", "sgd", "weight_decay")},
+    "form 2": {
+        "directions": ("adam", "first_moment", "sgd", "weight_decay"),
+        "form": 2,
+        "embedding": "descriptor",
+        "step": "initial",
+    },
+}
 
 
 def with_gradients(shapes: Shapes) -> dict[str, torch.nn.Parameter]:
@@ -44,14 +54,15 @@ def main() -> None:
     for network, shapes in NETWORKS.items():
         measure(network, shapes(), wanted=2.0)
     for network, shapes in SMALL_LAYERS.items():
-        measure(network, shapes(), wanted=1.5)
+        for form, fields in FORMS.items():
+            measure(f"{network}, {form}", shapes(), wanted=1.5, **fields)
 
 
-def measure(network: str, shapes: Shapes, wanted: float) -> None:
-    """Time a step beside AdamW's, the state and the construction."""
+def measure(network: str, shapes: Shapes, wanted: float, **fields: Any) -> None:
+    """Time a step beside AdamW's, the state and the construction; `fields` are the spec's."""
     params = with_gradients(shapes)
     n_floats = sum(param.numel() for param in params.values())
-    spec = l3rs.Spec.create({name: np.empty(param.shape, np.float32) for name, param in params.items()})
+    spec = l3rs.Spec.create({name: np.empty(param.shape, np.float32) for name, param in params.items()}, **fields)
     theta = l3rs.init_meta_params(jax.random.key(0), spec)
     ours = L3RS(params.items(), (theta, spec), total_steps=10**6)
     adamw = torch.optim.AdamW(with_gradients(shapes).values(), lr=1e-4, foreach=True)
