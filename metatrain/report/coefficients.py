@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 
-from l3rs.baselines.mada import DOMAIN, SYMBOLS
+from l3rs import L3RSError
+from l3rs.baselines.mada import COEFFICIENTS, DOMAIN, SYMBOLS
 from metatrain.evaluation.records import CoefficientPath
 from metatrain.report import formatting
 from metatrain.report.plates import Panel, Plate, name_axis
@@ -28,6 +32,33 @@ def plate(paths: Sequence[CoefficientPath], name: str) -> Plate:
     return Plate(
         name, panels, [(formatting.optimizer(p.optimizer), look) for p, look in zip(paths, looks, strict=True)]
     )
+
+
+def plot_coefficients(history: Mapping[str, npt.ArrayLike], folder: str | Path, title: str = "a run") -> Path:
+    """Draw the coefficients of one run of MADA, see `plate`.
+
+    Args:
+      history: of `mada_history`.
+      folder: where coefficients.png and coefficients.svg are written; it is created.
+      title: of the panels.
+
+    Returns:
+      The PNG file.
+
+    Raises:
+      L3RSError: there are no steps.
+
+    Example:
+      >>> from metatrain.report.coefficients import plot_coefficients
+      >>> history = {"step": [1, 2], "b1": [0.9, 0.8]}  # as mada_history gives it
+      >>> plot_coefficients(history, "/tmp/mada").name
+      'coefficients.png'
+    """
+    steps = np.asarray(history.get("step", ())).tolist()
+    values = {name: np.asarray(history[name]).tolist() for name in COEFFICIENTS if name in history}
+    if not steps or not values:
+        raise L3RSError("there are no steps to plot; keep some with mada(…, history=n)")
+    return plate([CoefficientPath(title, "mada", steps, values)], "coefficients").save(Path(folder))
 
 
 def _panel(coefficient: str, paths: Sequence[CoefficientPath], looks: Sequence[Look], where: str) -> Panel:

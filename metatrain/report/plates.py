@@ -50,8 +50,9 @@ class Plate:
                 found.append(inline_svg(figure, f"{self.name}-{i}", panel.message))
         return found
 
-    def save(self, folder: Path) -> None:
-        """`name.png` and `name.svg` of all panels and the legend."""
+    def save(self, folder: Path) -> Path:
+        """Write `name.png` and `name.svg`, of all panels and the legend; returns the first. The folder is created."""
+        folder.mkdir(parents=True, exist_ok=True)
         columns = min(3, len(self.panels))
         rows = math.ceil(len(self.panels) / columns)
         width, height = self.size
@@ -81,6 +82,7 @@ class Plate:
                 content = io.BytesIO()
                 figure.savefig(content, format=kind, **options)
                 write_atomically(folder / f"{self.name}.{kind}", content.getvalue())  # a link is not followed
+        return folder / f"{self.name}.png"
 
 
 def _cut(title: str, length: int = 46) -> str:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 
+from l3rs import L3RSError
 from l3rs.baselines.iomt import Stage
 from metatrain.evaluation.records import SwitchHistory
 from metatrain.report import formatting
@@ -28,6 +31,27 @@ def plate(histories: Sequence[SwitchHistory], name: str) -> Plate:
     chosen = dict.fromkeys(stage["optimizer"] for history in histories for stage in history.stages)
     looks = {optimizer: Look(SERIES[i % len(SERIES)], "", 1.6) for i, optimizer in enumerate(sorted(chosen))}
     return Plate(name, [_panel(history, looks) for history in histories], list(looks.items()))
+
+
+def plot_history(history: Sequence[Stage], losses: npt.ArrayLike, folder: str | Path, title: str = "a run") -> Path:
+    """Draw one run of IOMT, see `plate`.
+
+    Args:
+      history, losses: of a `Result`, or of a controller; losses are [steps + 1].
+      folder: where switches.png and switches.svg are written; it is created.
+      title: of the panel.
+
+    Returns:
+      The PNG file.
+
+    Raises:
+      L3RSError: there are no stages, or losses of another length.
+    """
+    values = np.asarray(losses, np.float64)
+    if not history or values.shape != (history[-1].step + history[-1].steps + 1,):
+        raise L3RSError(f"{len(history)} stages and losses {values.shape} do not belong to one run of [steps + 1]")
+    run = SwitchHistory(title, "iomt", [stage._asdict() for stage in history], values.tolist())
+    return plate([run], "switches").save(Path(folder))
 
 
 def _panel(history: SwitchHistory, looks: dict[str, Look]) -> Panel:

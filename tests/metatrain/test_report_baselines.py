@@ -6,16 +6,16 @@ import pytest
 
 import l3rs
 from l3rs.baselines import iomt, mada, mada_history
-from metatrain.report.iomt import plot_history
-from metatrain.report.mada import plot_coefficients
+from metatrain.report.coefficients import plot_coefficients
+from metatrain.report.switches import plot_history
 
 
 def test_coefficients(tmp_path):
     state = _trained_state()
-    file = plot_coefficients(mada_history(state), tmp_path / "new" / "q.png", title="a run", start_step=2)
+    file = plot_coefficients(mada_history(state), tmp_path / "new", "digits")
     assert file.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(l3rs.L3RSError, match="there are no steps to plot"):
-        plot_coefficients({"step": [], "b1": []}, file)
+        plot_coefficients({"step": [], "b1": []}, tmp_path)
 
 
 def _trained_state():
@@ -35,9 +35,9 @@ def test_stages(tmp_path):
         for first, optimizer in ((0, "adam"), (5, "sgd"), (10, "adam"))
     ]
     losses = [2.0] * 6 + [1e9] * 5 + [1.0] * 5
-    file = plot_history(stages, losses, tmp_path / "new" / "run.png", title="one diverges")
+    file = plot_history(stages, losses, tmp_path / "new", "one diverges")
     assert file.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(l3rs.L3RSError, match=r"3 stages and losses \(15,\)"):
-        plot_history(stages, losses[1:], file)
+        plot_history(stages, losses[1:], tmp_path)
     with pytest.raises(l3rs.L3RSError, match=r"0 stages and losses \(1,\)"):
-        plot_history([], [1.0], file)
+        plot_history([], [1.0], tmp_path)
