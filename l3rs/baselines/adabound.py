@@ -1,4 +1,4 @@
-"""AdaBound and AMSBound: Adam whose step sizes are held in bounds that close in on SGD's."""
+"""AdaBound and AMSBound: Adam whose step sizes are clipped to bounds that converge to SGD's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from l3rs.spec import L3RSError
 
 
 class AdaBoundState(NamedTuple):
-    """State of `adabound`: two numbers a parameter, three for AMSBound, no narrower than float32."""
+    """State of `adabound`: two numbers a parameter, three for AMSBound, float32 or wider."""
 
     count: jax.Array  # type: ignore[assignment]  # int32 [], steps taken
     mu: optax.Updates  # m, like the params
@@ -40,9 +40,9 @@ def adabound(
         η_l = α* (1 - 1/(γt + 1))     η_u = α* (1 + 1/(γt))     α* = final_learning_rate · α_t/α_0
         θ ← θ - η m
 
-    AMSBound has the largest v so far in the place of v. In the limit every η is α*, and the step
-    that of SGD with a momentum of weight 1-β1. α_t/α_0, from the authors' code, lets a schedule
-    reach the final rate, too; it is 1 for a constant learning rate.
+    AMSBound uses the largest v so far in place of v. In the limit every η is α*, and the step is
+    that of SGD with a momentum of weight 1-β1. The factor α_t/α_0, from the authors' code, applies a
+    schedule to the final rate, too; it is 1 for a constant learning rate.
 
     Args:
       learning_rate: α, Adam's: a number, traced or not, or a schedule.
@@ -51,15 +51,15 @@ def adabound(
       gamma: how fast the bounds close, in (0, 1): halfway after about 1/γ steps.
       eps: ε > 0.
       amsbound: AMSBound instead of AdaBound.
-      base_learning_rate: α_0 > 0; what a schedule begins with when not given. A schedule that
-        warms up from zero needs it: give its peak.
+      base_learning_rate: α_0 > 0; by default the first value of the schedule. A schedule that warms
+        up from zero needs it: pass its peak.
 
     Returns:
-      A transformation; its update reads gradients alone. Moments are no narrower than float32,
-      updates have the params' dtypes.
+      A transformation whose update needs only the gradients. Moments are float32 or wider, updates
+      have the params' dtypes.
 
     Raises:
-      L3RSError: a number that is not allowed; a schedule that begins at 0 without a base.
+      L3RSError: a number is out of range, or a schedule begins at 0 and there is no `base_learning_rate`.
 
     Example:
       >>> import jax, optax
@@ -72,7 +72,7 @@ def adabound(
       >>> params = optax.apply_updates(params, updates)
 
     Reference: Luo et al., Adaptive Gradient Methods with Dynamic Bound of Learning Rate,
-    arXiv 1902.09843. Defaults, bias correction and the place of ε are those of its authors' code.
+    arXiv 1902.09843. Defaults, bias correction and the position of ε follow its authors' code.
     """
     learning_rate = common.rate(learning_rate)
     if base_learning_rate is not None:
@@ -113,14 +113,16 @@ def adabound(
 def _share(
     rate: jax.Array, learning_rate: optax.ScalarOrSchedule, base: common.Number | None
 ) -> jax.Array | common.Number:
-    """α_t/α_0; of a constant rate 1, also of a constant zero."""
+    """α_t/α_0; 1 for a constant rate, even a rate of zero."""
     if base is None and callable(learning_rate):
         base = common.rate_at(learning_rate, jnp.zeros([], jnp.int32), rate.dtype)
     return 1.0 if base is None else rate / base
 
 
 def _check_begins_above_zero(schedule: optax.Schedule) -> None:
-    with jax.ensure_compile_time_eval():  # also under jit a schedule without traced numbers can be looked at
+    with jax.ensure_compile_time_eval():  # a schedule without traced numbers can be evaluated under jit, too
         first = schedule(jnp.zeros([], jnp.int32))
     if not isinstance(first, jax.core.Tracer) and not np.asarray(first) > 0:
-        raise L3RSError(f"the schedule begins at {first}; adabound needs base_learning_rate, say the schedule's peak")
+        raise L3RSError(
+            f"the schedule begins at {first}; adabound needs base_learning_rate, such as the schedule's peak"
+        )

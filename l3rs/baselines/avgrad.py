@@ -1,4 +1,4 @@
-"""AVGrad: Adam that divides by the root of its second moment's average over all of training."""
+"""AVGrad: Adam that divides by the root of its second moment, averaged over all steps so far."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from l3rs.baselines import common
 
 
 class AVGradState(NamedTuple):
-    """State of `avgrad`: three numbers a parameter, no narrower than float32."""
+    """State of `avgrad`: three numbers a parameter, float32 or wider."""
 
     count: jax.Array  # type: ignore[assignment]  # int32 [], steps taken
     mu: optax.Updates  # m, like the params
@@ -27,15 +27,15 @@ def avgrad(
     *,
     eps: jax.typing.ArrayLike = 1e-6,
 ) -> optax.GradientTransformationExtraArgs:
-    """AMSGrad with an average in the place of the maximum::
+    """AMSGrad with an average in place of the maximum::
 
         m = β1 m + (1-β1) g           v = β2 v + (1-β2) g²
         v̄ = (v + (t-1) v̄) / t
         θ ← θ - α · m/(1-β1ᵗ) / (√(v̄/(1-β2ᵗ)) + ε)
 
-    As an average of averages v̄ is as smooth in β2 as v is, which a maximum is not: MADA, which
-    takes derivatives by its coefficients, has it for one of its ends. Early on the correction by
-    1-β2ᵗ is not enough, for v̄ still holds the small first v: the steps are larger than Adam's.
+    The average v̄ is a smooth function of β2, which a maximum is not. That is why MADA, which
+    differentiates by its coefficients, interpolates towards AVGrad. In the first steps the correction
+    by 1-β2ᵗ is too weak, because v̄ still contains the small first v: steps are larger than Adam's.
 
     Args:
       learning_rate: a number, traced or not, or a schedule.
@@ -43,11 +43,11 @@ def avgrad(
       eps: ε > 0.
 
     Returns:
-      A transformation; its update reads gradients alone. Moments are no narrower than float32,
-      updates have the params' dtypes.
+      A transformation whose update needs only the gradients. Moments are float32 or wider, updates
+      have the params' dtypes.
 
     Raises:
-      L3RSError: a number that is not allowed.
+      L3RSError: a number is out of range.
 
     Example:
       >>> import jax, optax
@@ -60,7 +60,7 @@ def avgrad(
       >>> params = optax.apply_updates(params, updates)
 
     Reference: Ozkara et al., MADA: Meta-Adaptive Optimizers through hyper-gradient Descent,
-    arXiv 2401.08893. Defaults, and the place of the bias correction, are those of its experiments.
+    arXiv 2401.08893. Defaults, and the position of the bias correction, are those of its experiments.
     """
     learning_rate = common.rate(learning_rate)
     b1, b2, eps = common.decay("b1", b1), common.decay("b2", b2), common.positive("eps", eps)

@@ -1,4 +1,4 @@
-"""What the baselines share: checked arguments, learning rates, dtypes, moving averages."""
+"""What the baselines share: checks of arguments, learning rates, dtypes, moving averages."""
 
 from __future__ import annotations
 
@@ -15,14 +15,20 @@ from l3rs.spec import L3RSError
 Number = Any  # a Python float, or a traced scalar
 
 
-def number(name: str, value: Any, allowed: Callable[[float], bool], words: str) -> Number:
-    """An argument that must be one number: as a Python float, or as it is when traced.
+def number(name: str, value: Any, allowed: Callable[[float], bool], condition: str) -> Number:
+    """An argument that must be one number: a Python float, or unchanged if it is traced.
 
-    A Python float leaves the dtype of whatever it meets alone. Of a traced one only the shape can
-    be checked.
+    A Python float does not change the dtype of the arrays that it is combined with. For a traced
+    value only the shape can be checked.
+
+    Args:
+      name: of the argument, for the message.
+      value: the argument.
+      allowed: whether the number is in range.
+      condition: the range, for the message: "> 0".
 
     Raises:
-      L3RSError: not one number, or not an allowed one.
+      L3RSError: the value is not one number, or it is out of range.
     """
     if isinstance(value, jax.core.Tracer):
         if value.shape == ():
@@ -32,7 +38,7 @@ def number(name: str, value: Any, allowed: Callable[[float], bool], words: str) 
         real = jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
         if array.shape == () and real and allowed(float(array)):
             return float(array)
-    raise L3RSError(f"{name} is {value}; it must be one number {words}")
+    raise L3RSError(f"{name} is {value}; it must be one number {condition}")
 
 
 def decay(name: str, value: Any) -> Number:
@@ -48,7 +54,7 @@ def not_negative(name: str, value: Any) -> Number:
 
 
 def rate(value: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:
-    """A learning rate: a number ≥ 0, or a schedule, left as it is."""
+    """A learning rate: a number ≥ 0, or a schedule, which is returned unchanged."""
     return value if callable(value) else not_negative("learning_rate", value)
 
 
@@ -58,12 +64,12 @@ def rate_at(learning_rate: optax.ScalarOrSchedule, count: jax.Array, dtype: jnp.
 
 
 def scalar_dtype(tree: Any) -> jnp.dtype:
-    """Of numbers that belong to all of a tree: float32, or float64 if there is float64 in it."""
+    """The dtype of scalars that belong to a whole tree: float32, or float64 if the tree has float64."""
     return jnp.result_type(jnp.float32, *jax.tree.leaves(tree))
 
 
 def zeros(params: optax.Params) -> Any:
-    """Zeros like the params, no narrower than float32: what moments are kept in."""
+    """Zeros for moments: like the params, but float32 or wider."""
     return jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), jnp.result_type(p, jnp.float32)), params)
 
 
@@ -73,7 +79,7 @@ def widen(grads: optax.Updates, moments: Any) -> Any:
 
 
 def narrow(updates: Any, grads: optax.Updates, params: optax.Params | None) -> Any:
-    """The updates in the dtypes of the params; of the gradients where no params are given."""
+    """The updates in the dtypes of the params, or of the gradients if there are no params."""
     like = grads if params is None else params
     return jax.tree.map(lambda u, p: u.astype(jnp.result_type(p)), updates, like)
 
@@ -88,7 +94,7 @@ def average(values: Any, averages: Any, beta: Number) -> Any:
 
 
 def moments(updates: optax.Updates, state: Any, b1: Number, b2: Number) -> tuple[jax.Array, Any, Any, Any]:
-    """The step, counted from 1, its gradients in the moments' dtypes, and Adam's moments with them.
+    """The step, counted from 1, its gradients in the moments' dtypes, and Adam's moments after them.
 
     Args:
       updates: gradients.
@@ -104,9 +110,9 @@ def moments(updates: optax.Updates, state: Any, b1: Number, b2: Number) -> tuple
 
 
 def bias_correction(beta: Number, step: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """1 - β^step, step ≥ 1: what the weights of an average that began at zero add up to.
+    """1 - β^step, step ≥ 1: the sum of the weights in an average that began at zero.
 
-    Made of 1-β, as `average` is: of a β that was rounded to float32, 0.999 say, it would be off by
-    1e-5 at first, and as much by the cancellation.
+    It is computed from 1-β, as in `average`. Computed from a β rounded to float32, such as 0.999, it
+    would have an error of 1e-5 in the first steps, and another one from cancellation.
     """
     return -jnp.expm1(step.astype(dtype) * jnp.log1p(-jnp.asarray(1 - beta, dtype)))

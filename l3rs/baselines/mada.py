@@ -1,7 +1,7 @@
-"""MADA: one optimizer between Adam, AVGrad, Yogi, Adan and Lion, that learns in training where to be.
+"""MADA: interpolates between Adam, AVGrad, Yogi, Adan and Lion, and learns the interpolation while it trains.
 
-The coefficients q descend on the loss: the gradient at the next step, times the derivative of the
-last update by q, is the derivative of the loss by q. Nothing but that update is differentiated.
+The coefficients q follow the gradient of the loss: the next step's gradient times the derivative of
+the last update by q is the derivative of the loss by q. Only that update is differentiated.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from l3rs.spec import L3RSError
 
 COEFFICIENTS = ("b1", "b2", "b3", "c", "rho", "gamma")
 
-# D: where a learned coefficient is kept.
+# D: the range to which a learned coefficient is clipped.
 DOMAIN = {
     "b1": (0.01, 0.99),
     "b2": (0.501, 0.99),
@@ -33,7 +33,7 @@ DOMAIN = {
     "learning_rate": (0.0, math.inf),
 }
 
-# The published ones; there is none for the learning rate, which was not learned.
+# As published; the paper does not learn the learning rate.
 HYPER_LEARNING_RATES = {"b1": 5e-4, "b2": 5e-4, "b3": 1e-1, "c": 1e-1, "rho": 1e-1, "gamma": 1e-1}
 
 SYMBOLS = {  # labels in figures
@@ -48,15 +48,15 @@ SYMBOLS = {  # labels in figures
 
 
 class MADAState(NamedTuple):
-    """State of `mada`. The moments are those before the last update: the next call makes it again,
-    to differentiate it. Where nothing is learned they are those after it."""
+    """State of `mada`. The moments are those before the last update: the next call repeats that update
+    to differentiate it. If nothing is learned, they are those after it."""
 
     count: jax.Array  # type: ignore[assignment]  # int32 [], steps taken
     coefficients: Coefficients  # of the last step
     moments: Moments
-    grads: optax.Updates | None  # g of the last step, like the params; None: nothing is learned
-    params: optax.Params | None  # θ before the last step; None: no derivative needs it
-    history: jax.Array  # float [history, 7], a ring: row (t-1) % history has the `Coefficients` of step t
+    grads: optax.Updates | None  # g of the last step, like the params; None if nothing is learned
+    params: optax.Params | None  # θ before the last step; None if no derivative needs it
+    history: jax.Array  # float [history, 7], a ring buffer: row (t-1) % history has the `Coefficients` of step t
 
 
 def mada(
@@ -85,37 +85,37 @@ def mada(
         u = .95 l + .05 g           l = .98 l + .02 g             # l before its own update, as Lion has it
         θ ← θ - α ( γ (m/(1-β1ᵗ) + β3 n)/(√w + ε) + (1-γ) sign(u) + weight_decay θ )
 
-    Adam is β3=0, c=ρ=γ=1 (where it starts by default), AVGrad has ρ=0, Yogi c=0, Lion γ=0, Adan
-    β3>0. HyperAdam learns β1 and β2 only: `hyper_adam`. MADA-FS is `learned=()` with the
-    coefficients another run ended with: `mada(**mada_coefficients(state), learned=())`.
+    Adam is β3=0, c=ρ=γ=1 (the default start), AVGrad ρ=0, Yogi c=0, Lion γ=0, Adan β3>0. HyperAdam
+    learns only β1 and β2: `hyper_adam`. MADA-FS is `learned=()` with the final coefficients of
+    another run: `mada(**mada_coefficients(state), learned=())`.
 
-    Memory: 7 numbers a parameter (m, v, n, v̄, l, g', g), one more (θ) where the learning rate is
-    learned and there is weight decay, one less (g) where nothing is learned. A frozen β3=0 saves
-    two (n, g'), ρ=1 and γ=1 one each (v̄, l): HyperAdam needs 3. The history is 7 numbers a row.
-    A step makes the last update again, to differentiate it. On a CPU (6.5 M parameters) it takes 12
-    times as long as Adam's and 15 numbers a parameter while it runs; HyperAdam 3.4 times and 5;
-    where nothing is learned, no longer and none.
+    Memory: 7 numbers a parameter (m, v, n, v̄, l, g', g), one more (θ) if the learning rate is
+    learned and there is weight decay, one less (g) if nothing is learned. A frozen β3=0 saves two
+    (n, g'), a frozen ρ=1 or γ=1 saves one (v̄, l): HyperAdam needs 3. The history is 7 numbers a row.
+    A step repeats the last update to differentiate it. On a CPU (6.5 M parameters) it takes 12 times
+    as long as Adam's and 15 more numbers a parameter while it runs; HyperAdam 3.4 times and 5; with
+    nothing learned, neither.
 
     Args:
-      learning_rate: α, a number, traced or not, or a schedule; a learned one begins as a number.
-      b1, b2, b3, c, rho, gamma: where the coefficients begin; the learned ones in D, which is
-        `DOMAIN`, frozen ones anywhere in [0, 1), c, rho and gamma in [0, 1]. Traced or not.
+      learning_rate: α, a number, traced or not, or a schedule; a number if it is learned.
+      b1, b2, b3, c, rho, gamma: initial values. Learned ones lie in D, `DOMAIN`; frozen b1, b2 and b3
+        in [0, 1), frozen c, rho and gamma in [0, 1]. Traced or not.
       learned: which of `COEFFICIENTS` and "learning_rate" move; the others are frozen.
-      hyper_learning_rates: η by name, where not as in `HYPER_LEARNING_RATES`. A learned learning
-        rate needs one.
-      hyper_clip: each hyper-gradient is clipped to ± this. One that is not finite counts as 0.
+      hyper_learning_rates: η by name, in place of those in `HYPER_LEARNING_RATES`. A learned
+        learning rate needs one.
+      hyper_clip: each hyper-gradient is clipped to ± this value. If it is not finite, it counts as 0.
       start_step: the first step, counted from 1, that moves coefficients; no earlier than the second.
       eps: ε > 0.
-      weight_decay: decoupled, and times α; its update needs the params.
-      history: of how many last steps the coefficients are kept, see `mada_history`. Not traced.
+      weight_decay: decoupled, and multiplied by α; its update needs the params.
+      history: for how many last steps the coefficients are kept, see `mada_history`. Not traced.
 
     Returns:
-      A transformation whose update needs the params only where there is weight decay. Moments are
-      no narrower than float32, updates have the params' dtypes. As with Adam, a gradient that is
-      not finite spoils the moments (`optax.apply_if_finite` helps), but not the coefficients.
+      A transformation whose update needs the params only for weight decay. Moments are float32 or
+      wider, updates have the params' dtypes. As with Adam, a gradient that is not finite makes the
+      moments non-finite (`optax.apply_if_finite` prevents it), but not the coefficients.
 
     Raises:
-      L3RSError: a number or a name that is not allowed; missing params.
+      L3RSError: a number or a name is not allowed, or the params are missing.
 
     Example:
       >>> import jax, optax
@@ -132,13 +132,13 @@ def mada(
       >>> frozen = mada(**mada_coefficients(state), learned=())
 
     Reference: Ozkara et al., MADA: Meta-Adaptive Optimizers through hyper-gradient Descent,
-    arXiv 2401.08893; hyper-parameters and D are the published ones. As in its authors' code q moves
-    before the step that the new gradient makes, so a hyper-gradient is one of the q it moves.
+    arXiv 2401.08893, with the published hyper-parameters and D. As in its authors' code, q is updated
+    before the step with the new gradient, so that a hyper-gradient belongs to the q that it changes.
     """
     rates = _rates(learned, hyper_learning_rates or {})
     start = _start({"b1": b1, "b2": b2, "b3": b3, "c": c, "rho": rho, "gamma": gamma}, rates)
     if "learning_rate" in rates and callable(learning_rate):
-        raise L3RSError("learning_rate is a schedule; a learned learning rate begins as a number")
+        raise L3RSError("learning_rate is a schedule; a learned learning rate must be a number")
     learning_rate = common.rate(learning_rate)
     hyper_clip = common.number("hyper_clip", hyper_clip, lambda x: x > 0, "> 0")
     start_step = _whole("start_step", start_step)
@@ -202,11 +202,11 @@ def hyper_adam(
     weight_decay: jax.typing.ArrayLike = 0.0,
     history: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adam that learns its β1 and β2: MADA with the other coefficients frozen. 3 numbers a parameter.
+    """Adam that learns its β1 and β2: MADA with the other coefficients frozen, 3 numbers a parameter.
 
     Args:
       learning_rate, b1, b2, hyper_learning_rates, hyper_clip, start_step, eps, weight_decay, history:
-        as those of `mada`.
+        see `mada`.
 
     Returns:
       A transformation, with the state of `mada`.
@@ -216,7 +216,7 @@ def hyper_adam(
       >>> tx = hyper_adam(1e-3, b1=0.5)
 
     Reference: Chandra et al., Gradient Descent: The Ultimate Optimizer, arXiv 1909.13371, in the
-    form in which MADA is compared with it.
+    form that MADA's paper compares with.
     """
     return mada(
         learning_rate,
@@ -233,13 +233,13 @@ def hyper_adam(
 
 
 def mada_coefficients(state: optax.OptState) -> dict[str, jax.Array]:
-    """The coefficients of the last step, by the names of `mada`'s arguments.
+    """The coefficients of the last step; the keys are the names of `mada`'s arguments.
 
     Args:
       state: of `mada`, or of a transformation that contains it, such as a chain.
 
     Raises:
-      L3RSError: no state of MADA in it, or several.
+      L3RSError: there is no state of MADA in it, or several.
     """
     return _find(state).coefficients._asdict()
 
@@ -254,7 +254,7 @@ def mada_history(state: optax.OptState) -> dict[str, np.ndarray]:
       Arrays [min(steps taken, n)], oldest first: "step", counted from 1, and each coefficient.
 
     Raises:
-      L3RSError: no state of MADA in it, or several, or a batch of them.
+      L3RSError: there is no state of MADA in it, or several, or a batch of runs.
     """
     found = _find(state)
     if found.count.ndim:
@@ -278,7 +278,7 @@ def _hyper_gradient(
 ) -> tuple[dict[str, jax.Array], Any]:
     """(⟨g, ∂(last update)/∂q⟩ by name, moments after the last update).
 
-    Before there was an update it is one of no gradient, which leaves the moments at zero.
+    Before the first update, that is an update with a gradient of zero, which leaves the moments at zero.
     """
 
     def last(q: dict[str, jax.Array]) -> tuple[optax.Updates, Any]:
@@ -293,14 +293,14 @@ def _hyper_gradient(
 def _descend(
     q: Coefficients, name: str, slope: jax.Array, rate: common.Number, clip: common.Number, active: jax.Array
 ) -> jax.Array:
-    """One coefficient after its hyper-step; itself where none is due."""
+    """One coefficient after its hyper-step; unchanged where not `active`."""
     old = getattr(q, name)
     usable = jnp.where(jnp.isfinite(slope), jnp.clip(slope, -clip, clip), 0.0)
     return jnp.where(active, jnp.clip(old - rate * usable, *DOMAIN[name]), old).astype(old.dtype)
 
 
 def _no_moments(params: optax.Params, start: Mapping[str, Any], rates: Mapping[str, Any]) -> Moments:
-    """Zeros for what is of use to coefficients that begin here."""
+    """Zeros for the moments that these coefficients can use."""
 
     def useless(name: str, value: float) -> bool:
         return name not in rates and isinstance(start[name], float) and start[name] == value
@@ -327,7 +327,7 @@ def _rates(learned: Sequence[str], given: Mapping[str, Any]) -> dict[str, common
 
 
 def _start(given: Mapping[str, Any], rates: Mapping[str, Any]) -> dict[str, common.Number]:
-    """Where the coefficients begin; traced ones that are learned are put into D."""
+    """The initial coefficients; traced ones that are learned are clipped to D."""
     start = {}
     for name, value in given.items():
         low, high = DOMAIN[name]
@@ -344,7 +344,7 @@ def _start(given: Mapping[str, Any], rates: Mapping[str, Any]) -> dict[str, comm
 
 
 def _within(low: float, high: float, x: float) -> bool:
-    # A coefficient that was learned in float32 may be the float32 that rounds the edge outwards.
+    # A coefficient learned in float32 may lie outside by a rounding error.
     return bool(np.float32(low) <= np.float32(x) <= np.float32(high))
 
 

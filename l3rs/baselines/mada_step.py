@@ -1,4 +1,4 @@
-"""One step of MADA as a pure function of its coefficients: what `mada` differentiates by them."""
+"""One step of MADA as a pure function of its coefficients, which `mada` differentiates."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import optax
 
 from l3rs.baselines import common
 
-_LION = (0.95, 0.98)  # decays: of the interpolation whose sign is taken, of the momentum
+_LION = (0.95, 0.98)  # decays: of the interpolation in the sign, and of the momentum
 
 
 class Coefficients(NamedTuple):
-    """q, and the learning rate: scalars, no narrower than float32."""
+    """q, and the learning rate: scalars, float32 or wider."""
 
     b1: jax.Array  # β1, decay of the first moment
     b2: jax.Array  # β2, decay of the second moment
@@ -26,7 +26,7 @@ class Coefficients(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Each like the params, or of one tensor of them. None: coefficients that cannot move make no use of it."""
+    """Each like the params, or like one tensor of them. None if the frozen coefficients do not use it."""
 
     first: Any  # m
     second: Any  # v
@@ -52,8 +52,8 @@ def mada_step(
       step: int32 [], ≥ 1.
       grads: in the dtypes of the moments.
       moments: before the step.
-      params: for weight decay; None: there is none.
-      eps, weight_decay: as of `mada`.
+      params: for weight decay; None if there is none.
+      eps, weight_decay: see `mada`.
 
     Returns:
       (updates, moments after the step).
@@ -88,7 +88,7 @@ def _direction(
     first = q.b1 * old.first + (1 - q.b1) * g
     numerator, ahead, difference = first / -jnp.expm1(t * jnp.log(q.b1)), g, None
     if old.difference is not None and old.grad is not None:
-        change = jnp.where(step > 1, g - old.grad, 0.0)  # the first gradient has none to differ from
+        change = jnp.where(step > 1, g - old.grad, 0.0)  # there is no gradient before the first
         difference = q.b3 * old.difference + (1 - q.b3) * change
         numerator, ahead = numerator + q.b3 * difference, g + q.b3 * change
 
@@ -107,5 +107,5 @@ def _direction(
 
 
 def _root(x: jax.Array) -> jax.Array:
-    """√x with derivative 0 at 0: a parameter without a gradient does not make q's derivative NaN."""
+    """√x with derivative 0 at 0, so that a parameter without a gradient does not make the derivative by q NaN."""
     return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)

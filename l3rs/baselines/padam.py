@@ -1,4 +1,4 @@
-"""Padam: adaptive to a degree between SGD with momentum and AMSGrad."""
+"""Padam: partially adaptive, between SGD with momentum and AMSGrad."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from l3rs.baselines import common
 
 
 class PadamState(NamedTuple):
-    """State of `padam`: three numbers a parameter, no narrower than float32."""
+    """State of `padam`: three numbers a parameter, float32 or wider."""
 
     count: jax.Array  # type: ignore[assignment]  # int32 [], steps taken
     mu: optax.Updates  # m, like the params
@@ -34,23 +34,23 @@ def padam(
         v̂ = max(v̂, v)
         θ ← θ - α · m / (√v̂ + ε)^2p
 
-    p = ½ is AMSGrad, p = 0 SGD with a momentum of weight 1-β1. The smaller p is, the larger α may
-    be: the paper takes 0.1, as for SGD. This is the paper's algorithm, which corrects no bias; a
-    learning rate of α √(1-β2ᵗ) / (1-β1ᵗ), a schedule, adds the correction that its authors' code
-    has. ε, of which the paper says nothing, keeps parameters that never saw a gradient from 0/0.
+    p = ½ is AMSGrad, p = 0 is SGD with a momentum of weight 1-β1. The smaller p is, the larger α may
+    be: the paper uses 0.1, as for SGD. This is the paper's algorithm, which has no bias correction;
+    to add the one in its authors' code, pass the schedule α √(1-β2ᵗ) / (1-β1ᵗ) as the learning rate.
+    ε, which the paper does not mention, avoids 0/0 for parameters that never had a gradient.
 
     Args:
       learning_rate: a number, traced or not, or a schedule.
       b1, b2: decays of the moments, in [0, 1).
-      p: how adaptive, in [0, ½].
+      p: how adaptive the step is, in [0, ½].
       eps: ε > 0.
 
     Returns:
-      A transformation; its update reads gradients alone. Moments are no narrower than float32,
-      updates have the params' dtypes.
+      A transformation whose update needs only the gradients. Moments are float32 or wider, updates
+      have the params' dtypes.
 
     Raises:
-      L3RSError: a number that is not allowed.
+      L3RSError: a number is out of range.
 
     Example:
       >>> import jax, optax
@@ -63,8 +63,8 @@ def padam(
       >>> params = optax.apply_updates(params, updates)
 
     Reference: Chen et al., Closing the Generalization Gap of Adaptive Gradient Methods in Training
-    Deep Neural Networks, arXiv 1806.06763. p = 1/8 is what the authors' own runs take; their
-    code's default is 1/4.
+    Deep Neural Networks, arXiv 1806.06763. The authors' runs use p = 1/8; the
+    default of their code is 1/4.
     """
     learning_rate = common.rate(learning_rate)
     b1, b2, eps = common.decay("b1", b1), common.decay("b2", b2), common.positive("eps", eps)

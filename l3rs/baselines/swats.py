@@ -1,4 +1,4 @@
-"""SWATS: begins as Adam and switches, once, to SGD at a learning rate read off Adam's steps."""
+"""SWATS: begins as Adam and switches once to SGD, with a learning rate that it estimates from Adam's steps."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from l3rs.baselines import common
 
 
 class SWATSState(NamedTuple):
-    """State of `swats`: two numbers a parameter, no narrower than float32."""
+    """State of `swats`: two numbers a parameter, float32 or wider."""
 
     count: jax.Array  # type: ignore[assignment]  # int32 [], steps taken
     sgd: jax.Array  # bool [], the phase: False Adam, True SGD
-    switch_step: jax.Array  # int32 [], the last step that was Adam's; 0 before the switch
-    learning_rate: jax.Array  # float [], Λ: what SGD would take if the switch were now; fixed by the switch
-    average: jax.Array  # float [], λ: the average of γ that began at zero; Λ is λ/(1-β2ᵏ)
+    switch_step: jax.Array  # int32 [], Adam's last step; 0 before the switch
+    learning_rate: jax.Array  # float [], Λ: SGD's rate if the switch came now; fixed from the switch on
+    average: jax.Array  # float [], λ: EMA of γ, not bias-corrected; Λ is λ/(1-β2ᵏ)
     adam_rate: jax.Array  # float [], Adam's α at the last step of its phase
     mu: optax.Updates  # m, like the params; in the SGD phase (1-β1) times its momentum
-    nu: optax.Updates  # a, like the params; in the SGD phase as Adam left it
+    nu: optax.Updates  # a, like the params; it does not change in the SGD phase
 
 
 def swats(
@@ -47,12 +47,12 @@ def swats(
         v = β1 v + g                  θ ← θ - (1-β1) Λ v
 
     The products run over all parameters: there is one γ, one Λ and one switch for the model. Where
-    pᵀg = 0, or γ is not finite, λ stays. Two things are not in the paper: Λ > 0, for a negative
-    rate would climb; and a schedule goes on after the switch, as Λ α_k/α_switch.
+    pᵀg = 0, or γ is not finite, λ does not change. Two rules are not in the paper: Λ > 0, because a
+    negative rate would increase the loss; and a schedule continues after the switch, as Λ α_k/α_switch.
 
-    A tolerance of 1e-9, the paper's, is a rounding of a rate of 0.01 in float32: on noisy gradients
-    the switch comes when γ happens to hit its average, possibly never. Implementations in use
-    compare relatively; relative_tolerance=1e-6 is close to theirs.
+    The paper's tolerance of 1e-9 is the rounding error of a rate of 0.01 in float32: with noisy
+    gradients the switch comes when γ happens to equal its average, possibly never. Common
+    implementations use a relative tolerance; relative_tolerance=1e-6 is close to theirs.
 
     Args:
       learning_rate: α, Adam's: a number, traced or not, or a schedule.
@@ -61,12 +61,12 @@ def swats(
       tolerance, relative_tolerance: how well γ and Λ must agree, ≥ 0.
 
     Returns:
-      A transformation; its update reads gradients alone. `state.sgd` is the phase,
-      `state.learning_rate` Λ, `state.switch_step` when it switched. Moments are no narrower than
-      float32, updates have the params' dtypes.
+      A transformation whose update needs only the gradients. `state.sgd` is the phase,
+      `state.learning_rate` is Λ, `state.switch_step` the step of the switch. Moments are float32 or
+      wider, updates have the params' dtypes.
 
     Raises:
-      L3RSError: a number that is not allowed.
+      L3RSError: a number is out of range.
 
     Example:
       >>> import jax, optax
@@ -81,7 +81,7 @@ def swats(
       False
 
     Reference: Keskar and Socher, Improving Generalization Performance by Switching from Adam to
-    SGD, arXiv 1712.07628, Algorithm 1, and its defaults: ε is there both Adam's and the tolerance.
+    SGD, arXiv 1712.07628, Algorithm 1, with its defaults: ε is both Adam's and the tolerance there.
     """
     learning_rate = common.rate(learning_rate)
     b1, b2, eps = common.decay("b1", b1), common.decay("b2", b2), common.positive("eps", eps)
@@ -138,7 +138,7 @@ def swats(
 
 
 def _projected_rate(adam: optax.Updates, grads: optax.Updates) -> tuple[jax.Array, jax.Array]:
-    """γ, and whether it is one: pᵀp / (-pᵀg) over all parameters."""
+    """γ = pᵀp / (-pᵀg) over all parameters, and whether it can be used."""
     along = optax.tree.vdot(adam, grads)
     gamma = optax.tree.vdot(adam, adam) / jnp.where(along == 0, 1, -along)
     return gamma, (along != 0) & jnp.isfinite(gamma)

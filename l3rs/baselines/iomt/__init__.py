@@ -1,13 +1,13 @@
 """IOMT and DOIT: training with interleaved optimizers, chosen stage by stage.
 
-Every τ steps a controller chooses the optimizer and its hyper-parameters for the next stage: at first at random, then
-by what Gaussian processes predict from the state of the network.
+Every τ steps a controller chooses the optimizer and its hyper-parameters for the next stage: at first at random, later
+by the predictions of Gaussian processes from the state of the network.
 
 train = iomt.make_train(loss, batch)
 result = train(params, stats, data, steps=1000)
 
 `Controller` and `interleave` are its two halves, for your own training loop. It needs scikit-learn, and umap-learn
-for the compressor "umap". `metatrain.report.iomt.plot_history` draws a figure of a run.
+for the compressor "umap". `metatrain.report.switches.plot_history` draws a run.
 """
 
 from l3rs.baselines.iomt.compress import key_parameters

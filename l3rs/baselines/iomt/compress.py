@@ -1,4 +1,4 @@
-"""From the key parameters of a network to the few numbers that a surrogate reads."""
+"""Compress the key parameters of a network to the few features that a surrogate reads."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ Layers = Sequence[Any]  # arrays, one a layer, of the same shapes at every stage
 CompressorName = Literal["pca", "random_projection", "umap"]
 Transform = Callable[[np.ndarray], np.ndarray]  # [n, size] -> [n, k]
 
-_FEW = 4  # matrices: with no more than these, all are key parameters
-# Words of a classifier's path: such as it alone has, and such as other layers have, too.
+_FEW = 4  # matrices: up to this number, all are key parameters
+# Words in a classifier's path: those that only a classifier has, and those that other layers may have, too.
 _CLASSIFIERS = ({"head", "heads", "lm_head", "classifier", "logits", "score"}, {"output", "out", "fc"})
 _ADAPTER = re.compile("lora|adapter")
 FAR = 1e15  # a number beyond it counts as not finite
-_LARGEST = 4096  # numbers of a layer that are looked at
-_ROUNDING = 1e-5  # a feature that varies by less than this, relative to the widest, is float32's rounding
+_LARGEST = 4096  # numbers of a layer that are sampled
+_ROUNDING = 1e-5  # a feature that varies by less than this, relative to the widest, is rounding error of float32
 
 
 def key_parameters(params: Any) -> list[jax.Array]:
-    """The layers that describe where a network is: its classifier and the two matrices before it.
+    """The layers that describe the state of a network: its classifier and the two matrices before it.
 
-    All matrices (arrays of two dimensions or more) when they are four or fewer, as in head-only
-    training; all arrays when there are no matrices. Low-rank adapters (a word of the path has lora or
-    adapter in it) are all looked at, end to end as one layer. The classifier is known by a word of its
-    path (head, classifier, logits, score, …; else output, out or fc), and is the last matrix where no
-    word says so; what comes before it is told by names, too, see `l3rs.layers.depth_order`.
+    If there are four matrices (arrays of two or more dimensions) or fewer, as in head-only training,
+    all of them; if there are none, all arrays. All low-rank adapters (paths that contain lora or
+    adapter) are concatenated to one layer. The classifier is found by a word in its path (head,
+    classifier, logits, score, …; else output, out or fc); if no path has one, it is the last matrix.
+    The order of layers follows from their names, too, see `l3rs.descriptors.depth_order`.
     """
     paths = [layer.path.lower() for layer in layers_of(params)]
     leaves = jax.tree.leaves(params)
@@ -52,7 +52,7 @@ def key_parameters(params: Any) -> list[jax.Array]:
 
 
 def _classifier(paths: Sequence[str]) -> int:
-    """Which of the matrices it is: of those that are named so the one nearest to the root, the last of these."""
+    """The index of the classifier: among matrices with such a name the last of those nearest to the root."""
     parts = [re.split("[/.]", path) for path in paths]
     for words in _CLASSIFIERS:
         if named := [i for i, each in enumerate(parts) if words & set(each)]:
@@ -61,19 +61,19 @@ def _classifier(paths: Sequence[str]) -> int:
 
 
 class Compressor:
-    """Key parameters as a row of features, fitted to those of past stages.
+    """Compresses key parameters to a row of features; it is fitted to those of past stages.
 
-    Each layer, flattened, is a point; the stages before make a cloud of them, and the compressor
-    gives each its coordinates along the directions in which the cloud is wide (PCA, UMAP), or along
-    random ones; of two stages UMAP's are PCA's. That a layer is compressed for itself is the paper's;
-    that it is one point a stage, rather than a matrix of its own rows, is ours: such coordinates move
-    as the training does.
-    A layer of more than 4096 numbers is represented by as many of them, drawn once.
+    Each layer, flattened, is a point, and the past stages give a cloud of points. The features are
+    the point's coordinates along the directions in which the cloud is widest (PCA, UMAP), or along
+    random directions; with two stages UMAP falls back to PCA. As in the paper, each layer is
+    compressed separately. Unlike the paper, a layer is one point a stage, not a matrix with its own
+    rows, so that the coordinates change as training proceeds.
+    A layer of more than 4096 numbers is represented by a fixed random sample of 4096.
 
     Args:
       name: of the method.
-      components: k ≥ 1, the features a layer; PCA has no more than the points span.
-      seed: of the draws.
+      components: k ≥ 1, features a layer; PCA gives no more than the points span.
+      seed: of the samples and random directions.
 
     Raises:
       L3RSError: the method's package is missing.
@@ -87,12 +87,12 @@ class Compressor:
         self._mean = self._scale = np.zeros(0)
 
     def sample(self, layers: Layers) -> list[np.ndarray]:
-        """What is looked at of each layer: float32 [≤ 4096]."""
+        """The sampled numbers of each layer, float32 [≤ 4096]."""
         flat = [np.asarray(layer, np.float32).ravel() for layer in layers]
         return [x if x.size <= _LARGEST else x[_places(x.size, self._seed)] for x in flat]
 
     def fit(self, stages: Sequence[list[np.ndarray]]) -> None:
-        """Learn from the samples of some stages. What is the same in all of them gives no features."""
+        """Fit to the samples of some stages. A layer that is the same in all of them gives no features."""
         self._transforms = []
         if len(stages) >= 2:
             for rows in map(np.stack, zip(*stages, strict=True)):
@@ -101,7 +101,7 @@ class Compressor:
         raw = self._raw(stages)
         if raw.shape[1]:
             std = raw.std(axis=0)
-            std = np.where(std > _ROUNDING * std.max(), std, std.max())  # noise is not blown up to features
+            std = np.where(std > _ROUNDING * std.max(), std, std.max())  # do not scale up noise
             # All features together vary as much as one number of variance 1.
             self._mean, self._scale = raw.mean(axis=0), std * np.sqrt(raw.shape[1])
         else:
@@ -109,13 +109,13 @@ class Compressor:
 
     @property
     def width(self) -> int:
-        """Features in all; 0 where nothing varies."""
+        """The number of features; 0 if nothing varies."""
         return len(self._mean)
 
     def transform(self, stages: Sequence[list[np.ndarray]]) -> np.ndarray:
-        """Features of some stages' samples, [n, width]: of mean 0 and, together, variance 1 where fitted.
+        """Features of some stages' samples, [n, width]; those of `fit` have mean 0 and a total variance of 1.
 
-        Of a single stage whose sample is not finite, or beyond 1e15, they are that mean.
+        For a single stage whose sample is not finite, or exceeds 1e15, they are that mean.
         """
         if not stages or (len(stages) == 1 and not is_finite(stages[0])):
             return np.zeros((len(stages), self.width))
@@ -132,13 +132,13 @@ class Compressor:
 
 
 def is_finite(sample: Sequence[np.ndarray]) -> bool:
-    """Whether the methods can reckon with it: they take squares, in float32."""
+    """Whether the methods can use a sample: they compute squares in float32."""
     return all(np.all(np.abs(x) <= FAR) for x in sample)
 
 
 @functools.cache
 def _places(size: int, seed: int) -> np.ndarray:
-    """Not evenly spaced ones: those may all belong to one unit."""
+    """Indices of the sample. They are random because evenly spaced ones may all belong to one unit."""
     return np.sort(np.random.default_rng((seed, size)).choice(size, _LARGEST, replace=False))
 
 
@@ -146,7 +146,7 @@ def _pca(rows: np.ndarray, components: int, seed: int) -> Transform:
     from sklearn.decomposition import PCA
 
     fitted = PCA(min(components, *rows.shape), random_state=seed).fit(rows)
-    return lambda points: (points - fitted.mean_) @ fitted.components_.T  # its own would check at length
+    return lambda points: (points - fitted.mean_) @ fitted.components_.T  # PCA.transform is slow because of its checks
 
 
 def _random_projection(rows: np.ndarray, components: int, seed: int) -> Transform:
@@ -162,7 +162,7 @@ def _umap(rows: np.ndarray, components: int, seed: int) -> Transform:
     if len(rows) < 3:
         return _pca(rows, components, seed)  # two points have no neighbourhoods
     neighbors = max(2, min(15, len(rows) - 1))
-    # Its spectral start needs more points than an initial phase gives.
+    # The spectral initialisation needs more points than an initial phase provides.
     return UMAP(neighbors, components, init="random", random_state=seed, n_jobs=1).fit(rows).transform
 
 

@@ -1,4 +1,4 @@
-"""The controller of IOMT: which optimizer trains the next stage. It runs on the host and knows no training loop."""
+"""The controller of IOMT chooses the optimizer of the next stage. It runs on the host, apart from any training loop."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ Start = Literal["weighted", "uniform"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """The numbers and ablations of IOMT. "Open" are those for which the source gives no value or rule.
+    """The numbers and ablations of IOMT. "Open" means that the source gives no value or rule.
 
     Attributes:
       stage_steps: τ, training steps a stage.
       initial_stages: n_ini, stages of random choice before the surrogates choose; 50 in the paper's
         full training.
-      transferability: ω_t, see `transferability`. 0, a model that was not pretrained, is equation 7
+      transferability: ω_t, see `transferability`. 0 is for a model that was not pretrained: equation 7
         without ω_t.
-      halving: n of equation 7. Open; counted in stages. None is without halving.
-      alpha: α, the weight of the spread in a stage's score. Open; large ones reward noise.
+      halving: n of equation 7. Open; counted in stages. None for no halving.
+      alpha: α, the weight of the spread in a stage's score. Open; large values reward noise.
       minimum_weight: ω_min of the initial phase. Open.
       variant: "iomt", or "doit", in whose equation 7 α weighs the deviation, too.
       switch: "surrogate"; or the ablations "random", and "cyclical", through all choices in an
@@ -43,11 +43,11 @@ class Options:
         seconds for a fit).
       components: features a layer of the key parameters.
       moments: "keep" or "reset" an optimizer's state when it takes over, see `interleave`. Open.
-      rollback: a stage that diverged ends where it began, its steps spent. Not in the source, where
-        such a run would be lost.
-      divergence: a loss that is not finite, or exceeds this many times the run's first (or this,
-        where the first is below 1; absolute values), makes a stage diverged: its score is -1, which is
-        not held against its optimizer where the loss was bad before it. Not in the source.
+      rollback: restore the parameters from before a stage that diverged; its steps still count. Not
+        in the source, where such a run would be lost.
+      divergence: a stage diverges if a loss is not finite or exceeds this factor times the run's
+        first loss (or this factor itself, if the first is below 1; absolute values). Its score is -1;
+        the optimizer is not penalised if the loss was already bad before the stage. Not in the source.
     """
 
     stage_steps: int = 25
@@ -91,13 +91,13 @@ class Stage(NamedTuple):
     chosen: str  # "initial", "surrogate", "random", "cyclical", or "only": there was no other choice
     diverged: bool
     seconds: float  # the controller's own, before and after the stage
-    notes: tuple[str, ...]  # what a person should know about it
+    notes: tuple[str, ...]  # for people
 
 
 class Controller:
-    """Chooses what trains each stage, and learns from what came of it.
+    """Chooses the optimizer of each stage and learns from the results.
 
-    Before a stage `choose`, after it `observe`:
+    Call `choose` before a stage and `observe` after it:
 
       >>> import numpy as np
       >>> from l3rs.baselines import iomt
@@ -111,13 +111,13 @@ class Controller:
     Args:
       space: the optimizers to choose from.
       options: numbers and ablations.
-      seed: of all random choices. Two controllers with one seed, and the same inputs, choose alike.
+      seed: of all random choices. With the same seed and inputs, two controllers make the same choices.
 
     Attributes:
       history: the stages so far.
 
     Raises:
-      L3RSError: a bad space, or a package is missing.
+      L3RSError: the space is not valid, or a package is missing.
 
     Reference: Interleaving Optimizers for DNN Training (IOMT), Algorithm 1, and Towards Dynamic
     Interleaving Optimizer (DOIT).
@@ -129,7 +129,7 @@ class Controller:
         self._choices = choices(space)
         self._random = np.random.default_rng(seed)
         self._weights = np.ones(len(self._choices))  # ω_r
-        self._limit = np.inf  # of losses: beyond it a stage diverged
+        self._limit = np.inf  # a stage with a loss above it diverged
         self._pending: _Pending | None = None
         self._surrogates: Surrogates | None = None
         if self.options.switch == "surrogate" and sum(map(len, self._choices)) > 1:
@@ -137,22 +137,22 @@ class Controller:
             self._surrogates = Surrogates(self._choices, compressor)
 
     def choose(self, layers: Layers) -> Choice:
-        """What trains the next stage.
+        """Choose the optimizer of the next stage.
 
         Args:
-          layers: the key parameters as they are now, arrays of the same shapes at every stage.
+          layers: the current key parameters, arrays of the same shapes at every stage.
 
         Raises:
-          L3RSError: the stage before was not observed.
+          L3RSError: the last stage was not observed.
         """
         if self._pending is not None:
-            raise L3RSError("the stage before was not observed; call observe(losses) after each choose(layers)")
+            raise L3RSError("the last stage was not observed; call observe(losses) after each choose(layers)")
         start = time.perf_counter()
         notes: list[str] = []
         sample = self._surrogates.compressor.sample(layers) if self._surrogates else []
         if not is_finite(sample):
             notes.append(
-                f"key parameters are not finite, or beyond {FAR:g}: the surrogates take them for average "
+                f"key parameters are not finite, or exceed {FAR:g}: the surrogates assume average ones "
                 "and skip the stage"
             )
         optimizer, choice, chosen = self._decide(sample, notes)
@@ -160,10 +160,10 @@ class Controller:
         return self._choices[optimizer][choice]
 
     def observe(self, losses: npt.ArrayLike) -> Stage:
-        """Learn what came of the last choice.
+        """Learn from the result of the last choice.
 
         Args:
-          losses: [steps + 1], of before the stage, and after each of its steps.
+          losses: [steps + 1], before the stage and after each of its steps.
 
         Returns:
           The stage, which is also the last of the history.
@@ -186,7 +186,7 @@ class Controller:
             end = "the stage was rolled back" if self.options.rollback else "training went on"
             notes.append(f"the loss was {values[bad.argmax()]:.3g} after step {bad.argmax()} of the stage; {end}")
         if bad[0]:
-            notes.append("the loss was bad before its first step: that is not held against its optimizer")
+            notes.append("the loss was bad before its first step: its optimizer is not penalised")
         else:
             self._weights[optimizer] = sampling_weight(score, self.options.minimum_weight)
             if self._surrogates and is_finite(sample):
@@ -225,7 +225,7 @@ class Controller:
         return optimizer, int(self._random.integers(len(self._choices[optimizer])))
 
     def _best(self, surrogates: Surrogates, sample: list[np.ndarray], notes: list[str]) -> tuple[int, int]:
-        """The choice with the largest e; of equal ones any."""
+        """The choice with the largest e; a random one of several."""
         predictions = surrogates.predict(sample)
         if not surrogates.compressor.width:
             notes.append("the key parameters do not vary: the surrogates see the hyper-parameters only")
@@ -246,14 +246,14 @@ class Controller:
         return places[self._random.choice(np.flatnonzero(gains == gains.max()))]
 
     def _bad(self, losses: np.ndarray) -> np.ndarray:
-        """Which losses say that training diverged."""
+        """Which losses show that training diverged."""
         if not self.history:
             self._limit = self.options.divergence * max(abs(losses[0]), 1.0)
         return ~(np.abs(losses) <= self._limit) | ~np.isfinite(losses)
 
 
 class _Pending(NamedTuple):
-    """A choice whose stage is under way."""
+    """A choice whose stage has not been observed yet."""
 
     optimizer: int
     choice: int

@@ -1,4 +1,4 @@
-"""Packages that only parts of IOMT need, and that l3rs does not install."""
+"""Packages that only parts of IOMT need and l3rs does not install."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from l3rs.spec import L3RSError
 
 
 def require(module: str, package: str, purpose: str) -> None:
-    """Say what is missing, for what, and how to get it; now, rather than in the middle of a run.
+    """Check that a module is installed, so that a run does not fail halfway.
 
     Raises:
       L3RSError: the module is not installed.

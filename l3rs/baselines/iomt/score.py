@@ -1,4 +1,4 @@
-"""What a stage was worth, and what the next one may be: equations 2 to 7 of IOMT, but for 6."""
+"""The score of a stage and the expected score of the next: equations 2 to 7 of IOMT, except 6."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ DIVERGED = -1.0  # the score of a stage that diverged
 
 
 def stage_score(losses: npt.ArrayLike, alpha: float) -> float:
-    """Equation 2: s in (-1, 1), larger where the losses of a stage fell faster::
+    """Equation 2: s in (-1, 1), larger if the losses of a stage fell faster::
 
-        Δ_i = (l_{i-1} - l_i) / max(l_i, l_{i-1})        of mean μ and standard deviation σ
+        Δ_i = (l_{i-1} - l_i) / max(l_i, l_{i-1})        with mean μ and standard deviation σ
         U = (l_0 - max l) / (max(l_0, max l) τ)          L = (l_0 - min l) / (max(l_0, min l) τ)
         s = tanh((μ + U + L) / 3 + α σ)
 
-    l_0 is not among those of max l and min l. The denominators are taken of absolute values, which
-    changes nothing where losses are positive, and gives negative ones a meaning.
+    max l and min l do not include l_0. The denominators use absolute values, which changes nothing for
+    positive losses and extends the score to negative ones.
 
     Args:
       losses: [τ + 1], τ ≥ 1, finite: l_0 before the stage, then after each of its steps.
@@ -41,7 +41,7 @@ def sampling_weight(score: float, minimum: float) -> float:
 
     Args:
       score: of its last stage, in [-1, 1].
-      minimum: ω_min, which keeps it in the game.
+      minimum: ω_min > 0, so that every optimizer may still be drawn.
     """
     return max((score + 1) / 2, minimum)
 
@@ -55,26 +55,26 @@ def acquisition(
     halving: int | None,
     weight: float = 1.0,
 ) -> np.ndarray:
-    """Equation 7: what a choice promises, e = sigmoid(s_μ + α (1 - 2^-⌊i/n⌋ ω_t) s_σ).
+    """Equation 7: the acquisition function, e = sigmoid(s_μ + α (1 - 2^-⌊i/n⌋ ω_t) s_σ).
 
-    Its parts: without halving it is equation 5 within the sigmoid, without transferability (0)
-    equation 4. As printed, the weight of the spread grows from 1 - ω_t to 1 as the stages go by,
-    though the paper's text says that it should shrink; this is the equation.
+    Without halving, the argument of the sigmoid is equation 5; with a transferability of 0, equation
+    4. As printed, the weight of the spread grows from 1 - ω_t to 1 with the stages, although the
+    paper's text says that it should shrink; this function follows the equation.
 
     Args:
-      mean, std: s_μ and s_σ, the surrogate's of some choices, of one shape.
-      stage: i ≥ 0, the stages before this one.
+      mean, std: s_μ and s_σ, the surrogate's predictions for some choices, of one shape.
+      stage: i ≥ 0, the number of stages before this one.
       transferability: ω_t, in [0, 1].
-      halving: n ≥ 1, the stages after which ω_t counts half; None: it always counts in full.
+      halving: n ≥ 1, the number of stages after which ω_t counts half; None for no halving.
       weight: α; 1 for IOMT.
 
     Returns:
-      Of the shape of `mean`, in (0, 1).
+      An array of the shape of `mean`, in (0, 1).
     """
     halved = transferability * 2.0 ** -(stage // halving) if halving else transferability
     return sigmoid(np.asarray(mean, np.float64) + weight * (1 - halved) * np.asarray(std, np.float64))
 
 
 def sigmoid(x: npt.ArrayLike) -> np.ndarray:
-    """1 / (1 + exp(-x)), which does not overflow."""
+    """1 / (1 + exp(-x)) without overflow."""
     return (1 + np.tanh(np.asarray(x, np.float64) / 2)) / 2

@@ -1,4 +1,4 @@
-"""The optimizers to choose from, and all of them as one transformation that switches without recompiling."""
+"""The optimizers to choose from, and one transformation that switches between them without recompiling."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Moments = Literal["keep", "reset"]
 
 
 class Optimizer(NamedTuple):
-    """An optimizer and the values that its hyper-parameters may take."""
+    """An optimizer and the values of its hyper-parameters."""
 
     make: Callable[..., Any]  # hyper-parameters, by keyword and traced -> optax transformation
     hyperparameters: Mapping[str, Sequence[float]]  # e.g. {"learning_rate": (0.1, 0.01), "b1": (0.9, 0.5)}
@@ -28,7 +28,7 @@ Space = Mapping[str, Optimizer]
 
 
 class Choice(NamedTuple):
-    """What trains one stage."""
+    """The optimizer of one stage."""
 
     optimizer: str
     hyperparameters: dict[str, float]
@@ -36,7 +36,7 @@ class Choice(NamedTuple):
 
 _RATES = {"learning_rate": (0.1, 0.01, 0.001)}
 
-# The paper's space, with PyTorch's defaults as it has them. Adagrad's ε, 1e-10, is beside the root there, here inside.
+# The paper's space, with PyTorch's defaults. Adagrad's ε is 1e-10 outside the root there, and its square inside here.
 SPACE: Space = {
     "sgd": Optimizer(optax.sgd, _RATES),
     "sgdm": Optimizer(functools.partial(optax.sgd, momentum=0.9), _RATES),
@@ -50,7 +50,7 @@ def choices(space: Space) -> list[list[Choice]]:
     """For each optimizer, every combination of its hyper-parameters.
 
     Raises:
-      L3RSError: no optimizer, no value, or one that is not a finite number.
+      L3RSError: there is no optimizer, or no value, or a value is not a finite number.
     """
     if not space:
         raise L3RSError("the space has no optimizer")
@@ -68,14 +68,14 @@ def choices(space: Space) -> list[list[Choice]]:
 
 
 def encode(space: Space, choice: Choice) -> dict[str, np.ndarray]:
-    """A choice as what the update of `interleave` takes by keyword.
+    """A choice as the keyword arguments for the update of `interleave`.
 
     Returns:
-      optimizer: int32 [], its place in the space. hyperparameters: float [k], its values in order,
-      padded with zeros to the k of the optimizer that has most.
+      optimizer: int32 [], its index in the space. hyperparameters: float [k], its values in order,
+      padded with zeros to the largest k in the space.
 
     Raises:
-      L3RSError: the space has no such optimizer, or that one has other hyper-parameters.
+      L3RSError: the space has no such optimizer, or the optimizer has other hyper-parameters.
     """
     optimizer = space.get(choice.optimizer)
     if optimizer is None or list(optimizer.hyperparameters) != list(choice.hyperparameters):
@@ -90,29 +90,29 @@ def _width(space: Space) -> int:
 
 
 class InterleavedState(NamedTuple):
-    """State of `interleave`: as large as those of all its optimizers together."""
+    """State of `interleave`, with the states of all its optimizers."""
 
-    last: jax.Array  # int32 [], the optimizer of the last step; before the first -1
+    last: jax.Array  # int32 [], the optimizer of the last step; -1 before the first
     states: tuple[Any, ...]  # of each optimizer, in the order of the space
 
 
 def interleave(space: Space, moments: Moments = "keep") -> optax.GradientTransformationExtraArgs:
-    """All optimizers of a space as one transformation, which is told at each update which one it is.
+    """All optimizers of a space as one transformation; each update takes the choice of the optimizer.
 
-    The choice is traced, so that nothing is compiled again when it changes.
+    The choice is traced, so that a new one compiles nothing.
 
     Args:
-      space: the optimizers by name; states must not change in form with hyper-parameters.
-      moments: what an optimizer finds when it takes over from another one, which the source leaves
-        open: "keep", the state that it left behind, step count included; "reset", a new one.
+      space: the optimizers by name; the structure of a state must not depend on hyper-parameters.
+      moments: the state with which an optimizer takes over from another one; the source leaves it
+        open. "keep": its own last state, including the step count. "reset": a new one.
 
     Returns:
       A transformation; update(grads, state, params, *, optimizer, hyperparameters, **more), where
-      the two are those of `encode`, and `more`, e.g. value=loss, goes to the optimizers that read it.
-      Updates have the dtypes of the params.
+      `encode` gives the two, and `more`, e.g. value=loss, is passed to optimizers that use it. Updates
+      have the dtypes of the params.
 
     Raises:
-      L3RSError: a bad space, or moments that are neither.
+      L3RSError: the space or `moments` is not valid.
 
     Example:
       >>> import jax
@@ -170,5 +170,5 @@ def interleave(space: Space, moments: Moments = "keep") -> optax.GradientTransfo
 
 
 def _strong(x: Any, dtype: Any = None) -> jax.Array:
-    """An array without a weak type: what a loop carries must not change its type."""
+    """An array without a weak type, because the carry of a loop must not change its type."""
     return jnp.asarray(x, jnp.result_type(x) if dtype is None else dtype)

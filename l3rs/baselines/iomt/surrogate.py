@@ -1,4 +1,4 @@
-"""Gaussian processes that predict, one for each optimizer, the score of its next stage."""
+"""Gaussian processes that predict the score of the next stage, one for each optimizer."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from l3rs.baselines.iomt.compress import Compressor
 from l3rs.baselines.iomt.extras import require
 from l3rs.baselines.iomt.space import Choice
 
-_WINDOW = 64  # of each optimizer, the last stages that are kept
+_WINDOW = 64  # stages that are kept of each optimizer
 _REFIT_GROWTH = 4  # refit when there is a quarter more data than at the last fit
-_REFIT_MOST = 25  # and at the latest after as many stages
-_FEWEST = 3  # observations that a kernel can be fitted to
+_REFIT_MOST = 25  # and at the latest after this many stages
+_FEWEST = 3  # observations to fit a kernel to
 
 
 class Observation(NamedTuple):
-    """A stage as its optimizer's surrogate sees it."""
+    """A stage as input of its optimizer's surrogate."""
 
-    sample: list[np.ndarray]  # of the key parameters where it began, see `Compressor.sample`
+    sample: list[np.ndarray]  # of the key parameters before it, see `Compressor.sample`
     features: np.ndarray  # [d], the same, compressed
-    choice: int  # place in the optimizer's choices
+    choice: int  # index in the optimizer's choices
     score: float
 
 
 class Surrogates:
-    """What the next stage would be worth, by optimizer and hyper-parameters.
+    """Predicts the score of the next stage for each optimizer and its hyper-parameters.
 
-    Inputs are the compressed key parameters and the hyper-parameters, logarithms where they span a
+    Inputs are the compressed key parameters and the hyper-parameters, as logarithms if they span a
     factor of 10 or more. Each of the two blocks is scaled to a total variance of 1, so that neither
-    drowns the other. The kernel is an amplitude times Matérn 5/2, of one length, plus noise; scores
-    are standardised for each optimizer. The deviation is that of the score's expectation, without
-    the noise, which no further stage would reduce.
+    dominates. The kernel is an amplitude times Matérn 5/2 with one length scale, plus noise; scores
+    are standardised for each optimizer. The standard deviation is that of the expected score,
+    without the noise, which more stages would not reduce.
 
-    To stay cheap, a stage updates one process with its kernel as it is. A kernel is fitted again, by
-    maximum likelihood, when its optimizer has a quarter more stages behind it or 25 more; and so is
-    the compressor, counting all stages. The last 64 stages of each optimizer are kept.
+    To save time, a stage updates one process without fitting its kernel. A kernel is fitted again, by
+    maximum likelihood, when its optimizer has a quarter more stages, or 25 more; the compressor
+    likewise, counting all stages. The last 64 stages of each optimizer are kept.
 
     Args:
       choices: of each optimizer.
@@ -62,20 +62,20 @@ class Surrogates:
         self._seen = self._fitted = 0  # observations, in all and at the compressor's last fit
 
     def add(self, optimizer: int, choice: int, sample: list[np.ndarray], score: float) -> None:
-        """Learn the score of a stage, and where it began."""
+        """Add the score of a stage, and the sample from before it."""
         self._data[optimizer].append(Observation(sample, self.compressor.transform([sample])[0], choice, score))
         self._processes[optimizer].seen += 1
         self._stale[optimizer] = True
         self._seen += 1
 
     def predict(self, sample: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Means and standard deviations of the scores that all choices would have here.
+        """Means and standard deviations of the expected scores of all choices.
 
         Returns:
-          For each optimizer s_μ and s_σ, each [choices]. Of one that was never seen they are those
-          of all scores.
+          For each optimizer s_μ and s_σ, each [choices]. For an optimizer without stages they are
+          those of all scores.
         """
-        # Threads make such small matrices no faster, and, beside other work, many times slower.
+        # With such small matrices threads gain nothing, and are many times slower on a busy machine.
         with self._threads.limit(limits=1):
             return self._predict(sample)
 
@@ -113,8 +113,8 @@ class _Process:
     def __init__(self) -> None:
         from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
-        self.seen = 0  # observations, kept or not
-        self._fitted = 0  # of these at the last fit of the kernel
+        self.seen = 0  # observations in total
+        self._fitted = 0  # observations at the last fit of the kernel
         # Inputs and scores have variance 1.
         self._kernel = ConstantKernel(1.0, (0.05, 20.0)) * Matern(1.0, (0.1, 20.0), nu=2.5) + WhiteKernel(
             0.1, (1e-3, 2.0)
@@ -123,18 +123,18 @@ class _Process:
         self._mean, self._scale = 0.0, 1.0
 
     def fit(self, inputs: np.ndarray, scores: np.ndarray, spread: float) -> None:
-        """inputs [n, d], scores [n], n ≥ 1; spread: what these scores vary by if they are all the same."""
+        """Fit to inputs [n, d] and scores [n], n ≥ 1. `spread` is the scores' scale if they are all equal."""
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.gaussian_process import GaussianProcessRegressor
 
         varied = np.ptp(scores) > 0
         self._mean, self._scale = float(scores.mean()), float(scores.std()) if varied else spread
         fit_kernel = varied and len(scores) >= _FEWEST and _due(self.seen, self._fitted)
-        # Without any input that varies there is a column of zeros: everything is at one place.
+        # If no input varies, a column of zeros takes their place.
         rows = inputs if inputs.shape[1] else np.zeros((len(inputs), 1))
         self._regressor = GaussianProcessRegressor(self._kernel, optimizer="fmin_l_bfgs_b" if fit_kernel else None)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # at a bound, as with few stages it often is
+            warnings.simplefilter("ignore", ConvergenceWarning)  # at a bound, which is common with few stages
             self._regressor.fit(rows, (scores - self._mean) / self._scale)
         if fit_kernel:
             self._kernel, self._fitted = self._regressor.kernel_, self.seen
@@ -152,7 +152,7 @@ def _due(seen: int, fitted: int) -> bool:
 
 
 def _hyper_inputs(choices: Sequence[Choice]) -> np.ndarray:
-    """The hyper-parameters of one optimizer's choices as inputs, [choices, those that vary]."""
+    """The hyper-parameters of one optimizer's choices as inputs, [choices, hyper-parameters that vary]."""
     table = np.array([list(choice.hyperparameters.values()) for choice in choices]).reshape(len(choices), -1)
     table = table[:, np.ptp(table, axis=0) > 0]
     low, high = table.min(axis=0), table.max(axis=0)

@@ -1,4 +1,4 @@
-"""Training in stages: compiled steps, and between the stages the controller."""
+"""Training in stages: compiled steps, and the controller between stages."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ Plan = Literal["fused", "stepwise"]
 
 
 class Result(NamedTuple):
-    """What a training run leaves. The losses of a stage that was rolled back stay on record."""
+    """The result of a training run. `losses` include those of stages that were rolled back."""
 
     params: Any
-    stats: Any  # after the steps that made the params
+    stats: Any  # after the same steps as the params
     state: InterleavedState
     history: list[Stage]
-    losses: np.ndarray  # float64 [steps + 1]: before the first step, and after each, on the next one's batch
+    losses: np.ndarray  # float64 [steps + 1]: before the first step, and after each step on the next batch
 
 
 class _Carry(NamedTuple):
-    """Training between two steps: a gradient has been taken, and not yet been used."""
+    """Training between two steps: the gradient is computed, but not used yet."""
 
     step: jax.Array  # int32 [], steps made
     params: Any
@@ -53,22 +53,22 @@ def make_train(
 ) -> Callable[..., Result]:
     """Training with interleaved optimizers, as a function that can be called many times.
 
-    Every τ steps the controller looks at the losses and the key parameters, on the host, and chooses
-    the optimizer of the next τ. A step uses the gradient that came with the loss after the step
-    before, so that a stage has its l_0 and its l_τ, both with the right parameters, and no loss is
-    computed twice: a run takes one more gradient than it makes steps. With one optimizer in the
-    space, the parameters are those of plain training with it.
+    Every τ steps the controller reads the losses and the key parameters on the host, and chooses the
+    optimizer of the next τ steps. A step uses the gradient that was computed with the loss after the
+    last step. So a stage has its l_0 and its l_τ, and no loss is computed twice: a run computes one
+    gradient more than it takes steps. With one optimizer in the space, the result is that of plain
+    training with it.
 
     Args:
       loss: (params, stats, batch) -> (loss [], stats after it). Stats are state without a gradient,
         such as batch-norm statistics or frozen parameters; () where there is none.
-      batch: (data, step) -> the batch of that step, 0 ≤ step ≤ steps, within jit. That of the last
-        one only measures.
+      batch: (data, step) -> the batch of that step, 0 ≤ step ≤ steps, within jit. The last batch is
+        only for the last loss.
       space: the optimizers to choose from.
       options: numbers and ablations.
-      key_parameters: params -> what the surrogates see of them, a list of arrays.
-      plan: "fused", a stage is one compiled loop; or "stepwise", one compiled step, driven from the
-        host: for convolutional networks on a CPU, where XLA runs them 10 times slower in a loop.
+      key_parameters: params -> a list of arrays for the surrogates.
+      plan: "fused": a stage is one compiled loop; "stepwise": a loop on the host calls one compiled
+        step. Choose it for convolutional networks on a CPU, which XLA runs 10 times slower in a loop.
 
     Returns:
       train(params, stats, data, steps, seed=0, controller=None, after_stage=None) -> Result. `params`:

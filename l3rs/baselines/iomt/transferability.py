@@ -1,4 +1,4 @@
-"""How near a pretrained model is to its new task: LEEP, LogME, and equation 6 of IOMT."""
+"""How well a pretrained model fits its new task: LEEP, LogME, and equation 6 of IOMT."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from l3rs.baselines import common
 from l3rs.baselines.iomt.score import sigmoid
 from l3rs.spec import L3RSError
 
-_TINY = 1e-12  # relative to |y|²: where a fit, or a feature, is as good as perfect, or none
+_TINY = 1e-12  # relative to |y|²: a lower bound for residuals and weights
 
 
 def leep(source_probabilities: npt.ArrayLike, labels: npt.ArrayLike) -> float:
-    """LEEP: the mean log-likelihood of the labels, predicted by way of the model's own classes::
+    """LEEP: the mean log-likelihood of the labels, predicted from the model's own classes::
 
         P(y, z) = 1/n Σ_{i: y_i = y} θ(x_i)_z        P(y | z) = P(y, z) / Σ_y P(y, z)
         LEEP = 1/n Σ_i log Σ_z P(y_i | z) θ(x_i)_z
 
     Args:
-      source_probabilities: θ, [n, z], rows that add up to 1: what the pretrained classifier says
-        of the examples, in the classes it was trained on.
+      source_probabilities: θ, [n, z], rows that add up to 1: the pretrained classifier's predictions
+        for the examples, in the classes that it was trained on.
       labels: y, int [n], of the new task.
 
     Returns:
-      ≤ 0; larger is nearer.
+      A number ≤ 0; larger is better.
 
     Raises:
-      L3RSError: shapes that do not go together, or rows that are no probabilities.
+      L3RSError: shapes do not match, or rows are not probabilities.
 
     Reference: Nguyen et al., LEEP: A New Measure to Evaluate Transferability of Learned
     Representations, arXiv 2002.12462.
@@ -46,10 +46,10 @@ def leep(source_probabilities: npt.ArrayLike, labels: npt.ArrayLike) -> float:
 
 
 def logme(features: npt.ArrayLike, labels: npt.ArrayLike, *, iterations: int = 100) -> float:
-    """LogME: the largest log evidence, an example, of a linear model of the labels on the features.
+    """LogME: the maximum log evidence per example of a linear model of the labels given the features.
 
-    Of each class's indicator y = F w + noise, with w ~ N(0, 1/α) and noise ~ N(0, 1/β), the
-    evidence is maximised over α and β by the fixed-point iteration of MacKay::
+    For each class with its indicator y = F w + noise, w ~ N(0, 1/α) and noise ~ N(0, 1/β), MacKay's
+    fixed-point iteration maximises the evidence over α and β::
 
         A = α I + β FᵀF     m = β A⁻¹ Fᵀ y     γ = Σ_i β σ_i² / (α + β σ_i²)
         α ← γ / mᵀm         β ← (n - γ) / |F m - y|²
@@ -57,15 +57,15 @@ def logme(features: npt.ArrayLike, labels: npt.ArrayLike, *, iterations: int = 1
     where σ_i are F's singular values; the result is the mean over classes of log p(y | F, α, β) / n.
 
     Args:
-      features: F, [n, d]: of the pretrained model, before its last layer.
+      features: F, [n, d]: the inputs of the pretrained model's last layer.
       labels: int [n]; each class that occurs is one problem.
-      iterations: no more than this; it stops earlier when α/β has settled to 1e-6.
+      iterations: at most this many; it stops earlier when α/β changes by less than 1e-6 of itself.
 
     Returns:
-      Larger is nearer; not bounded.
+      A number without bounds; larger is better.
 
     Raises:
-      L3RSError: shapes that do not go together, or features that are not finite.
+      L3RSError: shapes do not match, or features are not finite.
 
     Reference: You et al., LogME: Practical Assessment of Pre-trained Models for Transfer Learning,
     arXiv 2102.11005, Algorithm 1.
@@ -83,7 +83,7 @@ def logme(features: npt.ArrayLike, labels: npt.ArrayLike, *, iterations: int = 1
 
 
 def _evidence(squares: np.ndarray, z: np.ndarray, total: float, shape: tuple[int, ...], iterations: int) -> float:
-    """The largest log evidence. squares: σ²; z: Uᵀy; total: |y|²; shape: F's."""
+    """The maximum log evidence. `squares` are σ², z is Uᵀy, `total` is |y|², `shape` is F's."""
     n, d = shape
     ratio = 1.0  # α / β, of which m and γ are functions
 
@@ -107,7 +107,7 @@ def _evidence(squares: np.ndarray, z: np.ndarray, total: float, shape: tuple[int
 
 
 def _classes(labels: npt.ArrayLike, rows: np.ndarray, name: str) -> np.ndarray:
-    """The labels [n] counted from 0 without gaps."""
+    """The labels [n], renumbered from 0 without gaps."""
     y = np.asarray(labels)
     if rows.ndim != 2 or y.shape != rows.shape[:1] or not len(y):
         raise L3RSError(f"{name} {rows.shape} and labels {y.shape} must be [n, …] and [n], n ≥ 1")
@@ -123,7 +123,7 @@ def transferability(accuracy: Any, metrics: Sequence[float], *, beta: Any = 0.5)
       beta: β, the weight of the accuracy, in [0, 1]; the source names no value.
 
     Raises:
-      L3RSError: a number that is not allowed.
+      L3RSError: a number is out of range.
 
     Example:
       >>> from l3rs.baselines import iomt

@@ -241,7 +241,7 @@ def test_a_loss_that_is_no_more(bad):
     assert first.score == second.score == -1
     assert "after step 1 of the stage; the stage was rolled back" in first.notes[-1]
     assert f"the loss was {bad:.3g} after step 0" in second.notes[-2]
-    assert second.notes[-1] == "the loss was bad before its first step: that is not held against its optimizer"
+    assert "bad before its first step" in second.notes[-1]
 
 
 @pytest.mark.parametrize(("losses", "learned"), [([1.9, np.nan], 2), ([np.nan, np.nan], 1)])
@@ -280,7 +280,7 @@ def test_choose_and_observe_take_turns():
     with pytest.raises(l3rs.L3RSError, match="nothing was chosen"):
         controller.observe([1.0, 0.5])
     controller.choose([np.ones(2)])
-    with pytest.raises(l3rs.L3RSError, match="the stage before was not observed"):
+    with pytest.raises(l3rs.L3RSError, match="was not observed"):
         controller.choose([np.ones(2)])
     with pytest.raises(l3rs.L3RSError, match=r"losses have shape \(1,\)"):
         controller.observe([1.0])
