@@ -16,9 +16,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import ray
 
 _RAY = Path(sys.executable).with_name("ray")
 _START_SECONDS = 120
+
+
+@contextmanager
+def local_ray(num_cpus: int) -> Iterator[None]:
+    """Ray on this machine alone, with room for so many workers, whatever cores there are."""
+    os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_worker_niceness": "0"}
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
 
 
 class Nodes:

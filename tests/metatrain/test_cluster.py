@@ -15,7 +15,6 @@ import jax
 import numpy as np
 import psutil
 import pytest
-import ray
 
 import l3rs
 from metatrain.config import Config, UserError
@@ -28,7 +27,7 @@ from metatrain.ray.health import Health
 from metatrain.ray.worker import Answer, Job, Worker, versions
 from tasks import make_task
 from tests.metatrain.common import REGRESSION, assert_same_theta, metrics, small_config
-from tests.metatrain.nodes import worker_processes
+from tests.metatrain.nodes import local_ray, worker_processes
 from tests.metatrain.test_population import generation
 
 _OUTER = {"steps": 6, "population": 16, "samples": 2}
@@ -57,11 +56,9 @@ def evaluator(config: Config, say: Callable[[str], None] = print) -> tuple[RayEv
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """One Ray for the module, with room for four workers on two cores."""
-    os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_worker_niceness": "0"}
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+    """One Ray for the module."""
+    with local_ray(num_cpus=4):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 
 pytest.importorskip("torch")
 
 from metatrain.config import UserError, load_config
 from metatrain.outer.loop import run
 from tests.metatrain.common import assert_same_theta, metrics, small_config
-from tests.metatrain.nodes import worker_processes
+from tests.metatrain.nodes import local_ray, worker_processes
 from tests.metatrain.torch_tasks import TINY
 
 _OUTER = {"steps": 6, "population": 6, "horizon": {"min": 3, "max": 30}}
@@ -24,10 +23,8 @@ _OUTER = {"steps": 6, "population": 6, "horizon": {"min": 3, "max": 30}}
 
 @pytest.fixture(scope="module", autouse=True)
 def _cluster() -> Iterator[None]:
-    os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_worker_niceness": "0"}
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+    with local_ray(num_cpus=2):
+        yield
 
 
 @pytest.fixture(scope="module")
