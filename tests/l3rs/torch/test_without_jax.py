@@ -1,5 +1,6 @@
 """The PyTorch optimizer neither needs JAX nor loads it."""
 
+import os
 import subprocess
 import sys
 
@@ -40,4 +41,32 @@ def test_training_loads_no_jax(before, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == []
+    assert not done.stderr
+
+
+LOADING = """
+import jax, torch
+from jax._src.xla_bridge import backends_are_initialized
+from torch.utils.data import DataLoader
+from l3rs.torch import L3RS
+
+weight = torch.nn.Parameter(torch.ones(3, 3))
+opt = L3RS([("dense.weight", weight)], "universal", total_steps=10)
+loss = (weight ** 2).sum()
+loss.backward()
+opt.step(loss=loss)
+assert len(list(DataLoader(torch.arange(4), num_workers=1, multiprocessing_context="fork"))) == 4
+assert not backends_are_initialized()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_data_loader_is_silent(tmp_path):
+    """Even after an import of JAX: its runtime has not been started, so that it does not warn of a deadlock."""
+    pytest.importorskip("jax")
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING],
+        capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
     assert not done.stderr
