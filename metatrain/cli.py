@@ -340,19 +340,26 @@ def estimate(
     ] = "1,2,4,8,16,32,64,128",
     trust_task: TrustTask = False,
 ) -> None:
-    """Estimate the cost of a run from a short measurement on this machine."""
+    """Estimate the cost of a run from a short measurement on this machine.
+
+    With execution.backend=ray it counts the shards that the run would hand out, the work of its driver, and what Ray
+    takes for a shard: metatrain estimate configs/digits.yaml execution.backend=ray --workers 8,64
+    """
+    from metatrain.outer.estimate import check_workers, table
     from metatrain.outer.estimate import estimate as measure
-    from metatrain.outer.estimate import table
 
     _use_cores()
+    _show_setup()
     counts = _numbers(workers, "--workers", "1,8,64")
+    check_workers(counts)
     setup = load(config, overrides, trust_task)
-    found = measure(setup)
+    found = measure(setup, console.print)
+    kind = "workers of Ray" if found.ray else "devices of one process"
     console.print(
         f"{setup.name}: {setup.outer.steps:,} generations of {found.population} candidates, "
-        f"{found.candidate_steps:,} candidate-steps; a shard is {found.members_per_shard} candidates\n"
+        f"{found.candidate_steps:,} candidate-steps, in calls of {found.members_per_call} candidates by {kind}\n"
         f"measured on one core or accelerator of this machine: {1e3 * found.seconds_per_step:.3g} ms per "
-        f"candidate-step, {1e3 * found.seconds_per_call:.3g} ms per shard in addition"
+        f"candidate-step, {1e3 * found.seconds_per_call:.3g} ms per call in addition"
     )
     console.print(table(found, counts))
 

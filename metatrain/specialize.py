@@ -156,7 +156,7 @@ def make_plan(measured: Estimate, seconds: float, workers: int) -> Plan:
     Raises:
       UserError: not even the smallest plan fits.
     """
-    step, call = measured.seconds_per_step, measured.seconds_per_call / measured.members_per_shard
+    step, call = measured.seconds_per_step, measured.seconds_per_call / measured.members_per_call
     budget = _TRAINING_SHARE * seconds
     for longest in _LONGEST:
         mean_horizon = (longest - _SHORTEST) / math.log(longest / _SHORTEST)

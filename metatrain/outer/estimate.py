@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,12 +16,19 @@ from metatrain.config import Config, UserError
 from metatrain.inner.plan import time_steps
 from metatrain.inner.population import candidate_losses, cut
 from metatrain.outer.setup import Setup
+from metatrain.ray.shards import cut_shards
 from tasks import sample
 from tasks.base import AnyTask
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128)
 _STEPS, _ROUNDS = 10, 3  # of the measurement
 _ANSWER_BYTES = 200  # of a pickled answer, apart from its scalars
+_MAX_WORKERS = 100_000
+_GENERATIONS = 200  # that are computed for each number of workers; the others are like them
+
+# Seconds, measured with `make bench`.
+_GENERATION = 0.05  # the driver's own work for a generation: ask, tell, metrics, and on Ray its state
+_RAY_SHARD = 0.002  # what Ray takes for a shard, in the driver and on the way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,50 +37,76 @@ class Estimate:
 
     Attributes:
       horizons: of each generation's draws, [G][samples]; they follow from the seed.
-      population, members_per_shard: candidates per generation, and per shard.
+      population, members_per_call: candidates per generation, and per compiled call.
       seconds_per_step: of a candidate-step on one core or accelerator; measured.
-      seconds_per_call: of a shard apart from its steps (evaluation of the meta-loss, dispatch); measured.
+      seconds_per_call: of a compiled call apart from its steps (evaluation of the meta-loss, dispatch); measured.
       state_bytes: sent to every machine in a generation.
-      shard_bytes: sent to a worker and back for one shard.
+      ray: whether the run uses Ray: it puts calls together to shards, and its driver hands them out.
     """
 
     horizons: tuple[tuple[int, ...], ...]
     population: int
-    members_per_shard: int
+    members_per_call: int
     seconds_per_step: float
     seconds_per_call: float
     state_bytes: int
-    shard_bytes: int
+    ray: bool = False
 
     @property
     def candidate_steps(self) -> int:
         return self.population * sum(map(sum, self.horizons))
 
-    @property
-    def shards(self) -> int:
-        """Shards of a generation."""
-        return math.ceil(self.population / self.members_per_shard) * len(self.horizons[0])
-
     def hours(self, workers: int) -> float:
         """Duration with `workers` workers as fast as the measured one, none of which fails."""
-        each = self.members_per_shard * self.seconds_per_step
-        total = 0.0
-        for horizons in self.horizons:
-            seconds = np.repeat([self.seconds_per_call + each * h for h in horizons], self.shards // len(horizons))
-            total += float(np.sort(seconds)[::-1][::workers].sum())  # in every round of shards, the longest one
-        return total / 3600
+        chosen = self._chosen()
+        mean = sum(self._generation_seconds(horizons, workers) for horizons in chosen) / len(chosen)
+        return mean * len(self.horizons) / 3600
 
-    def bytes_per_generation(self, machines: int) -> int:
-        return machines * self.state_bytes + self.shards * self.shard_bytes
+    def shards(self, workers: int) -> float:
+        """Shards of a generation, the mean."""
+        chosen = self._chosen()
+        return sum(len(self._shard_seconds(horizons, workers)) for horizons in chosen) / len(chosen)
+
+    def bytes_per_generation(self, machines: int) -> float:
+        """Bytes that the driver sends and receives for a generation, the mean, with one worker on each machine."""
+        members = self.population * len(self.horizons[0])
+        return machines * self.state_bytes + self.shards(machines) * _ANSWER_BYTES + 4 * 2 * members
+
+    def _chosen(self) -> list[tuple[int, ...]]:
+        """Generations that stand for all: each of an equal share of them, ordered by their length."""
+        count = min(len(self.horizons), _GENERATIONS)
+        ordered = sorted(self.horizons, key=sum)
+        return [ordered[int((i + 0.5) * len(ordered) / count)] for i in range(count)]
+
+    def _generation_seconds(self, horizons: Sequence[int], workers: int) -> float:
+        """A free worker takes the next shard; the driver hands them out one after the other."""
+        seconds = self._shard_seconds(horizons, workers)
+        free = [0.0] * workers
+        for shard in seconds:
+            heapq.heapreplace(free, free[0] + shard)
+        return max(max(free), len(seconds) * _RAY_SHARD * self.ray) + _GENERATION
+
+    def _shard_seconds(self, horizons: Sequence[int], workers: int) -> list[float]:
+        """The duration of each shard of a generation, in the order in which they are handed out."""
+        each, calls = self.members_per_call * self.seconds_per_step, math.ceil(self.population / self.members_per_call)
+        seconds = [self.seconds_per_call + each * horizon for horizon in horizons for _ in range(calls)]
+        if not self.ray:
+            return seconds
+        draws = [index for index in range(len(horizons)) for _ in range(calls)]
+        return [sum(seconds[i] for i in shard) + _RAY_SHARD for shard in cut_shards(seconds, workers, draws)]
 
 
-def estimate(config: Config) -> Estimate:
+def estimate(config: Config, log: Callable[[str], None] = lambda _: None) -> Estimate:
     """Measure the speed of one worker on this machine and compute the rest.
+
+    Args:
+      config: of the run.
+      log: called before each step that may take a while.
 
     Raises:
       UserError, TaskError, L3RSError: the configuration cannot be run.
     """
-    setup = Setup.build(config)
+    setup = Setup.build(config, log)
     execution, population = setup.config.execution, setup.config.outer.population
     members, plan = execution.members_per_call, execution.plan
     assert members != "auto"
@@ -83,35 +117,41 @@ def estimate(config: Config) -> Estimate:
     shard = cut(population, members)[0]
     device = jax.local_devices()[0]
 
-    def measure(task: AnyTask) -> tuple[float, float]:
+    def measure(number: int, task: AnyTask) -> tuple[float, float]:
+        log(f"measuring task {number} of {len(setup.tasks)}, {task.name}: compiling takes a while")
         call = candidate_losses(task, setup.spec, setup.strategy, plan)
         placed = jax.device_put((state, spec.key, sample(task, jax.random.key(0)), task.data, shard), device)
         *arguments, data, own_shard = placed
         return time_steps(lambda steps: call(*arguments, np.int32(steps), data, own_shard), _STEPS, _ROUNDS)
 
-    per_step, per_call = (float(x) for x in np.mean([measure(task) for task in setup.tasks], axis=0))
+    measured = [measure(number, task) for number, task in enumerate(setup.tasks, 1)]
+    per_step, per_call = (float(x) for x in np.mean(measured, axis=0))
     host: Any = jax.tree.leaves(jax.tree.map(np.asarray, (state, spec.key, [draw.sample for draw in spec.draws])))
     return Estimate(
         horizons=horizons,
         population=population,
-        members_per_shard=members,
+        members_per_call=members,
         seconds_per_step=max(per_step / members, 1e-9),
         seconds_per_call=max(per_call, 0.0),
         state_bytes=sum(leaf.nbytes for leaf in host),
-        shard_bytes=_ANSWER_BYTES + 4 * 2 * members,
+        ray=execution.backend == "ray",
     )
+
+
+def check_workers(workers: Sequence[int]) -> None:
+    """Raise UserError unless an estimate can be made for these numbers of workers."""
+    if not workers or min(workers) < 1 or max(workers) > _MAX_WORKERS:
+        raise UserError(f"--workers is {list(workers)}; each number must be from 1 to {_MAX_WORKERS:,}")
 
 
 def table(found: Estimate, workers: Sequence[int] = WORKERS) -> Table:
     """Hours and efficiency for each number of workers."""
-    if not workers or min(workers) < 1:
-        raise UserError(f"--workers is {list(workers)}; each number must be ≥ 1")
     view = Table(title="expected with workers as fast as this machine's")
-    for column in ("workers", "hours", "efficiency", "sent per generation"):
+    for column in ("workers", "hours", "efficiency", "shards per generation", "sent per generation"):
         view.add_column(column, justify="right")
+    one = found.hours(1)
     for count in workers:
-        hours = found.hours(count)
-        efficiency = found.hours(1) / (count * hours)
-        sent = found.bytes_per_generation(count)
-        view.add_row(f"{count:,}", f"{hours:,.2f}", f"{efficiency:.0%}", f"{sent / 2**10:,.0f} KiB")
+        hours, sent = found.hours(count), found.bytes_per_generation(count)
+        row = (f"{count:,}", f"{hours:,.2f}", f"{one / (count * hours):.0%}", f"{found.shards(count):,.0f}")
+        view.add_row(*row, f"{sent / 2**10:,.0f} KiB")
     return view

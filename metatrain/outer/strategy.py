@@ -49,12 +49,16 @@ def make_strategy(config: OuterConfig, theta: Theta) -> Strategy:
         algorithm = {"snes": es.SNES, "pgpe": es.PGPE}[config.strategy](config.population, theta, optimizer=optimizer)
         params = algorithm.default_params.replace(std_init=config.sigma)
 
+    # evosax broadcasts, which a user's JAX_NUMPY_RANK_PROMOTION=raise would refuse.
+    @jax.numpy_rank_promotion("allow")
     def init(key: jax.Array, mean: Theta) -> State:
         return _strong(algorithm.init(key, mean, params))
 
+    @jax.numpy_rank_promotion("allow")
     def ask(key: jax.Array, state: State) -> Theta:
         return _float32(algorithm.ask(key, state, params)[0])
 
+    @jax.numpy_rank_promotion("allow")
     def tell(key: jax.Array, state: State, fitness: jax.Array) -> State:
         population = ask(key, state)
         fitness = jnp.where(jnp.isfinite(fitness), fitness, jnp.nan)

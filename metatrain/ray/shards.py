@@ -8,9 +8,10 @@ worker return to the queue.
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 _SLOW = 1.5  # times the median duration, after which a shard is started again
 _AHEAD = 2  # shards that a worker holds while there are plenty, so that it need not ask for the next one
@@ -29,6 +30,26 @@ def shard_size(chunks: int, workers: int, chunk_seconds: float) -> int:
     enough = math.ceil(chunks / (_SHARDS_PER_WORKER * max(workers, 1)))
     wanted = math.ceil(_SHARD_SECONDS / chunk_seconds) if chunk_seconds else 1
     return min(wanted, enough)
+
+
+def cut_shards(seconds: Sequence[float], workers: int, groups: Sequence[int] | None = None) -> list[range]:
+    """Put the calls of a generation together to shards.
+
+    Args:
+      seconds: expected duration of each call; 0 if unknown.
+      workers: among which they are shared.
+      groups: of each call, in order; a shard is of one group.
+
+    Returns:
+      The calls of each shard.
+    """
+    size = shard_size(len(seconds), workers, sum(seconds) / len(seconds))
+    found, first = [], 0
+    for _, own in itertools.groupby(groups or [0] * len(seconds)):
+        after = first + len(list(own))
+        found += [range(i, min(i + size, after)) for i in range(first, after, size)]
+        first = after
+    return found
 
 
 class Shards:

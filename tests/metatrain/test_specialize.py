@@ -15,7 +15,7 @@ from metatrain.specialize import make_plan
 
 
 def measured(step: float, call: float = 0.01) -> Estimate:
-    return Estimate((10,), 8, 1, step, call, 0, 0)
+    return Estimate(((10,),), 8, 1, step, call, 0)
 
 
 def test_the_plan_fits_the_time() -> None:

@@ -70,3 +70,13 @@ def test_state_keeps_its_types_so_nothing_compiles_twice(name: str) -> None:
         state = es.tell(jax.random.key(i), state, jnp.arange(6.0))
         assert before == jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), state)
     assert es.tell._cache_size() == 1
+
+
+@pytest.mark.parametrize("name", ["open_es", "snes", "pgpe"])
+def test_strategies_work_where_jax_refuses_to_broadcast_ranks(name: str) -> None:
+    with jax.numpy_rank_promotion("raise"):
+        es = strategy(strategy=name)
+        state = es.init(jax.random.key(0), THETA)
+        population = es.ask(jax.random.key(1), state)
+        assert population["b"].shape == (6, 2, 2)
+        assert es.mean(es.tell(jax.random.key(1), state, jnp.arange(6.0)))["a"].shape == (3,)
