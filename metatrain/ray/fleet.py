@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -41,6 +41,15 @@ class Member:
     since: float = 0.0
 
 
+class Sendable(Protocol):
+    """The run as it is sent to workers: see `Package`."""
+
+    blob: Any
+    refs: dict[int, Any]
+
+    def send(self, numbers: Sequence[int]) -> None: ...
+
+
 class Fleet:
     """Keeps as many workers as the run wants.
 
@@ -57,14 +66,12 @@ class Fleet:
       starting: {reference to the result of its set-up: worker} of the others.
       lost: how many workers were lost.
 
-    Raises:
-      UserError: no node can hold a worker.
     """
 
     def __init__(
         self,
         worker: type,
-        job: Package,
+        job: Sendable,
         execution: ExecutionConfig,
         chunk: int,
         health: Health,
@@ -72,23 +79,31 @@ class Fleet:
     ) -> None:
         import ray
 
-        self.members: list[Member] = []
+        self.members: dict[Member, None] = {}
         self.starting: dict[Any, Member] = {}
         self.lost = 0
         self._ray, self._worker, self._job = ray, worker, job
         self._execution, self._chunk, self._health, self._log = execution, chunk, health, log
         self._wanted, self._count_at = 0, 0.0  # workers, and when to look whether the cluster has grown
-        refuse_what_never_fits(execution)
 
-    def recruit(self, now: float) -> None:
-        """Ask for workers until there are as many as wanted. Ray places them when there is room."""
-        workers = self._execution.workers
+    @property
+    def missing(self) -> int:
+        """Workers that are wanted and not ready."""
+        return self._wanted - len(self.members)
+
+    def recruit(self, now: float) -> list[Any]:
+        """Ask for workers until there are as many as wanted. Ray places them when there is room.
+
+        Returns:
+          References to the results of their set-up, for `receive`.
+        """
         if now >= self._count_at:
             self._count_at = now + COUNT_SECONDS
-            self._wanted = max(self._slots(), 1) if workers == "auto" else workers
+            self._wanted = wanted_workers(self._execution)
         if not self._health.may_recruit(now):
-            return
-        for _ in range(self._wanted - len(self.members) - len(self.starting)):
+            return []
+        refs = []
+        for _ in range(self.missing - len(self.starting)):
             needs = dict(self._execution.resources_per_worker)
             options: dict[str, Any] = {"num_cpus": needs.pop("CPU", 0), "num_gpus": needs.pop("GPU", 0)}
             actor: Any = (
@@ -96,43 +111,53 @@ class Fleet:
                 .options(**options, resources=needs, max_restarts=0, scheduling_strategy="SPREAD")
                 .remote(worker_share(self._execution.resources_per_worker))
             )
-            self._set_up(Member(actor, self._chunk), now)
+            refs.append(self._set_up(Member(actor, self._chunk), now))
+        return refs
 
-    def receive(self, ref: Any, now: float) -> None:
+    def receive(self, ref: Any, future: Any, now: float) -> Any:
         """The set-up of a worker has ended, one way or another.
+
+        Args:
+          ref: to its result.
+          future: of it.
+          now: the time.
+
+        Returns:
+          The worker, if it is ready; a reference to the result of the next part of its set-up; or None if it failed.
 
         Raises:
           UserError: it failed, and no worker has ever been ready: the run is at fault.
         """
         member = self.starting.pop(ref)
         try:
-            needed = self._ray.get(ref)
+            needed = future.result()
         except self._ray.exceptions.RayTaskError as error:
             self._reject(member, f"a worker cannot be set up: {first_line(error.cause or error)}", now)
-            return
+            return None
         except self._ray.exceptions.RayError as error:
             self._failed_start(member, f"a worker was lost during its set-up ({first_line(error)})", now)
-            return
-        self.welcome(member, needed, now)
+            return None
+        return self.welcome(member, needed, now)
 
-    def welcome(self, member: Member, needed: list[int] | str, now: float) -> None:
-        """Use a worker, send it the arrays that it needs, or reject it, as its set-up's result says.
+    def welcome(self, member: Member, needed: list[int] | str, now: float) -> Any:
+        """Use a worker, send it the arrays that it needs, or reject it, as its set-up's result says; see `receive`.
 
         Raises:
           UserError: it is rejected, and no worker has ever been ready.
         """
         if isinstance(needed, str):
             self._reject(member, needed, now)
-        elif needed:  # its machine's cache lacks these arrays
+            return None
+        if needed:  # its machine's cache lacks these arrays
             self._job.send(needed)
-            self._set_up(member, now)
-        else:
-            self._health.started(member, now)
-            self.members.append(member)
+            return self._set_up(member, now)
+        self._health.started(member, now)
+        self.members[member] = None
+        return member
 
     def lose(self, member: Member, why: str) -> None:
         """Give up a worker."""
-        self.members.remove(member)
+        del self.members[member]
         self._health.lost(member)
         self.lost += 1
         self._log(f"a worker is lost ({why}); its candidates are evaluated again")
@@ -147,7 +172,7 @@ class Fleet:
     def close(self) -> None:
         for member in [*self.members, *self.starting.values()]:
             self._kill(member)
-        self.members, self.starting = [], {}
+        self.members, self.starting = {}, {}
 
     def give_up_slow_starts(self, now: float) -> None:
         """Ask again for workers that take too long: their process hangs, or the cluster has no room for them."""
@@ -164,16 +189,14 @@ class Fleet:
             self._health.slow_start()
 
     def free_resources(self) -> str:
-        """What the cluster has and what of it is free, in the resources that a worker needs."""
-        total, free = self._ray.cluster_resources(), self._ray.available_resources()
-        return ", ".join(
-            f"{name}: {free.get(name, 0):g} of {total.get(name, 0):g} free, a worker needs {amount:g}"
-            for name, amount in self._execution.resources_per_worker.items()
-        )
+        """See `free_resources`."""
+        return free_resources(self._ray, self._execution)
 
-    def _set_up(self, member: Member, now: float) -> None:
+    def _set_up(self, member: Member, now: float) -> Any:
         member.since = now
-        self.starting[member.actor.setup.remote(self._job.blob, self._job.refs)] = member
+        ref = member.actor.setup.remote(self._job.blob, self._job.refs)
+        self.starting[ref] = member
+        return ref
 
     def _reject(self, member: Member, why: str, now: float) -> None:
         """If no worker has ever been ready, the run is at fault; later it is the worker's machine."""
@@ -191,8 +214,21 @@ class Fleet:
         with contextlib.suppress(Exception):
             self._ray.kill(member.actor)
 
-    def _slots(self) -> int:
-        return sum(room(node, self._execution.resources_per_worker) for node in live_nodes())
+
+def wanted_workers(execution: ExecutionConfig) -> int:
+    """How many workers a run wants: as many as it says, or as many as the cluster has room for now."""
+    if execution.workers != "auto":
+        return execution.workers
+    return max(sum(room(node, execution.resources_per_worker) for node in live_nodes()), 1)
+
+
+def free_resources(ray: Any, execution: ExecutionConfig) -> str:
+    """What the cluster has and what of it is free, in the resources that a worker needs."""
+    total, free = ray.cluster_resources(), ray.available_resources()
+    return ", ".join(
+        f"{name}: {free.get(name, 0):g} of {total.get(name, 0):g} free, a worker needs {amount:g}"
+        for name, amount in execution.resources_per_worker.items()
+    )
 
 
 def live_nodes() -> list[Mapping[str, float]]:
@@ -239,6 +275,10 @@ class Package:
         where = [resident(array) for array in self._arrays]
         self.blob = ray.put(cloudpickle.dumps(Job(hollow, where, spec, outer, plan, versions(plan))))
         self.refs: dict[int, Any] = {}
+
+    def send_all(self) -> None:
+        """Make all arrays available on the cluster."""
+        self.send(range(len(self._arrays)))
 
     def send(self, numbers: Sequence[int]) -> None:
         """Make arrays available on the cluster."""

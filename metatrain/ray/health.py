@@ -77,7 +77,7 @@ class Health:
         """A worker that was idle has been given a shard."""
         self._workers[worker].since = now
 
-    def answered(self, worker: Hashable, now: float, steps: int | None) -> None:
+    def answered(self, worker: Hashable, now: float, steps: float | None) -> None:
         """A worker has answered.
 
         Args:
@@ -105,25 +105,29 @@ class Health:
         self._errors += 1
         return self._errors >= _MAX_ERRORS
 
-    def patience(self, worker: Hashable, steps: int) -> float:
+    def patience(self, worker: Hashable, steps: float) -> float:
         """Seconds that a worker may take to answer for a shard of `steps` candidate-steps."""
-        seconds = max(HANG_SECONDS, HANG_FACTOR * self.usual_seconds(steps))
+        return self._patience(worker, self.usual_seconds(steps))
+
+    def _patience(self, worker: Hashable, usual: float) -> float:
+        seconds = max(HANG_SECONDS, HANG_FACTOR * usual)
         if not self._workers[worker].answered:
             seconds = max(seconds, FIRST_CALL_SECONDS)
         return seconds * 2.0**self._doublings
 
-    def usual_seconds(self, steps: int) -> float:
+    def usual_seconds(self, steps: float) -> float:
         """Seconds that the slowest worker usually takes for so many candidate-steps; 0 if unknown."""
         return steps * max((statistics.median_low(w.pace) for w in self._workers.values() if w.pace), default=0.0)
 
-    def hung(self, busy: Iterable[Hashable], steps: int, now: float) -> dict[Hashable, float]:
+    def hung(self, busy: Iterable[Hashable], steps: float, now: float) -> dict[Hashable, float]:
         """The busy workers that exceed their patience, and how long each has not answered.
 
         Each time there are any, patience doubles until the next answer: workers that are slow, and not
         dead, will answer at last.
         """
+        usual = self.usual_seconds(steps)
         silent = {worker: now - self._workers[worker].since for worker in busy}
-        found = {worker: seconds for worker, seconds in silent.items() if seconds > self.patience(worker, steps)}
+        found = {worker: seconds for worker, seconds in silent.items() if seconds > self._patience(worker, usual)}
         self._doublings = min(self._doublings + bool(found), _MAX_DOUBLINGS)
         return found
 

@@ -1,88 +1,101 @@
 """Which worker evaluates what in one generation: a state machine without a clock and without a network.
 
-A generation is cut into shards. A free worker takes the next one. When all are handed out, it starts a
-second time the shard that takes longest elsewhere, and the first answer counts. The shards of a lost
-worker return to the queue.
+A generation is a list of calls, each of a known cost, that `cut_shards` puts together to shards. A free worker takes
+the next one. When all are handed out, it starts a second time a shard that takes too long elsewhere, and the first
+answer counts. The shards of a lost worker return to the queue. Every operation takes the same time however many
+workers there are.
 """
 
 from __future__ import annotations
 
-import bisect
-import itertools
-import math
+import heapq
+import statistics
 from collections import deque
 from collections.abc import Hashable, Sequence
 
-_SLOW = 1.5  # times the median duration, after which a shard is started again
+_SLOW = 1.5  # times the usual duration, after which a shard is started again
 _AHEAD = 2  # shards that a worker holds while there are plenty, so that it need not ask for the next one
-_SHARD_SECONDS = 0.25  # duration that hides Ray's 2 ms per call,
-_SHARDS_PER_WORKER = 4  # unless it leaves fewer shards per worker: a generation waits for the last one
+_RECENT = 255  # answers that the usual duration is the median of
+_REFRESH = 16  # answers between two computations of that median, once there are as many
+_LATE = 0.1  # seconds beyond the usual duration that are no reason to start a shard again
 
-
-def shard_size(chunks: int, workers: int, chunk_seconds: float) -> int:
-    """How many chunks to put into one shard.
-
-    Args:
-      chunks: of the generation.
-      workers: that are ready.
-      chunk_seconds: duration of a chunk; 0 if unknown.
-    """
-    enough = math.ceil(chunks / (_SHARDS_PER_WORKER * max(workers, 1)))
-    wanted = math.ceil(_SHARD_SECONDS / chunk_seconds) if chunk_seconds else 1
-    return min(wanted, enough)
+# A shard costs its driver some 2 ms, which its duration hides. With all workers at long ones, a driver is busy for a
+# fifth of its time; with short ones, at the end of a generation, all the time.
+_CALL_SECONDS = 0.002
+_LONG = 5  # times as long as the driver needs for a shard of every worker
+_SHORTEST, _LONGEST = 0.25, 4.0  # seconds
+_ROUNDING = 1 + 1e-9
+_PARTS = 2  # a shard is at most one part in so many of what is left for each worker: the last ones are short
 
 
 def cut_shards(seconds: Sequence[float], workers: int, groups: Sequence[int] | None = None) -> list[range]:
-    """Put the calls of a generation together to shards.
+    """Put the calls of a generation together to shards: long ones first, then shorter and shorter ones.
 
     Args:
-      seconds: expected duration of each call; 0 if unknown.
+      seconds: expected duration of each call; 0 if unknown, and then a shard is one call.
       workers: among which they are shared.
-      groups: of each call, in order; a shard is of one group.
+      groups: of each call; a shard is of one group.
 
     Returns:
       The calls of each shard.
     """
-    size = shard_size(len(seconds), workers, sum(seconds) / len(seconds))
-    found, first = [], 0
-    for _, own in itertools.groupby(groups or [0] * len(seconds)):
-        after = first + len(list(own))
-        found += [range(i, min(i + size, after)) for i in range(first, after, size)]
-        first = after
-    return found
+    workers = max(workers, 1)
+    left, first, shards = sum(seconds), 0, []
+    round_ = _CALL_SECONDS * workers  # of the driver, for a shard of every worker
+    longest = min(max(_LONG * round_, _SHORTEST), _LONGEST)
+    shortest = min(max(round_, min(_SHORTEST, left / workers)), longest)
+    while first < len(seconds):
+        wanted = min(max(left / (_PARTS * workers), shortest), longest)
+        after, total = first + 1, seconds[first]
+        while (
+            after < len(seconds)
+            and 0 < total + seconds[after] <= wanted * _ROUNDING
+            and (groups is None or groups[after] == groups[first])
+        ):
+            total += seconds[after]
+            after += 1
+        shards.append(range(first, after))
+        first, left = after, left - total
+    return shards
 
 
 class Shards:
     """The shards of one generation. Workers are any hashable values; times are seconds of any clock.
 
     Args:
-      count: how many shards there are, numbered from 0.
+      costs: of each shard, in any unit, e.g. candidate-steps.
+      pace: seconds per unit of cost, from an earlier generation; 0 if unknown.
 
     Attributes:
+      pace: seconds per unit of cost: the median of this generation, or else what was known before.
       duplicated: how often a shard was started again while a worker still held it.
       requeued: how often a shard lost the last worker that held it.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, costs: Sequence[float], pace: float = 0.0) -> None:
         self.duplicated = 0
         self.requeued = 0
-        self._pending = deque(range(count))
-        self._open = set(range(count))  # without an answer
+        self.pace = pace
+        self._costs = costs
+        self._pending = deque(range(len(costs)))
+        self._open = set(self._pending)  # without an answer
         self._held: dict[Hashable, deque[int]] = {}  # by worker; the first is running
-        self._holders: dict[int, list[Hashable]] = {shard: [] for shard in range(count)}
+        self._holders: dict[int, list[Hashable]] = {}  # workers that hold it; of open shards that any has held
         self._queued: dict[int, None] = {}  # held, but not running anywhere; in the order they were taken
-        self._running: dict[int, float] = {}  # when it was last started; in that order
+        self._running: dict[int, float] = {}  # when it was last started
+        self._due: list[tuple[float, float, int]] = []  # heap of (when it takes too long, when it was started, shard)
         self._since: dict[Hashable, float] = {}  # when a worker began with what it is running
-        self._seconds: list[float] = []  # of the answers, sorted
+        self._paces: deque[float] = deque(maxlen=_RECENT)  # of the recent answers
+        self._answers = 0
 
     @property
     def finished(self) -> bool:
         return not self._open
 
     @property
-    def seconds(self) -> float:
-        """The median duration of a shard; 0 before the first answer."""
-        return self._seconds[len(self._seconds) // 2] if self._seconds else 0.0
+    def pending(self) -> int:
+        """Shards that no worker holds."""
+        return len(self._pending)
 
     def holds(self, worker: Hashable) -> tuple[int, ...]:
         """The shards that a worker has not answered, the running one first."""
@@ -102,13 +115,13 @@ class Shards:
                 return None
             shard = self._pending.popleft()
         else:
-            again = None if held else self._slowest(now)
+            again = None if held else self._overdue(now)
             if again is None:
                 return None
             shard = again
             self.duplicated += 1
         held.append(shard)
-        self._holders[shard].append(worker)
+        self._holders.setdefault(shard, []).append(worker)
         if len(held) == 1:
             self._run(worker, shard, now)
         elif shard not in self._running:
@@ -120,10 +133,10 @@ class Shards:
         first = shard in self._open
         if first:
             if self.holds(worker)[:1] == (shard,):
-                bisect.insort(self._seconds, now - self._since[worker])
+                self._note_pace((now - self._since[worker]) / self._costs[shard])
             self._open.discard(shard)
         self._drop(worker, shard, now)
-        if not self._holders[shard] or first:
+        if first:
             self._running.pop(shard, None)
             self._queued.pop(shard, None)
         return first
@@ -139,8 +152,15 @@ class Shards:
             self._holders[shard].remove(worker)
             self._requeue(shard)
 
+    def next_look(self) -> float:
+        """When a free worker has something to start again, unless there is an answer before: a time, or infinity."""
+        if self._queued:
+            return 0.0
+        self._forget_ended()
+        return self._due[0][0] if self._due else float("inf")
+
     def _requeue(self, shard: int) -> None:
-        if shard not in self._open or self._holders[shard]:
+        if shard not in self._open or self._holders.get(shard):
             return
         self._running.pop(shard, None)
         self._queued.pop(shard, None)
@@ -159,15 +179,35 @@ class Shards:
     def _run(self, worker: Hashable, shard: int, now: float) -> None:
         self._since[worker] = now
         self._queued.pop(shard, None)
-        self._running.pop(shard, None)
         if shard in self._open:
             self._running[shard] = now
+            if self.pace:
+                heapq.heappush(self._due, (self._due_at(shard, now), now, shard))
 
-    def _slowest(self, now: float) -> int | None:
+    def _note_pace(self, pace: float) -> None:
+        known = bool(self.pace)
+        self._paces.append(max(pace, 1e-12))
+        self._answers += 1
+        if self._answers <= _REFRESH or self._answers % _REFRESH == 0:
+            self.pace = statistics.median_low(self._paces)
+        if not known:  # shards that began when no duration was known
+            self._due = [(self._due_at(shard, since), since, shard) for shard, since in self._running.items()]
+            heapq.heapify(self._due)
+
+    def _due_at(self, shard: int, since: float) -> float:
+        return since + _SLOW * self.pace * self._costs[shard] + _LATE
+
+    def _forget_ended(self) -> None:
+        """Remove from the top of the heap what has been answered or started again since."""
+        while self._due:
+            _, since, shard = self._due[0]
+            if self._running.get(shard) == since:
+                return
+            heapq.heappop(self._due)
+
+    def _overdue(self, now: float) -> int | None:
         """The shard to start again: one that waits behind another shard, else one that runs too long."""
         if self._queued:
             return next(iter(self._queued))
-        if not self._seconds or not self._running:
-            return None
-        shard, since = next(iter(self._running.items()))
-        return shard if now - since >= _SLOW * self.seconds else None
+        self._forget_ended()
+        return self._due[0][2] if self._due and self._due[0][0] <= now else None

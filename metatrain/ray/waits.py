@@ -25,12 +25,12 @@ class Waits:
         self._fleet, self._health, self._limit, self._log = fleet, health, limit, log
         self._worker, self._answer = Wait(now), Wait(now)
 
-    def look(self, received: bool, steps: int, now: float) -> None:
+    def look(self, received: bool, steps: float, now: float) -> None:
         """Call this again and again.
 
         Args:
           received: whether a worker has answered or has been set up since the last call.
-          steps: candidate-steps of a shard.
+          steps: candidate-steps of the largest shard.
           now: the time.
 
         Raises:
@@ -61,7 +61,7 @@ class Waits:
             )
             self._log(notice(what, self._worker.seconds(now), advice))
 
-    def _look_for_answer(self, received: bool, steps: int, now: float) -> None:
+    def _look_for_answer(self, received: bool, steps: float, now: float) -> None:
         if received:
             self._answer.over(now)
         usual = self._health.usual_seconds(steps)

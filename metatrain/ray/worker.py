@@ -81,7 +81,7 @@ class Worker:
         job, tasks = found
         strategy = make_strategy(job.outer, l3rs.init_meta_params(jax.random.key(0), job.spec))
         self._calls = [candidate_losses(task, job.spec, strategy, job.plan) for task in tasks]
-        self._device = jax.local_devices()[0]
+        self._device, self._kind = jax.local_devices()[0], device_kind()
         self._data = jax.device_put([task.data for task in tasks], self._device)
         self._counters = WorkerCounters()
         return []
@@ -112,7 +112,7 @@ class Worker:
         began = time.monotonic()
         fitness, chunk = fitness_by_halves(call, members, chunk)
         self._counters.add(len(members) * self._horizons[draw], time.monotonic() - began)
-        return Answer(round_, shard, fitness, chunk, device_kind())
+        return Answer(round_, shard, fitness, chunk, self._kind)
 
 
 def unpack(blob: bytes, sent: Mapping[int, Any]) -> tuple[Job, list[AnyTask]] | list[int] | str:

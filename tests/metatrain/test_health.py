@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from metatrain.ray.health import FIRST_CALL_SECONDS, HANG_FACTOR, HANG_SECONDS, START_SECONDS, Health
-from metatrain.ray.shards import shard_size
 
 
 def ready(*workers: str) -> Health:
@@ -135,11 +134,3 @@ def test_workers_that_cannot_start_are_asked_for_less_and_less_often() -> None:
     assert health.any_started
     health.failed_start(now)
     assert health.may_recruit(now + 2)
-
-
-def test_shards_hide_the_cost_of_a_call_and_leave_some_for_every_worker() -> None:
-    assert shard_size(chunks=64, workers=2, chunk_seconds=0.0) == 1  # speed unknown
-    assert shard_size(chunks=64, workers=2, chunk_seconds=1.0) == 1
-    assert shard_size(chunks=64, workers=2, chunk_seconds=0.05) == 5
-    assert shard_size(chunks=64, workers=2, chunk_seconds=0.001) == 8  # four shards per worker
-    assert shard_size(chunks=64, workers=0, chunk_seconds=0.001) == 16

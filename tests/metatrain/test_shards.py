@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metatrain.ray.shards import Shards
+from metatrain.ray.shards import Shards, cut_shards
 
 
 def test_a_worker_is_one_shard_ahead_while_there_are_plenty() -> None:
-    shards = Shards(5)
+    shards = Shards([1.0] * 5)
     assert [shards.take("a", 1, 0.0) for _ in range(3)] == [0, 1, None]
     assert shards.answer("a", 0, 1.0)
     assert shards.take("a", 1, 1.0) == 2
@@ -22,13 +24,15 @@ def test_a_worker_is_one_shard_ahead_while_there_are_plenty() -> None:
 
 
 def test_the_slowest_is_started_again_elsewhere_and_the_first_answer_counts() -> None:
-    shards = Shards(2)
+    shards = Shards([1.0] * 2)
     assert (shards.take("slow", 2, 0.0), shards.take("fast", 2, 0.0)) == (0, 1)
     assert shards.answer("fast", 1, 10.0)
-    assert shards.take("fast", 2, 14.0) is None  # 14 s are less than 1.5 times the median of 10 s
-    assert shards.take("fast", 2, 15.0) == 0
-    assert shards.take("third", 3, 25.0) is None  # it was started 10 s ago
-    assert shards.take("third", 3, 30.0) == 0  # the second is slow, too
+    assert shards.next_look() == pytest.approx(15.1)  # 1.5 times the median of 10 s, and .1 s
+    assert shards.take("fast", 2, 15.0) is None
+    assert shards.take("fast", 2, 15.2) == 0
+    assert shards.next_look() == pytest.approx(30.3)
+    assert shards.take("third", 3, 30.0) is None  # it was started less than 15.1 s ago
+    assert shards.take("third", 3, 30.4) == 0  # the second is slow, too
     assert shards.answer("third", 0, 35.0)
     assert shards.finished
     assert not shards.answer("slow", 0, 40.0)  # too late
@@ -36,7 +40,7 @@ def test_the_slowest_is_started_again_elsewhere_and_the_first_answer_counts() ->
 
 
 def test_what_waits_behind_a_running_shard_is_taken_over_at_once() -> None:
-    shards = Shards(4)
+    shards = Shards([1.0] * 4)
     assert [shards.take("a", 2, 0.0), shards.take("a", 2, 0.0)] == [0, 1]
     assert shards.take("b", 2, 0.0) == 2
     assert shards.take("c", 2, 0.0) == 3
@@ -44,8 +48,51 @@ def test_what_waits_behind_a_running_shard_is_taken_over_at_once() -> None:
     assert shards.take("c", 2, 1.0) == 1  # nobody has begun with it
 
 
+def test_what_takes_too_long_depends_on_the_cost_of_the_shard() -> None:
+    shards = Shards([4.0, 1.0, 1.0], pace=1.0)
+    assert [shards.take(name, 3, 0.0) for name in "abc"] == [0, 1, 2]
+    assert shards.answer("c", 2, 1.0)
+    assert shards.next_look() == pytest.approx(1.6)
+    assert shards.take("c", 3, 1.7) == 1  # not the one that was started first, which may take 6 s
+    assert shards.answer("c", 1, 2.7)
+    assert shards.take("c", 3, 5.9) is None
+    assert shards.take("c", 3, 6.2) == 0
+
+
+def test_what_began_before_any_duration_was_known_is_started_again_too() -> None:
+    shards = Shards([1.0] * 3)
+    assert [shards.take(name, 3, 0.0) for name in "abc"] == [0, 1, 2]
+    assert shards.next_look() == math.inf
+    assert shards.answer("a", 0, 2.0)
+    assert shards.next_look() == pytest.approx(3.1)
+    assert {shards.take("a", 3, 3.2), shards.take("d", 3, 3.2)} == {1, 2}
+
+
+def sizes(calls: int, workers: int, seconds: float) -> list[int]:
+    ranges = cut_shards([seconds] * calls, workers)
+    assert [call for own in ranges for call in own] == list(range(calls))
+    return [len(own) for own in ranges]
+
+
+def test_shards_get_shorter_towards_the_end_and_longer_the_more_workers_there_are() -> None:
+    assert sizes(64, workers=2, seconds=0.0) == [1] * 64  # duration unknown
+    assert sizes(8, workers=2, seconds=1.0) == [1] * 8  # a call cannot be cut
+    assert sizes(64, workers=2, seconds=0.05) == [5] * 12 + [4]  # a quarter of a second
+    few, many, huge = (sizes(200 * n, workers=n, seconds=0.1) for n in (10, 100, 1000))
+    assert (few[0], many[0], huge[0]) == (2, 10, 40)  # .25, 1 and 4 s
+    assert max(few[-1], many[-1]) == 2
+    assert min(huge[:-1]) == 20  # 2 s: as long as a driver needs for a shard of each of 1,000 workers
+    assert huge == sorted(huge, reverse=True)
+    assert sizes(20, workers=20, seconds=0.1) == [1] * 20  # no worker waits for work that another hoards
+    assert sizes(10, workers=0, seconds=0.1) == [2] * 5
+
+
+def test_a_shard_is_of_one_draw() -> None:
+    assert cut_shards([0.1] * 6, 1, [0, 0, 0, 1, 1, 1]) == [range(2), range(2, 3), range(3, 5), range(5, 6)]
+
+
 def test_a_lost_workers_shards_go_to_the_next_who_asks() -> None:
-    shards = Shards(3)
+    shards = Shards([1.0] * 3)
     shards.take("a", 1, 0.0)
     shards.take("a", 1, 0.0)
     shards.lose("a")
@@ -55,7 +102,7 @@ def test_a_lost_workers_shards_go_to_the_next_who_asks() -> None:
 
 
 def test_a_shard_that_two_hold_survives_one_of_them() -> None:
-    shards = Shards(2)
+    shards = Shards([1.0] * 2)
     shards.take("a", 2, 0.0)
     shards.take("b", 2, 0.0)
     shards.answer("b", 1, 1.0)
@@ -67,7 +114,7 @@ def test_a_shard_that_two_hold_survives_one_of_them() -> None:
 
 
 def test_a_rejected_answer_is_asked_for_again() -> None:
-    shards = Shards(1)
+    shards = Shards([1.0] * 1)
     assert shards.take("a", 1, 0.0) == 0
     shards.reject("a", 0, 1.0)
     assert not shards.finished
@@ -84,7 +131,7 @@ def test_every_shard_gets_exactly_one_first_answer_whatever_happens(
     count: int, workers: int, seed: int, failures: int
 ) -> None:
     rng = random.Random(seed)
-    shards, firsts, now = Shards(count), [0] * count, 0.0
+    shards, firsts, now = Shards([1.0] * count), [0] * count, 0.0
     names = [f"w{i}" for i in range(workers)]
     for _ in range(10_000):
         if shards.finished:

@@ -1,0 +1,167 @@
+"""The loops of driver and aggregators, on a stand-in for Ray whose actors are threads."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from metatrain.config import ExecutionConfig, UserError
+from metatrain.ray.aggregator import Aggregator, Sent
+from metatrain.ray.fleet import Fleet
+from metatrain.ray.groups import Groups
+from metatrain.ray.health import Health
+from metatrain.ray.pool import Calls, Pool, Work
+from metatrain.ray.worker import Answer
+from tests.metatrain.fake_ray import FakeRay
+
+CALLS = Calls(
+    draw=np.repeat(np.arange(3, dtype=np.int32), 40),
+    members=np.tile(np.arange(80, dtype=np.int32).reshape(40, 2), (3, 1)),
+    steps=np.repeat([30.0, 20.0, 10.0], 40),
+)
+EXPECTED = (CALLS.members + 1000 * CALLS.draw[:, None]).astype(np.float32)
+
+
+class Counting:
+    """A worker whose losses say which draw and which members it was given."""
+
+    seconds = 0.002
+
+    def __init__(self, share: object) -> None:
+        del share
+
+    def setup(self, blob: object, sent: object) -> list[int]:
+        del blob, sent
+        return []
+
+    def evaluate(self, round_: int, shared: object, shard: int, draw: int, members: np.ndarray, chunk: int) -> Answer:
+        del shared
+        time.sleep(self.seconds)
+        return Answer(round_, shard, (members + 1000 * draw).astype(np.float32), chunk)
+
+
+class Failing(Counting):
+    def evaluate(self, *_: Any) -> Answer:
+        raise ZeroDivisionError("by zero")
+
+
+class Package(Sent):
+    def send_all(self) -> None:
+        pass
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRay]:
+    fake = FakeRay(cpus=32)
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    monkeypatch.setattr("metatrain.ray.aggregator.take_share", lambda _: None)
+    monkeypatch.setattr("metatrain.ray.groups.GROUP_WORKERS", 8)
+    monkeypatch.setattr("metatrain.ray.pool.LOOK_SECONDS", 0.05)
+    monkeypatch.setattr("metatrain.ray.groups.LOOK_SECONDS", 0.05)
+    yield fake
+    fake.close()
+
+
+def pool(workers: int, worker: type = Counting) -> Pool:
+    health = Health()
+    execution = ExecutionConfig(backend="ray", workers=workers)
+    return Pool(Fleet(worker, Package(None, {}), execution, 2, health, print), health, print)
+
+
+def groups(workers: int, log: Any = print, worker: type = Counting) -> Groups:
+    execution = ExecutionConfig(backend="ray", workers=workers)
+    return Groups(worker, Package(None, {}), execution, 2, lambda: workers, log)
+
+
+def evaluate(workers: Pool | Groups, number: int = 0) -> np.ndarray:
+    losses, answered = workers.evaluate(Work(number, [None], CALLS))
+    assert answered.all()
+    return losses
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_pool_of_any_size_computes_every_call(ray: FakeRay, workers: int) -> None:
+    own = pool(workers)
+    for number in range(3):
+        np.testing.assert_array_equal(evaluate(own, number), EXPECTED)
+    assert (own.workers, own.report()["lost"], own.report()["rejected"]) == (workers, 0, 0)
+    own.close()
+    assert not ray.of(Counting)
+
+
+def test_aggregators_compute_what_one_pool_does_and_answer_once(ray: FakeRay) -> None:
+    own = groups(32)
+    for number in range(3):
+        np.testing.assert_array_equal(evaluate(own, number), EXPECTED)
+    assert (len(ray.of(Aggregator)), len(ray.of(Counting)), own.workers) == (4, 32, 32)
+    own.close()
+    assert not ray.of(Aggregator)
+    assert not ray.of(Counting)
+
+
+def test_an_aggregator_that_is_killed_is_replaced_and_its_calls_are_computed(
+    ray: FakeRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    own = groups(32, said.append)
+    evaluate(own)
+    monkeypatch.setattr(Counting, "seconds", 0.1)
+    victim = ray.of(Aggregator)[1]
+    threading.Timer(0.15, victim.kill).start()
+    np.testing.assert_array_equal(evaluate(own, 1), EXPECTED)
+    assert victim.dead
+    assert any("an aggregator is lost with 8 workers" in sentence for sentence in said)
+    assert own.report()["lost"] == 8
+    monkeypatch.setattr(Counting, "seconds", 0.002)
+    for number in range(2, 5):
+        np.testing.assert_array_equal(evaluate(own, number), EXPECTED)
+    assert len(ray.of(Aggregator)) == 4
+    own.close()
+
+
+def test_an_aggregator_without_a_sign_of_life_is_given_up(ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = groups(16)
+    evaluate(own)
+    monkeypatch.setattr("metatrain.ray.groups.STATUS_SECONDS", 0.05)
+    monkeypatch.setattr("metatrain.ray.groups.SILENT_SECONDS", 0.5)
+    silent = ray.of(Aggregator)[0].instance
+    forever = threading.Event()
+    silent.status = silent.evaluate = lambda *_: forever.wait()
+    np.testing.assert_array_equal(evaluate(own, 1), EXPECTED)
+    assert silent not in [actor.instance for actor in ray.of(Aggregator)]
+    own.close()
+    forever.set()
+
+
+def test_an_aggregator_without_workers_gives_back_what_it_has_not_computed(
+    ray: FakeRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("metatrain.ray.aggregator.STARVED_SECONDS", 0.2)
+    own = groups(16)
+    evaluate(own)
+    monkeypatch.setattr(Counting, "seconds", 0.05)
+    starved = ray.of(Aggregator)[0]
+    starved.instance._pool._fleet.recruit = lambda _: []
+
+    def kill_workers() -> None:
+        for worker in list(starved.children):
+            worker.kill()
+
+    threading.Timer(0.1, kill_workers).start()
+    np.testing.assert_array_equal(evaluate(own, 1), EXPECTED)
+    assert own.workers == 8
+    own.close()
+
+
+@pytest.mark.usefixtures("ray")
+def test_errors_of_a_task_end_the_run_through_an_aggregator() -> None:
+    own = groups(8, worker=Failing)
+    with pytest.raises(UserError, match=r"^candidates fail on the workers: ZeroDivisionError: by zero"):
+        evaluate(own)
+    own.close()
