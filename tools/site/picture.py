@@ -23,9 +23,7 @@ _STYLE = Path(theme.__file__).with_name("templates") / "style.css"
 
 def main(results: str, destination: str) -> None:
     plate = figures.horizons(Analysis(Results.load(results)), "loss")
-    plate = dataclasses.replace(
-        plate, panels=[plate.panels[0]._replace(title="Test loss"), plate.panels[-1]], size=(3.0, 2.3)
-    )
+    plate = dataclasses.replace(plate, panels=[plate.panels[0]._replace(title="Test loss"), plate.panels[-1]])
     with tempfile.TemporaryDirectory() as folder:
         plate.save(Path(folder))
         text = (Path(folder) / f"{plate.name}.svg").read_text(encoding="utf-8")
