@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from l3rs.guard import GuardState
-from l3rs.spec import L3RSError, Spec, Theta
+from l3rs.spec import STEP_LOG_LIMIT, L3RSError, Spec, Theta
 
 if TYPE_CHECKING:
     from l3rs.scale_free import LayerMemory
@@ -39,7 +39,6 @@ _LEAST, _MOST = (np.exp(limit).astype(np.float32) for limit in (-LOG_LIMIT, LOG_
 LOG_SCALE = 5.0  # and divided by 5, so a log feature lies in [-4, 4]
 RATIO_LIMIT = 3.0  # log ratios are clipped to ±3 (a factor of 20)
 
-STEP_LOG_LIMIT = 10.0  # λ stays within a factor e^±10 of its base
 MIN_MIX_NORM = 1e-3  # directions that cancel to less than this share of their length are not scaled up to λ
 MIN_RELATIVE_RMS = 1e-3  # with step="relative", a layer of zeros counts as one of this RMS
 
@@ -278,7 +277,8 @@ def network(theta: Theta, spec: Spec, shared: Any, per_layer: Any, xp: Any) -> t
             x = xp.tanh(x)
     n = len(spec.directions)
     bias = spec.mix_bias * np.where(np.arange(n) == 0, 1.0, -1.0).astype(np.float32)
-    log_step = clip(spec.step_gain * x[:, n], -STEP_LOG_LIMIT, STEP_LOG_LIMIT, xp)
+    most = spec.step_limit if spec.form == 2 else STEP_LOG_LIMIT
+    log_step = clip(spec.step_gain * x[:, n], -STEP_LOG_LIMIT, most, xp)
     logits = x[:, :n] + bias
     odds = xp.exp(logits - logits.max(axis=1, keepdims=True))
     return odds / odds.sum(axis=1, keepdims=True), log_step, x[:, n + 1] if n_outputs(spec) > n + 1 else None

@@ -4,13 +4,14 @@ Per layer l with n_l parameters, directions d_p, and outputs (μ, out, a) of the
 
     b_l  = RMS of the layer when training began, or its natural size if it began at zero
     s_p  = how much signal a direction carries, in [0, 1]; 0 for weight decay
-    λ_l  = step_scale · √n_l · b_l · √(100 / (T M)) · exp(step_gain · out + A_l) · s_l
+    λ_l  = step_scale · √n_l · b_l · √(100 / (T M)) · exp(min(step_gain · out, step_limit) + A_l) · s_l
     s_l  = Σ_p μ_p s_p / Σ_p μ_p, without weight decay
     A_l  = the sum of adaptation · tanh(a) over all steps so far, in ±5
     Δθ_l = -λ_l · unit( Σ_p μ_p unit(d_p) )
 
 with T the horizon and M the number of matrices that train. Multiplying a layer's parameters by c > 0 and its gradients
-by 1/c multiplies its update by c; multiplying the loss and all gradients by c changes nothing.
+by 1/c multiplies its update by c; multiplying the loss and all gradients by c changes nothing. step_limit holds where
+the network sees what it was not meta-trained on: a single step of e⁵ times its base undoes a training.
 
 The signal of a direction is its norm over a reference that only a gradient moves: for Adam, RMSprop and Lion an RMS of
 1, which they have for a steady gradient; for SGD and momentum the root mean square of their norms so far. So a step

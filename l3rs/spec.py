@@ -11,6 +11,8 @@ Theta = dict[str, Any]  # the meta-parameters: nested dicts of float32 arrays, s
 
 FEATURE_VERSION = 2  # a change of any feature's formula, in core.py, scale_free.py or descriptors.py, is a new version
 
+STEP_LOG_LIMIT = 10.0  # λ stays within a factor e^±10 of its base; in form 2 within e^step_limit
+
 
 class L3RSError(ValueError):
     """The caller's input is wrong. The message is one sentence: what is wrong, where, and what is allowed."""
@@ -73,6 +75,8 @@ class Spec:
       norm_decays: (fast, slow) decays of the EMAs of the log norms, in [0, 1).
       absolute_time: give the network the step itself as well as the fraction of the horizon; form 1 only.
       form: 1, or 2: features without a scale, see `scale_free`. What follows is of form 2 only.
+      step_limit: the largest value of step_gain · out: no step is over e^step_limit times its base, whatever the
+        network sees; > 0.
       natural_size: the RMS of a layer that begins at zero, over `descriptors.natural_rms`; > 0.
       depth_scaling: divide λ by the root of the number of matrices that train.
       horizon_scaling: divide λ by the root of the horizon, as theory has it for a constant learning rate.
@@ -96,6 +100,7 @@ class Spec:
     norm_decays: tuple[float, float] = (0.8, 0.97)
     absolute_time: bool = False
     form: Literal[1, 2] = 1
+    step_limit: float = 2.0
     natural_size: float = 0.5
     depth_scaling: bool = True
     horizon_scaling: bool = True
@@ -141,9 +146,11 @@ class Spec:
           L3RSError: the fields are not those of a spec, or one has a value that is not allowed.
         """
         known = {f.name for f in dataclasses.fields(cls)}
-        if set(data) | {"embedding", *(() if "form" in data else _FORM_2)} != known:
+        if set(data) | {"embedding", "step_limit", *(() if "form" in data else _FORM_2)} != known:
             raise L3RSError(f"spec has fields {sorted(data)}; expected are {sorted(known)}")
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        # Before there was a limit, it was that of form 1.
+        stored = {"step_limit": STEP_LOG_LIMIT, **data} if "form" in data else data
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
         fields["layers"] = tuple(Layer(path, tuple(shape)) for path, shape in data["layers"])
         fields["directions"] = tuple(Direction.parse(d) for d in data["directions"])
         return cls(**fields)
@@ -151,6 +158,7 @@ class Spec:
 
 _FORM_2 = (
     "form",
+    "step_limit",
     "natural_size",
     "depth_scaling",
     "horizon_scaling",
@@ -163,7 +171,7 @@ def _check_types(spec: Spec) -> None:
     for name, values in (("hidden", spec.hidden), ("embedding_dim", (spec.embedding_dim,))):
         if any(type(value) is not int or value < 1 for value in values):
             raise L3RSError(f"spec.{name} is {getattr(spec, name)!r}; it must hold whole numbers ≥ 1")
-    for name in ("step_scale", "step_gain", "mix_bias", "natural_size", "adaptation"):
+    for name in ("step_scale", "step_gain", "mix_bias", "step_limit", "natural_size", "adaptation"):
         if type(getattr(spec, name)) not in (int, float) or not math.isfinite(getattr(spec, name)):
             raise L3RSError(f"spec.{name} is {getattr(spec, name)!r}; it must be a finite number")
     for name in ("absolute_time", "depth_scaling", "horizon_scaling", "signal"):
@@ -200,7 +208,7 @@ def _check_form(spec: Spec) -> None:
         raise L3RSError(f"spec.step is {spec.step!r}; allowed in form {spec.form} are {', '.join(map(repr, steps))}")
     if spec.form == 2 and spec.absolute_time:
         raise L3RSError("spec.absolute_time is true; form 2 always reads log T and log t instead")
-    for name in ("step_scale", "natural_size"):
+    for name in ("step_scale", "step_limit", "natural_size"):
         if not getattr(spec, name) > 0:
             raise L3RSError(f"spec.{name} is {getattr(spec, name)}; it must be > 0")
     if not 0 <= spec.adaptation <= 1:

@@ -331,6 +331,7 @@ UNUSUAL = {
 FORM_2 = {
     "form": 2,
     "step": "initial",
+    "step_limit": 1.5,
     "natural_size": 0.1,
     "depth_scaling": False,
     "horizon_scaling": False,

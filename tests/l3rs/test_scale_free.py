@@ -181,6 +181,25 @@ def test_adaptation_sums_up():
         np.testing.assert_allclose(np.asarray(state.layers.adaptation), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("limit", [0.5, 2.0])
+def test_no_step_is_longer_than_its_limit(limit):
+    """Whatever the network puts out, λ is at most e^limit times its base."""
+    spec = l3rs.Spec.create(tree(0), ("adam",), form=2, step="initial", embedding="descriptor", step_limit=limit)
+    theta = jax.tree.map(jnp.zeros_like, l3rs.init_meta_params(jax.random.key(0), spec))
+    base, *_ = run(l3rs.learned_optimizer(theta, spec, 30), tree(1), [tree(2)], [1.0])
+    theta["dense_2"]["bias"] = jnp.array([0.0, 30.0])
+    most, *_ = run(l3rs.learned_optimizer(theta, spec, 30), tree(1), [tree(2)], [1.0])
+    np.testing.assert_allclose(norms(most[0]), np.exp(limit) * np.asarray(norms(base[0])), rtol=1e-5)
+
+
+def test_a_form_2_spec_from_before_the_limit_keeps_its_steps():
+    spec = l3rs.Spec.create(tree(0), ("adam",), form=2, step="initial", embedding="descriptor")
+    stored = spec.to_json()
+    assert l3rs.Spec.from_json(stored) == spec
+    del stored["step_limit"]
+    assert l3rs.Spec.from_json(stored).step_limit == 10
+
+
 def layers(*described):
     return [Layer(path, shape) for path, shape in described]
 
