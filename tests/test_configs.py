@@ -35,7 +35,9 @@ def test_a_recipe_is_valid_and_says_its_command(recipe: Path) -> None:
         assert re.search(r"\d+ (seconds|minutes|hours)", header), "the header has no cost"
 
 
-@pytest.mark.parametrize("name", ["resnet8-imagenet25", "resnet8-places25", "baselines/iomt-peft"])
+@pytest.mark.parametrize(
+    "name", ["resnet8-imagenet25", "resnet8-places25", "resnet18-imagenet25", "baselines/iomt-peft"]
+)
 def test_class_lists_exist_and_no_set_shares_a_class_with_another(name: str) -> None:
     config = load_config(CONFIGS / f"{name}.yaml")
     _, task = config.task.form()

@@ -7,11 +7,7 @@ regenerates its members from (strategy state, key). A member's fitness is a pure
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import queue
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -19,6 +15,7 @@ import numpy as np
 
 import l3rs
 from metatrain.config import Plan
+from metatrain.inner.device_runner import DeviceRunner
 from metatrain.inner.rollout import Rollout, fused_rollout, learned, stepwise_rollout
 from metatrain.outer.strategy import State, Strategy
 from tasks import Task, TaskSample
@@ -81,53 +78,32 @@ class LocalEvaluator:
         members_per_call: int,
         plan: Plan,
     ) -> None:
-        # PyTorch's settings and generators belong to a process: one candidate at a time.
-        self._devices = jax.local_devices()[:1] if plan == "torch" else jax.local_devices()
-        self._data = [[jax.device_put(task.data, device) for device in self._devices] for task in tasks]
         self._population = population
         self._chunk = members_per_call
-        self._pool = ThreadPoolExecutor(len(self._devices))
         self._calls = [candidate_losses(task, spec, strategy, plan) for task in tasks]
+        self._runner = DeviceRunner(tasks, self._calls, plan_devices(plan))
 
     def evaluate(self, state: State, spec: GenerationSpec, waiting: Callable[[str], None] | None = None) -> np.ndarray:
         del waiting  # this process can always compute
-        chunks: queue.SimpleQueue[tuple[int, np.ndarray]] = queue.SimpleQueue()
-        for chunk in generation_chunks(spec.draws, self._population, self._chunk):
-            chunks.put(chunk)
-
+        arguments = [(state, spec.key, draw.sample, np.int32(draw.horizon)) for draw in spec.draws]
+        self._runner.begin([(draw.task, own) for draw, own in zip(spec.draws, arguments, strict=True)])
+        chunks = generation_chunks(spec.draws, self._population, self._chunk)
+        found, self._chunk = self._runner.run(chunks, self._chunk)
         losses = np.full((len(spec.draws), self._population), np.nan, np.float32)
-
-        def work(number: int, device: jax.Device) -> None:
-            placed = [
-                jax.device_put((state, spec.key, draw.sample, np.int32(draw.horizon)), device) for draw in spec.draws
-            ]
-            while True:
-                try:
-                    index, members = chunks.get_nowait()
-                except queue.Empty:
-                    return
-                task = spec.draws[index].task
-                call = functools.partial(self._call, task, placed[index], number)
-                losses[index, members], self._chunk = fitness_by_halves(call, members, self._chunk)
-
-        try:
-            for done in [self._pool.submit(work, *each) for each in enumerate(self._devices)]:
-                done.result()
-        finally:
-            while not chunks.empty():  # after an interrupt or an error the other devices need not continue
-                with contextlib.suppress(queue.Empty):
-                    chunks.get_nowait()
+        for (index, members), own in zip(chunks, found, strict=True):
+            losses[index, members] = own
         return losses
 
-    def _call(self, task: int, arguments: Any, device: int, members: np.ndarray) -> np.ndarray:
-        placed = jax.device_put(members, self._devices[device])
-        return np.asarray(self._calls[task](*arguments, self._data[task][device], placed))
-
     def report(self) -> dict[str, Any]:
-        return {"workers": len(self._devices)}
+        return {"workers": len(self._runner.devices)}
 
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self._runner.close()
+
+
+def plan_devices(plan: Plan) -> list[jax.Device]:
+    """The devices of this process that a plan uses: all, or one where PyTorch computes, one candidate at a time."""
+    return jax.local_devices()[:1] if plan == "torch" else jax.local_devices()
 
 
 def host_arguments(state: State, key: jax.Array, draw: Draw) -> tuple[Any, ...]:
@@ -151,33 +127,6 @@ def generation_chunks(draws: Sequence[Draw], population: int, chunk: int) -> lis
     parts = cut(population, chunk)
     longest_first = sorted(range(len(draws)), key=lambda index: -draws[index].horizon)
     return [(index, members) for index in longest_first for members in parts]
-
-
-def fitness_by_halves(
-    call: Callable[[np.ndarray], np.ndarray], members: np.ndarray, chunk: int
-) -> tuple[np.ndarray, int]:
-    """Evaluate `members` in chunks; halve the chunks while they do not fit into memory.
-
-    Args:
-      call: member numbers int32 [chunk] -> fitness [chunk].
-      members: int32 [m].
-      chunk: members per call, at first.
-
-    Returns:
-      (fitness float32 [m], the chunk that fitted)
-    """
-    while True:
-        try:
-            parts = [call(np.resize(part, chunk))[: len(part)] for part in _parts(members, chunk)]
-            return np.concatenate(parts).astype(np.float32), chunk
-        except jax.errors.JaxRuntimeError as error:
-            if chunk == 1 or "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-        chunk = (chunk + 1) // 2
-
-
-def _parts(members: np.ndarray, chunk: int) -> list[np.ndarray]:
-    return [members[first : first + chunk] for first in range(0, len(members), chunk)]
 
 
 def candidate_losses(task: AnyTask, spec: l3rs.Spec, strategy: Strategy, plan: Plan) -> Any:

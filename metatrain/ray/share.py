@@ -29,17 +29,22 @@ class Share(NamedTuple):
       cores: CPU cores: devices of one thread each, where there is no accelerator.
       accelerator: whether JAX may use the accelerators that Ray lets the process see.
       part: of the memory of each such device; 1 for whole devices.
+      devices: how many calls it computes side by side.
     """
 
     cores: int = 1
     accelerator: bool = False
     part: float = 1.0
+    devices: int = 1
 
 
 def worker_share(resources: Mapping[str, float]) -> Share:
     """The share of a worker with these resources, `execution.resources_per_worker`."""
-    accelerator = has_accelerator(resources)
-    return Share(max(int(resources.get("CPU", 1)), 1), accelerator, min(resources.get("GPU", 1.0), 1.0))
+    cores = max(int(resources.get("CPU", 1)), 1)
+    if not has_accelerator(resources):
+        return Share(cores, devices=cores)
+    reserved = max(resources.get(name, 0.0) for name in ACCELERATORS)
+    return Share(cores, True, min(resources.get("GPU", 1.0), 1.0), max(int(reserved), 1))
 
 
 def has_accelerator(resources: Mapping[str, float]) -> bool:

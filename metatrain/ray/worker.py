@@ -15,8 +15,9 @@ import numpy as np
 
 import l3rs
 from metatrain.config import OuterConfig, Plan
+from metatrain.inner.device_runner import DeviceRunner, split
 from metatrain.inner.devices import device_kind
-from metatrain.inner.population import candidate_losses, fitness_by_halves
+from metatrain.inner.population import candidate_losses, plan_devices
 from metatrain.outer.strategy import make_strategy
 from metatrain.ray.metrics import WorkerCounters
 from metatrain.ray.share import Share, take_share
@@ -55,7 +56,7 @@ def versions(plan: Plan) -> dict[str, str]:
 
 
 class Worker:
-    """The actor: one process with a copy of the tasks and the compiled rollouts.
+    """The actor: one process with a copy of the tasks and the compiled rollouts, on all devices of its share.
 
     Args:
       share: the part of the machine that it may use.
@@ -80,9 +81,8 @@ class Worker:
             return found
         job, tasks = found
         strategy = make_strategy(job.outer, l3rs.init_meta_params(jax.random.key(0), job.spec))
-        self._calls = [candidate_losses(task, job.spec, strategy, job.plan) for task in tasks]
-        self._device, self._kind = jax.local_devices()[0], device_kind()
-        self._data = jax.device_put([task.data for task in tasks], self._device)
+        calls = [candidate_losses(task, job.spec, strategy, job.plan) for task in tasks]
+        self._runner, self._kind = DeviceRunner(tasks, calls, plan_devices(job.plan)), device_kind()
         self._counters = WorkerCounters()
         return []
 
@@ -101,18 +101,14 @@ class Worker:
         import ray
 
         if round_ != self._round:
-            self._shared = [(task, jax.device_put(own, self._device)) for task, own in ray.get(shared[0])]
-            self._horizons = [int(np.asarray(own[-1])) for _, own in self._shared]
+            draws = ray.get(shared[0])
+            self._horizons = [int(np.asarray(own[-1])) for _, own in draws]
+            self._runner.begin(draws)
             self._round = round_
-        task, arguments = self._shared[draw]
-
-        def call(part: np.ndarray) -> np.ndarray:
-            return np.asarray(self._calls[task](*arguments, self._data[task], jax.device_put(part, self._device)))
-
         began = time.monotonic()
-        fitness, chunk = fitness_by_halves(call, members, chunk)
+        parts, chunk = self._runner.run([(draw, part) for part in split(members, chunk)], chunk)
         self._counters.add(len(members) * self._horizons[draw], time.monotonic() - began)
-        return Answer(round_, shard, fitness, chunk, self._kind)
+        return Answer(round_, shard, np.concatenate(parts), chunk, self._kind)
 
 
 def unpack(blob: bytes, sent: Mapping[int, Any]) -> tuple[Job, list[AnyTask]] | list[int] | str:

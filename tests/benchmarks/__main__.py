@@ -11,6 +11,7 @@ BENCHMARKS = (
     "import_time",
     "generation",
     "stepwise",
+    "resnet20_torch",
     "update",
     "training",
     "update_torch",

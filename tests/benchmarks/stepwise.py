@@ -24,7 +24,7 @@ from tests.benchmarks.timing import in_turn, ratio
 STEPS = 20  # a timing
 
 
-def resnet8() -> Task:
+def resnet(name: str, norm: str) -> Task:
     """Made-up images; their content does not change the running time."""
     rng = np.random.default_rng(0)
     sizes = {"inner_train": 512, "inner_valid": 8, "outer_valid": 8, "test": 8}
@@ -35,7 +35,7 @@ def resnet8() -> Task:
         }
         for split, n in sizes.items()
     }
-    model = make_model("resnet8", (32, 32, 3), 25, norm="group")
+    model = make_model(name, (32, 32, 3), 25, norm=norm)
     draw = uniform_batches(32)
 
     def batch(data: Data, key: jax.Array) -> Batch:
@@ -45,7 +45,11 @@ def resnet8() -> Task:
     def init(_: Data, i: jax.Array) -> tuple:
         return model.init(jax.random.key(i))
 
-    return Task("resnet8", data, init, batch, classification_loss(model), RANDOM_POOLS)
+    return Task(name, data, init, batch, classification_loss(model), RANDOM_POOLS)
+
+
+def resnet8() -> Task:
+    return resnet("resnet8", "group")
 
 
 def main() -> None:

@@ -21,12 +21,12 @@ ROOT = Path(__file__).parents[2]
 _SAMPLE = TaskSample(jax.numpy.int32(3), jax.random.key_data(jax.random.key(4)))
 
 
-@pytest.mark.parametrize("name", ["specialize_timm", "specialize_bert_lora"])
+@pytest.mark.parametrize("name", ["specialize_timm", "specialize_bert_lora", "specialize_text"])
 def test_a_task_trains_offline(name: str) -> None:
-    if name == "specialize_bert_lora":
+    if name != "specialize_timm":
         pytest.importorskip("transformers", reason="the extra `integrations`")
     assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) <= 60
-    options: dict[str, Any] = {"size": 8} if name == "specialize_timm" else {"examples": 64}
+    options: dict[str, Any] = {"specialize_timm": {"size": 8}, "specialize_bert_lora": {"examples": 64}}.get(name, {})
     task = make_task(f"examples.{name}:task", options)
     spec = make_spec(task_layers(task), {})
     theta = jax.tree.map(np.asarray, l3rs.init_meta_params(jax.random.key(0), spec))

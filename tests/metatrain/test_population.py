@@ -11,7 +11,8 @@ import pytest
 
 import l3rs
 from metatrain.config import Plan
-from metatrain.inner.population import Draw, GenerationSpec, LocalEvaluator, fitness_by_halves
+from metatrain.inner.device_runner import fitness_by_halves
+from metatrain.inner.population import Draw, GenerationSpec, LocalEvaluator
 from metatrain.outer.strategy import make_strategy
 from tasks import sample
 from tests.metatrain.common import small_config
@@ -102,7 +103,7 @@ def test_xla_out_of_memory_is_recognised() -> None:
     """A real allocation that fails, in a process whose memory is limited."""
     code = """
 import resource, jax, jax.numpy as jnp, numpy as np
-from metatrain.inner.population import fitness_by_halves
+from metatrain.inner.device_runner import fitness_by_halves
 jax.config.update("jax_num_cpu_devices", 1)
 call = jax.jit(lambda members: jnp.cumsum(jnp.ones((members.shape[0], 2**27)) * members[:, None], axis=1)[:, 0])
 call(np.arange(1.0)).block_until_ready()
