@@ -21,6 +21,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test goes to a network
 
 
 _CLUSTERS = (
+    "test_accelerators.py",
     "test_chaos.py",
     "test_cluster.py",
     "test_doctor.py",

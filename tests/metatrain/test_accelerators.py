@@ -1,0 +1,133 @@
+"""Workers with devices on Ray: GPUs that Ray believes in, and four CPU devices in each process in their place."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+import ray
+
+from metatrain.config import Config, load_config
+from metatrain.inner.devices import device_kind
+from metatrain.outer.loop import run
+from metatrain.ray.worker import Answer, Worker
+from tests.metatrain.common import REGRESSION, assert_same_theta, small_config
+
+pytestmark = pytest.mark.slow  # real Ray
+
+_OUTER = {"steps": 4, "population": 32}
+_ENVIRONMENT = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_worker_niceness": "0",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+}
+
+
+class TellingWorker(Worker):
+    """Writes into a folder what its process sees, and how many members each of its devices has computed."""
+
+    def setup(self, blob: bytes, sent: Mapping[int, Any]) -> list[int] | str:
+        found = super().setup(blob, sent)
+        if not found:
+            self._work: Counter[int] = Counter()
+            self._runner._calls = [self._counted(call) for call in self._runner._calls]
+        return found
+
+    def evaluate(self, *arguments: Any) -> Answer:
+        answer = super().evaluate(*arguments)
+        names = ("CUDA_VISIBLE_DEVICES", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE")
+        told = {"env": {name: os.environ.get(name) for name in names}, "work": self._work}
+        told |= {"platforms": jax.config.values["jax_platforms"], "devices": len(jax.local_devices())}
+        Path(os.environ["TOLD"], f"{os.getpid()}.json").write_text(json.dumps(told))
+        return answer
+
+    def _counted(self, call: Any) -> Any:
+        def counted(*arguments: Any) -> Any:
+            [device] = arguments[-1].devices()
+            self._work[device.id] += len(arguments[-1])
+            return call(*arguments)
+
+        return counted
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A Ray with four GPUs that do not exist, and the folder of `TellingWorker`."""
+    folder = tmp_path_factory.mktemp("told")
+    before = dict(os.environ)
+    os.environ |= {**_ENVIRONMENT, "TOLD": str(folder)}
+    ray.init(
+        address="local", num_cpus=4, num_gpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+    )
+    os.environ.clear()
+    os.environ |= before
+    yield folder
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run in this process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    run(config(backend="local"), folder)
+    return folder
+
+
+def config(**execution: object) -> Config:
+    how = {"backend": "ray", "members_per_call": 2, "plan": "fused", **execution}
+    return small_config(task={"name": REGRESSION}, outer=_OUTER, execution=how)
+
+
+def stories(told: Path) -> list[dict[str, Any]]:
+    found = [json.loads(file.read_text()) for file in told.glob("*.json")]
+    for file in told.glob("*.json"):
+        file.unlink()
+    return found
+
+
+def never(*_: object) -> None:
+    raise AssertionError("measured by the driver")
+
+
+def test_a_worker_with_four_devices_uses_them_all_and_measures_the_plan(
+    told: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("metatrain.ray.evaluator.Worker", TellingWorker)
+    monkeypatch.setattr("metatrain.outer.setup.known_plan", lambda _: None)  # as if there were convolutions
+    monkeypatch.setattr("metatrain.inner.plan._seconds_per_step", never)  # in this process
+    folder = tmp_path / "run"
+    run(config(workers=1, plan="auto", resources_per_worker={"CPU": 1.0, "GPU": 4.0}), folder)
+    [story] = stories(told)
+    assert story["env"]["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
+    assert float(story["env"]["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == 0.75
+    assert (story["platforms"], story["devices"]) == (None, 4)
+    assert sum(story["work"].values()) == 4 * 32
+    assert sorted(story["work"]) == ["0", "1", "2", "3"]
+    saved = load_config(folder / "config.yaml")
+    [measured] = saved.measured
+    assert measured.device == device_kind()
+    assert set(measured.ms_per_step) == {"fused", "stepwise"}
+    assert saved.execution.plan == min(measured.ms_per_step, key=measured.ms_per_step.__getitem__)
+    if saved.execution.plan == "fused":
+        assert_same_theta(folder / "optimizer", alone / "optimizer")
+
+
+def test_workers_of_a_quarter_see_that_and_give_the_same_bits(
+    told: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("metatrain.ray.evaluator.Worker", TellingWorker)
+    folder = tmp_path / "run"
+    run(config(workers=2, resources_per_worker={"CPU": 1.0, "GPU": 0.25}), folder)
+    found = stories(told)
+    assert 1 <= len(found) <= 2
+    for story in found:
+        assert story["env"]["CUDA_VISIBLE_DEVICES"] in ("0", "1", "2", "3")
+        assert float(story["env"]["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == 0.1875
+        assert story["env"]["XLA_PYTHON_CLIENT_PREALLOCATE"] == "true"
+    assert_same_theta(folder / "optimizer", alone / "optimizer")
