@@ -31,8 +31,10 @@ trap 'rm -f "$RAY_AUTH_TOKEN_PATH"' EXIT
 [ -s "$RAY_AUTH_TOKEN_PATH" ] || openssl rand -hex 32 >"$RAY_AUTH_TOKEN_PATH"
 export RAY_worker_niceness=0
 
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-head_ip=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${head%%$'\n'*} # not `| head -n 1`, which can end the command before it with SIGPIPE
+head_ip=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address)
+head_ip=${head_ip%% *}
 port=$((20000 + SLURM_JOB_ID % 20000))
 
 srun --nodes=1 --ntasks=1 --nodelist="$head" \

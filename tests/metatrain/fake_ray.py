@@ -56,6 +56,10 @@ class Actor:
     def __getattr__(self, name: str) -> Any:
         return types.SimpleNamespace(remote=lambda *arguments: self._call(name, arguments))
 
+    def at_work(self) -> bool:
+        """Whether a call to it is not answered yet."""
+        return bool(self._waiting)
+
     def kill(self) -> None:
         self.dead = True
         for child in self.children:

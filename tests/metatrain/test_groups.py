@@ -113,7 +113,13 @@ def test_an_aggregator_that_is_killed_is_replaced_and_its_calls_are_computed(
     evaluate(own)
     monkeypatch.setattr(Counting, "seconds", 0.1)
     victim = ray.of(Aggregator)[1]
-    threading.Timer(0.15, victim.kill).start()
+
+    def kill_at_work() -> None:
+        while not any(worker.at_work() for worker in victim.children):
+            time.sleep(0.001)
+        victim.kill()
+
+    threading.Thread(target=kill_at_work, daemon=True).start()
     np.testing.assert_array_equal(evaluate(own, 1), EXPECTED)
     assert victim.dead
     assert any("an aggregator is lost with 8 workers" in sentence for sentence in said)

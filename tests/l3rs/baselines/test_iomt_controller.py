@@ -177,7 +177,7 @@ def test_parameters_that_are_huge(size):
     rng = np.random.default_rng(0)
     layers = lambda stage: [(size if stage == 4 else 1.0) * rng.normal(size=(8, 3))]  # noqa: E731
     history = play(lambda *_: 0.1, 9, layers=layers, initial_stages=3, rollback=False)
-    said = ["beyond 1e+15" in " ".join(stage.notes) for stage in history]
+    said = ["exceed 1e+15" in " ".join(stage.notes) for stage in history]
     assert said == [stage == 4 and size > 1e15 for stage in range(9)]
     assert np.isfinite([stage.score for stage in history]).all()
 
