@@ -51,7 +51,8 @@ def _user_config(folder: Path, **execution: object) -> Path:
 
 def _logged_generations(text: str) -> list[int]:
     """The generations in a driver's log, in which every line has time and level: nothing of Ray's is in between."""
-    lines = [line for line in text.splitlines() if not line.startswith("Running entrypoint for job")]
+    _, _, own = text.partition("Running entrypoint for job")  # before it are the lines of Ray's job manager
+    lines = own.splitlines()[1:]
     assert [line for line in lines if not re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (INFO|WARNING) ", line)] == []
     return [found[0]["generation"] + 1 for line in lines if (found := read_generation_line(line))]
 
