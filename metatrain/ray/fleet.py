@@ -31,13 +31,13 @@ class Member:
     Attributes:
       actor: Ray's handle.
       chunk: members in one compiled call.
-      calls: {reference to the answer: (round, shard)} of the calls without an answer.
+      calls: references to the answers that it has not given yet, in the order of the calls.
       since: when it was asked for, or sent the arrays that it needs.
     """
 
     actor: Any
     chunk: int
-    calls: dict[Any, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    calls: dict[Any, None] = dataclasses.field(default_factory=dict)
     since: float = 0.0
 
 

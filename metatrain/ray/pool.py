@@ -57,7 +57,7 @@ class Work(NamedTuple):
     calls: Calls
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Round:
     """The state of one call of `evaluate`: the calls of each shard, who evaluates what, and the result."""
 
@@ -94,7 +94,7 @@ class Pool:
         self._fleet, self._health, self._log, self._clock = fleet, health, log, clock
         self._errors = ray.exceptions
         self._answers = Announced()
-        self._calls: dict[Any, tuple[Member, int, int]] = {}  # by reference: worker, round, shard
+        self._calls: dict[Any, tuple[Member, _Round, int]] = {}  # by reference: worker, round, shard
         self._idle: dict[Member, None] = {}
         self._pace = 0.0  # seconds per candidate-step of the last generation
         self._look_at = 0.0
@@ -214,8 +214,8 @@ class Pool:
             members = work.calls.members[own.start : own.stop].reshape(-1)
             draw = int(work.calls.draw[own.start])
             ref = member.actor.evaluate.remote(work.number, work.shared, shard, draw, members, member.chunk)
-            member.calls[ref] = (work.number, shard)
-            self._calls[ref] = (member, work.number, shard)
+            member.calls[ref] = None
+            self._calls[ref] = (member, round_, shard)
             self._answers.watch(ref)
         if member.calls:
             self._idle.pop(member, None)
@@ -229,9 +229,10 @@ class Pool:
         found = self._calls.pop(ref, None)
         if found is None:
             return  # of a worker that was given up
-        member, number, shard = found
+        member, asked, shard = found
         del member.calls[ref]
-        current = number == round_.work.number
+        # Not by the number: an aggregator evaluates several parts of one generation, whose shards are others.
+        current = asked is round_
         try:
             answer = future.result()
         except self._errors.RayTaskError as error:
@@ -248,7 +249,7 @@ class Pool:
             else:
                 self._counts["stale"] += 1
         # A worker that still computes what another has answered is given nothing until it has answered, too.
-        if member in self._fleet.members and all(other == round_.work.number for other, _ in member.calls.values()):
+        if member in self._fleet.members and all(self._calls[other][1] is round_ for other in member.calls):
             self._hand_out(member, round_)
 
     def _accept(self, member: Member, round_: _Round, shard: int, answer: Any, now: float) -> None:

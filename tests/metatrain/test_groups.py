@@ -95,6 +95,35 @@ def test_a_pool_of_any_size_computes_every_call(ray: FakeRay, workers: int) -> N
     assert not ray.of(Counting)
 
 
+@pytest.mark.usefixtures("ray")
+def test_a_late_answer_for_one_part_of_a_generation_is_not_used_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part ends while a slow worker still computes what another one has answered; its number is the next part's."""
+    slow = threading.Event()
+
+    class Late(Counting):
+        def evaluate(
+            self, round_: int, shared: object, shard: int, draw: int, members: np.ndarray, chunk: int
+        ) -> Answer:
+            if members[0] or slow.is_set():
+                return super().evaluate(round_, shared, shard, draw, members, chunk)
+            slow.set()
+            time.sleep(0.5)
+            return Answer(round_, shard, (members + 1000 * draw).astype(np.float32), chunk)
+
+    members = np.arange(44, dtype=np.int32).reshape(22, 2)
+    draw = np.arange(22, dtype=np.int32) % 2  # a shard is of one draw: so each is of one call
+    calls = Calls(draw, members, np.ones(22))
+    own = pool(2, Late)
+    for part, seconds in ((slice(20), 0.002), (slice(20, 22), 1.0)):
+        monkeypatch.setattr(Counting, "seconds", seconds)
+        losses, answered = own.evaluate(Work(1, [None], calls.part(part)))
+        assert answered.all()
+        np.testing.assert_array_equal(losses, (members + 1000 * draw[:, None])[part])
+    assert slow.is_set()
+    assert own.report()["stale"] == 2  # and the shard that waited behind it
+    own.close()
+
+
 def test_aggregators_compute_what_one_pool_does_and_answer_once(ray: FakeRay) -> None:
     own = groups(32)
     for number in range(3):
