@@ -39,10 +39,13 @@ def _command(nodes: Nodes, cwd: Path, **environment: str) -> Callable[..., tuple
     return call
 
 
+_SECONDS = 0.4  # of a candidate: a job must still be running when the commands about it have started
+
+
 def _user_config(folder: Path, **execution: object) -> Path:
     """A run of the user's own task: the cluster has l3rs, the module only exists here."""
     (folder / "mytask.py").write_text((ROOT / "tests" / "metatrain" / "quadratic.py").read_text())
-    task = {"name": "mytask:regression", "seconds": 0.2}
+    task = {"name": "mytask:regression", "seconds": _SECONDS}
     outer = {"steps": 30, "population": 4}
     config = folder / "config.yaml"
     config.write_text(dump_config(small_config(task=task, outer=outer, execution={"workers": 1, **execution})))
@@ -81,7 +84,7 @@ def test_submit_status_logs_stop_resume(tmp_path: Path) -> None:
         code, _, err = metatrain("submit", config, "--out", folder)
         assert (code, "was submitted before; resume it with --resume" in err) == (2, True), err
         code, _, err = metatrain("submit", config, "task.seconds=0.0", "--out", folder, "--resume")
-        assert (code, "task.seconds was 0.2 and would become 0.0" in err) == (2, True), err
+        assert (code, f"task.seconds was {_SECONDS} and would become 0.0" in err) == (2, True), err
         code, out, err = metatrain("submit", config, "--out", folder, "--resume")
         assert (code, "job small-3" in out) == (0, True), err
         code, out, err = metatrain("logs", "small", "-f")
