@@ -189,9 +189,8 @@ class Store:
         self._refuse_links()
         objects = {}
         for file in sorted(folder.rglob("*")):
-            # Orbax writes into folders with "tmp" in their names and renames them.
             name = file.relative_to(folder).as_posix()
-            if file.is_file() and not file.is_symlink() and "tmp" not in name and name != LOCK_FILE:
+            if file.is_file() and not file.is_symlink() and not _is_unfinished(name) and name != LOCK_FILE:
                 content = file.read_bytes()
                 objects[name] = object_name(content)
                 if objects[name] not in self._verified:
@@ -228,8 +227,12 @@ class Store:
         self._verified &= kept
         gone = manifests[_KEPT_MANIFESTS:]
         gone += [path for path in self._listed(f"{self._root}/objects") if f"objects/{_last(path)}" not in kept]
+        gone += [path for path in self._listed(self._root) if _last(path).startswith(".manifest-")]
         for path in gone:
-            self._fs.rm_file(path)
+            if self._is_local() and Path(path).is_dir() and not Path(path).is_symlink():
+                shutil.rmtree(path)  # of a process that was killed in `write_atomically`
+            else:
+                self._fs.rm_file(path)
 
     def _manifests(self) -> list[str]:
         """Paths of the manifests, the newest first."""
@@ -288,6 +291,12 @@ def _is_entry(name: str, stored: Any) -> bool:
         and isinstance(stored, str)
         and _OBJECT.fullmatch(stored) is not None
     )
+
+
+def _is_unfinished(name: str) -> bool:
+    """Whether a file of the run is in a folder that is being written and will be renamed."""
+    # Orbax's have "tmp" in their names, those of `write_atomically` and `l3rs.save` begin with a dot.
+    return "tmp" in name or any(part.startswith(".") for part in name.split("/")[:-1])
 
 
 def object_name(content: bytes) -> str:

@@ -170,6 +170,22 @@ def test_urls_that_lead_nowhere_are_one_sentence() -> None:
             trainer.run(small_config(), "gs://a/b")
 
 
+def test_what_a_killed_process_left_half_written_stops_nothing_and_is_removed(tmp_path: Path) -> None:
+    store, folder = tmp_path / "store", tmp_path / "run"
+    (folder / ".report.html.x7/").mkdir(parents=True)
+    (folder / ".report.html.x7/new").write_text("half")
+    (folder / "config.yaml").write_text("name: a\n")
+    Store(store.as_uri()).push(folder)
+    leftovers = [store / "objects" / ".2fd2.s73a", store / ".manifest-00000002.json.b2"]
+    for leftover in leftovers:
+        leftover.mkdir()
+        (leftover / "new").write_text("half")
+    Store(store.as_uri()).push(folder)
+    assert not any(leftover.exists() for leftover in leftovers)
+    Store(store.as_uri()).pull(tmp_path / "copy")
+    assert [path.name for path in (tmp_path / "copy").rglob("*")] == ["config.yaml"]
+
+
 def _newest_manifest(store: Path) -> int:
     return max((int(file.stem[9:]) for file in store.glob("manifest-*")), default=0)
 
