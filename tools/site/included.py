@@ -17,6 +17,7 @@ INCLUDED = {
     "l3rs/baselines/README.md": "baselines.md",
 }
 
+_WIDE = "---\nhide: [toc]\n---\n\n"  # the tables of the cards need the width
 _LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s]*)(#[^)\s]*)?\)")
 
 
@@ -39,4 +40,5 @@ def included_page(root: Path, source: str, page: str) -> str:
         to = INCLUDED.get(file, file.removeprefix("docs/") if file.startswith("docs/") else None)
         return text if to is None else f"[{text}]({os.path.relpath(to, posixpath.dirname(page) or '.')}{anchor})"
 
-    return _LINK.sub(link, (root / source).read_text(encoding="utf-8"))
+    text = _LINK.sub(link, (root / source).read_text(encoding="utf-8"))
+    return _WIDE + text if page.startswith("cards/") else text
