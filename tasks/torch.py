@@ -39,7 +39,13 @@ def default_loss(model: nn.Module, batch: Batch) -> Tensor:
     if not isinstance(batch, Sequence) or len(batch) != 2:
         raise TaskError(f"a batch is {describe_batch(batch)}; without loss=… it must be (inputs, labels) or a mapping")
     inputs, labels = batch
-    return nn.functional.cross_entropy(_logits(model(inputs)), labels)
+    output = model(inputs)
+    logits = _logits(output)
+    if not isinstance(logits, Tensor):
+        raise TaskError(
+            f"the model returns {describe_batch(output)}; without loss=… it must return logits, alone or as `logits`"
+        )
+    return nn.functional.cross_entropy(logits, labels)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,6 +96,17 @@ class TorchTask(AnyTask):
 
     def __post_init__(self) -> None:
         self._check_pools()
+        if isinstance(self.model, nn.Module):
+            raise TaskError(
+                f"task {self.name!r}: model is a network; it must be a function that returns a new one for each init "
+                "index, e.g. lambda init: copy.deepcopy(network)"
+            )
+        try:
+            torch.device(self.device)
+        except RuntimeError:
+            raise TaskError(
+                f"task {self.name!r}: device is {self.device!r}; it must be one of PyTorch's, e.g. cpu or cuda:0"
+            ) from None
         for name in ("batch_size", "eval_batch_size"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise TaskError(f"task {self.name!r}: {name} is {getattr(self, name)!r}; it must be a whole number ≥ 1")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tasks.base import TaskError
-from tasks.torch import TorchTask, describe_batch
+from tasks.torch import TorchTask, default_loss, describe_batch
 from tasks.torch_training import Training, deterministic
 
 
@@ -24,7 +24,7 @@ class Checked(NamedTuple):
 
 
 def check_training(task: TorchTask) -> Checked:
-    """Load the model, take the gradients of a step, and score outer_valid.
+    """Load the model, take the gradients of a step, score outer_valid, and load another init.
 
     Raises:
       TaskError: the model cannot be trained, the loss is no finite number with a gradient, or `score` fails.
@@ -45,7 +45,10 @@ def check_training(task: TorchTask) -> Checked:
         meta_loss, metric = training.score("outer_valid")
         if not math.isfinite(meta_loss):
             raise TaskError(f"task {task.name!r}: the loss on outer_valid is {meta_loss} before any training")
-        return Checked(sum(param.numel() for _, param in params), loss.item(), meta_loss, metric)
+        checked = Checked(sum(param.numel() for _, param in params), loss.item(), meta_loss, metric)
+        del params, loss  # frees the network
+        training.start(int(task.pools["held_out"][0]))
+        return checked
 
 
 def _first_loss(training: Training, task: TorchTask) -> Tensor:
@@ -60,7 +63,8 @@ def _first_loss(training: Training, task: TorchTask) -> Tensor:
         raise
     except Exception as error:
         if shown:
-            error.args = (f"{_first_line(error)}{_output_hint(outputs)}; a batch is {shown}",)
+            hint = _output_hint(outputs) or _input_hint(task, shown)
+            error.args = (f"{_first_line(error)}{hint}; a batch is {shown}",)
         raise
     finally:
         hook.remove()
@@ -80,6 +84,13 @@ def _output_hint(outputs: list[Any]) -> str:
     if isinstance(output, Mapping):
         return f"; the model returns a mapping with {', '.join(map(repr, output))}: the loss must take one of them"
     return f"; the model returns {describe_batch(output)}: the loss must take a tensor of it"
+
+
+def _input_hint(task: TorchTask, batch: str) -> str:
+    """How the default loss calls a model."""
+    if task.loss is not default_loss or not batch.startswith("a mapping"):
+        return ""
+    return "; without loss=… the model takes the entries of a batch as keyword arguments"
 
 
 def _first_line(error: Exception) -> str:

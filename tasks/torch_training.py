@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ class Training:
     def __init__(self, task: TorchTask) -> None:
         self.task = task
         self._loaded: _Loaded | None = None
+        self._earlier: list[weakref.ref[nn.Parameter]] = []  # what trains in networks that are still in memory
         self._order: tuple[Any, np.ndarray] = (None, np.zeros(0, int))
         self._splits: dict[str, list[Batch]] = {}
 
@@ -141,6 +143,7 @@ class Training:
                 f"task {self.task.name!r}: model({init}) returned {type(model).__name__}; it must be a torch.nn.Module"
             )
         check_parameters(self.task, model)
+        self._check_that_it_is_new(model)
         if not model.training:  # as `from_pretrained` returns them
             model.train()
         return _Loaded(
@@ -150,6 +153,18 @@ class Training:
             versions=_frozen_versions(model),
             training={name: module.training for name, module in model.named_modules()},
         )
+
+    def _check_that_it_is_new(self, model: nn.Module) -> None:
+        """Raise TaskError if a parameter was trained before: a result must not depend on what ran earlier."""
+        earlier = {id(param) for ref in self._earlier if (param := ref()) is not None}
+        training = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+        if used := [name for name, param in training if id(param) in earlier]:
+            raise TaskError(
+                f"task {self.task.name!r}: model(i) returns parameter {used[0]} of an earlier network again, which "
+                "training changes; build a new network each time, e.g. with copy.deepcopy(network)"
+            )
+        self._earlier = [ref for ref in self._earlier if ref() is not None]
+        self._earlier += [weakref.ref(param) for _, param in training]
 
 
 def check_parameters(task: TorchTask, model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The site is built, and a browser shows every page: no error in the console, nothing too wide for a phone or a desktop."""
+"""The site is built, and a browser shows every page: the console is silent, and nothing is too wide for it."""
 
 from __future__ import annotations
 

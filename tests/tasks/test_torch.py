@@ -133,14 +133,14 @@ def test_own_score_gets_the_split_itself() -> None:
 class _Returns(nn.Module):
     """A classifier that returns a mapping, as models of `transformers` do, from keyword arguments."""
 
-    def __init__(self, with_loss: bool = True) -> None:
+    def __init__(self, with_loss: bool = True, name: str = "logits") -> None:
         super().__init__()
-        self.linear, self.with_loss = nn.Linear(6, 3), with_loss
+        self.linear, self.with_loss, self.name = nn.Linear(6, 3), with_loss, name
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         logits = self.linear(x)
         if labels is None or not self.with_loss:
-            return {"logits": logits}
+            return {self.name: logits}
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
@@ -218,6 +218,29 @@ def _frozen(_: int) -> nn.Module:
     return Mlp().requires_grad_(False)
 
 
+class _TakesImages(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.linear(image)
+
+
+def _always(network: nn.Module) -> Any:
+    return lambda _: network
+
+
+class _Dicts(torch.utils.data.Dataset):
+    """Examples whose names are not those of the model's arguments."""
+
+    def __len__(self) -> int:
+        return 48
+
+    def __getitem__(self, _: int) -> dict[str, Any]:
+        return {"image": torch.ones(6), "label": 1}
+
+
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
@@ -226,6 +249,8 @@ def _frozen(_: int) -> nn.Module:
         ({"model": _frozen}, "no parameter of the model trains"),
         ({"model": lambda _: Mlp().to("meta")}, "is on meta, but the task's device is cpu"),
         ({"model": lambda _: Mlp().to(torch.complex64)}, "must be a real float"),
+        ({"model": _always(Mlp())}, r"model\(i\) returns parameter body.0.weight of an earlier network again"),
+        ({"model": lambda _: _Returns(False, "scores")}, "the model returns a mapping with scores: float32.*loss=…"),
         ({"loss": lambda m, b: m(b[0])}, "loss returned float32.8, 3.; it must be one number"),
         ({"loss": lambda m, b: m(b[0]).sum().detach()}, "does not depend on a parameter that trains"),
         ({"loss": lambda m, b: m(b[0]).sum() * math.nan}, "the loss of the first step is nan"),
@@ -235,6 +260,18 @@ def _frozen(_: int) -> nn.Module:
 def test_refused_before_a_run(fields: dict[str, Any], sentence: str | None) -> None:
     with pytest.raises(TaskError if sentence else TypeError, match=sentence or "a batch is a mapping with x: float32"):
         check_training(task(**fields))
+
+
+def test_a_mapping_that_does_not_fit_the_model_says_how_it_is_called() -> None:
+    with pytest.raises(TypeError, match=r"'label'.*without loss=….*keyword arguments.*a mapping with image: .*label: "):
+        check_training(task(lambda _: _TakesImages(), train=_Dicts()))
+    own = task(
+        lambda _: _TakesImages(),
+        train=_Dicts(),
+        outer_valid=_Dicts(),
+        loss=lambda model, batch: nn.functional.cross_entropy(model(batch["image"]), batch["label"]),
+    )
+    assert check_training(own).loss > 0
 
 
 def test_an_error_of_the_loss_says_what_the_model_returned() -> None:
@@ -248,6 +285,8 @@ def test_an_error_of_the_loss_says_what_the_model_returned() -> None:
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
+        ({"model": Mlp()}, "model is a network; it must be a function"),
+        ({"device": "gpu"}, "device is 'gpu'; it must be one of PyTorch's"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"batch_size": 100}, "batch_size is 100, but train has 48 examples"),
         ({"train": 3}, "train is int; it must be a map-style dataset"),
