@@ -51,6 +51,9 @@ class Estimate:
     seconds_per_call: float
     state_bytes: int
     ray: bool = False
+    _known: dict[int, tuple[float, float]] = dataclasses.field(  # see `_means`
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def candidate_steps(self) -> int:
@@ -58,19 +61,26 @@ class Estimate:
 
     def hours(self, workers: int) -> float:
         """Duration with `workers` workers as fast as the measured one, none of which fails."""
-        chosen = self._chosen()
-        mean = sum(self._generation_seconds(horizons, workers) for horizons in chosen) / len(chosen)
-        return mean * len(self.horizons) / 3600
+        seconds, _ = self._means(workers)
+        return seconds * len(self.horizons) / 3600
 
     def shards(self, workers: int) -> float:
         """Shards of a generation, the mean."""
-        chosen = self._chosen()
-        return sum(len(self._shard_seconds(horizons, workers)) for horizons in chosen) / len(chosen)
+        _, shards = self._means(workers)
+        return shards
 
     def bytes_per_generation(self, machines: int) -> float:
         """Bytes that the driver sends and receives for a generation, the mean, with one worker on each machine."""
         members = self.population * len(self.horizons[0])
         return machines * self.state_bytes + self.shards(machines) * _ANSWER_BYTES + 4 * 2 * members
+
+    def _means(self, workers: int) -> tuple[float, float]:
+        """(seconds, shards) of a generation, the means; computed once for each number of workers."""
+        if workers not in self._known:
+            each = [self._shard_seconds(horizons, workers) for horizons in self._chosen()]
+            seconds = sum(self._generation_seconds(shards, workers) for shards in each) / len(each)
+            self._known[workers] = seconds, sum(map(len, each)) / len(each)
+        return self._known[workers]
 
     def _chosen(self) -> list[tuple[int, ...]]:
         """Generations that stand for all: each of an equal share of them, ordered by their length."""
@@ -78,13 +88,12 @@ class Estimate:
         ordered = sorted(self.horizons, key=sum)
         return [ordered[int((i + 0.5) * len(ordered) / count)] for i in range(count)]
 
-    def _generation_seconds(self, horizons: Sequence[int], workers: int) -> float:
+    def _generation_seconds(self, shards: Sequence[float], workers: int) -> float:
         """A free worker takes the next shard; the driver hands them out one after the other."""
-        seconds = self._shard_seconds(horizons, workers)
         free = [0.0] * workers
-        for shard in seconds:
-            heapq.heapreplace(free, free[0] + shard)
-        return max(max(free), len(seconds) * _RAY_SHARD * self.ray) + _GENERATION
+        for seconds in shards:
+            heapq.heapreplace(free, free[0] + seconds)
+        return max(max(free), len(shards) * _RAY_SHARD * self.ray) + _GENERATION
 
     def _shard_seconds(self, horizons: Sequence[int], workers: int) -> list[float]:
         """The duration of each shard of a generation, in the order in which they are handed out."""

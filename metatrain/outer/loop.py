@@ -30,7 +30,7 @@ import optax
 from l3rs.io.files import write_atomically
 from metatrain.config import CodeConfig, Config, UserError, differences, dump_config, load_config
 from metatrain.inner.devices import use_cpu_only
-from metatrain.inner.population import Evaluator
+from metatrain.inner.population import Evaluator, GenerationSpec
 from metatrain.log_lines import print_line
 from metatrain.outer.code import changes, current_code
 from metatrain.outer.export import Form, save_optimizer, write_form
@@ -337,11 +337,11 @@ class _Session:
     def _generations(self, interrupts: Interrupts) -> None:
         outer, every = self._setup.config.outer, self._setup.config.checkpoint.every
         while self.progress.generation < outer.steps:
-            draws = self._setup.generation(self.progress.generation).draws
-            if new := {draw.task for draw in draws} - self._compiled:
+            spec = self._setup.generation(self.progress.generation)
+            if new := {draw.task for draw in spec.draws} - self._compiled:
                 self._compiled |= new
                 self.display.compiling(sorted(new), len(self._compiled), len(self._setup.tasks))
-            self.progress, line = _generation(self._setup, self._evaluator, self.progress, interrupts, self._wait)
+            self.progress, line = _generation(self._setup, self._evaluator, self.progress, spec, interrupts, self._wait)
             line["compiled"] = bool(new)
             self._watch.check()
             self.display.update(self._metrics.write(line))
@@ -366,6 +366,7 @@ def _generation(
     setup: Setup,
     evaluator: Evaluator,
     progress: Progress,
+    spec: GenerationSpec,
     interrupts: Interrupts,
     waiting: Callable[[str], None],
 ) -> tuple[Progress, dict[str, Any]]:
@@ -375,7 +376,6 @@ def _generation(
       (the progress after it, its line of metrics.jsonl)
     """
     began = time.perf_counter()
-    spec = setup.generation(progress.generation)
     with interrupts.allowed():
         losses = evaluator.evaluate(progress.strategy, spec, waiting)
     failed = not np.isfinite(losses).any()

@@ -8,13 +8,15 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from l3rs.io.files import write_atomically
-from metatrain.inner.population import Draw
-from metatrain.outer.sinks import Sink
+
+if TYPE_CHECKING:
+    from metatrain.inner.population import Draw  # imports JAX, which those who read metrics do without
+    from metatrain.outer.sinks import Sink
 
 # What evaluators on workers count from the start of the process; in `metrics.jsonl`, from the start of the run.
 COUNTS = ("lost", "duplicated", "requeued", "stale", "rejected", "waited")

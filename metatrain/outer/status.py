@@ -66,12 +66,11 @@ def local_snapshot(folder: Path, name: str) -> Snapshot:
     """A run in a folder of this machine.
 
     Raises:
-      UserError: not a run's folder.
+      UserError: not a run's folder, or its configuration is damaged.
     """
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{name} is not a run: it has no config.yaml")
     refuse_links(folder, name)
-    load_config(folder / "config.yaml")  # a damaged one is refused before there are metrics, too
     state = "running" if is_locked(folder) else "finished" if (folder / "optimizer").is_dir() else "stopped"
     return folder_snapshot(folder, name, state, going=state == "running")
 

@@ -124,6 +124,31 @@ print(sorted(name for name in heavy if name in sys.modules))
     assert "runs/NAME" in done.stdout  # brackets in a help text are not taken for markup
 
 
+def test_commands_that_only_look_at_a_run_do_without_jax(config: Path, tmp_path: Path) -> None:
+    """`status` of a folder, and those that ask a cluster, up to its answer."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(config.read_text())
+    code = f"""
+import contextlib, sys
+from metatrain import cli
+from metatrain.ray import jobs
+jobs.client = lambda *_: sys.exit(print("asks the cluster"))
+asking = (["list"], ["status", "a"], ["logs", "a"], ["stop", "a"], ["submit", {str(config)!r}])
+for words in (["status", {str(folder)!r}], *asking):
+    sys.argv = ["metatrain", *words]
+    with contextlib.suppress(SystemExit):
+        cli.main()
+heavy = ("jax", "jaxlib", "optax", "flax", "evosax", "ray", "tasks", "torch", "matplotlib")
+print(sorted(name for name in heavy if name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "nothing computed yet" in done.stdout
+    assert done.stdout.count("asks the cluster") == 5
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_files_beside_the_configuration_replace_no_package(config: Path, tmp_path: Path) -> None:
     """The current folder comes behind installed packages, and only if a task of the user's own is named."""
     for name in ("tasks", "l3rs", "typer", "fsspec", "logging", "tensorflow"):
