@@ -15,7 +15,7 @@ import l3rs
 from l3rs.io.files import first_line
 from metatrain.config import ExecutionConfig, OuterConfig, Plan, UserError
 from metatrain.ray.health import Health
-from metatrain.ray.share import room, worker_share
+from metatrain.ray.share import actor_options, room, worker_share
 from metatrain.ray.worker import Job, versions
 from tasks import Task
 from tasks.base import AnyTask
@@ -104,12 +104,11 @@ class Fleet:
             return []
         refs = []
         for _ in range(self.missing - len(self.starting)):
-            needs = dict(self._execution.resources_per_worker)
-            options: dict[str, Any] = {"num_cpus": needs.pop("CPU", 0), "num_gpus": needs.pop("GPU", 0)}
+            resources = self._execution.resources_per_worker
             actor: Any = (
                 self._ray.remote(self._worker)
-                .options(**options, resources=needs, max_restarts=0, scheduling_strategy="SPREAD")
-                .remote(worker_share(self._execution.resources_per_worker))
+                .options(**actor_options(resources), max_restarts=0, scheduling_strategy="SPREAD")
+                .remote(worker_share(resources))
             )
             refs.append(self._set_up(Member(actor, self._chunk), now))
         return refs

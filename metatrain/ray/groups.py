@@ -23,7 +23,7 @@ from metatrain.ray.fleet import Package, free_resources
 from metatrain.ray.health import Health
 from metatrain.ray.pool import LOOK_SECONDS, Work
 from metatrain.ray.shares import Shares
-from metatrain.waiting import Wait, WaitError, notice
+from metatrain.ray.waits import WorkerWait
 
 MANY_WORKERS = 200  # more of them are given aggregators
 GROUP_WORKERS = 100  # of an aggregator, about
@@ -95,17 +95,16 @@ class Groups:
         self._groups: dict[Group, None] = {}
         self._answers = Announced()
         self._calls: dict[Any, tuple[Group, str]] = {}  # by reference: who was asked, and for what
-        self._gone = dict.fromkeys(("lost", "duplicated", "requeued", "stale", "rejected"), 0)  # counts of lost groups
-        self._stale = 0
+        # What lost groups have counted, and what is counted here.
+        self._counts = dict.fromkeys(("lost", "duplicated", "requeued", "stale", "rejected"), 0)
         self._health = Health()  # of the aggregators
-        self._wait_seconds, self._wait = wait_seconds, Wait(clock())
+        self._wait = WorkerWait(wait_seconds, log, clock())
         self._look_at = 0.0
 
     def evaluate(self, work: Work, look: Callable[[], bool] = lambda: True) -> tuple[np.ndarray, np.ndarray]:
         """See `Pool.evaluate`."""
         shares = Shares(work.calls.steps)
         losses = np.full(work.calls.members.shape, np.nan, np.float32)
-        answered = np.zeros(len(losses), bool)
         while not shares.finished:
             now = self._clock()
             if now >= self._look_at:
@@ -116,8 +115,8 @@ class Groups:
             for group in [group for group in self._groups if not group.busy]:
                 self._hand_out(group, shares, work)
             for ref, future in self._answers.ready(self._look_at - self._clock()):
-                self._receive(ref, future, shares, work, losses, answered)
-        return losses, answered
+                self._receive(ref, future, shares, work, losses)
+        return losses, shares.answered
 
     @property
     def workers(self) -> int:
@@ -126,8 +125,8 @@ class Groups:
 
     def report(self) -> dict[str, Any]:
         """See `metatrain.ray.evaluator.RayEvaluator.report`."""
-        total = {name: n + sum(group.counts[name] for group in self._groups) for name, n in self._gone.items()}
-        return {"workers": self.workers, **total, "stale": total["stale"] + self._stale}
+        total = {name: n + sum(group.counts[name] for group in self._groups) for name, n in self._counts.items()}
+        return {"workers": self.workers, **total}
 
     def close(self) -> None:
         for group in self._groups:
@@ -136,7 +135,10 @@ class Groups:
 
     def _look_after(self, shares: Shares, now: float) -> None:
         """Ask for aggregators that are missing and for signs of life, and give up those without one."""
-        self._look_for_workers(now)
+        if self.workers:
+            self._wait.over(now)
+        else:
+            self._wait.look(self._wanted, lambda: free_resources(self._ray, self._execution), now)
         wanted = self._wanted() if self._health.may_recruit(now) else 0
         while (missing := wanted - sum(group.wanted for group in self._groups)) > 0:
             count = max(math.ceil(wanted / GROUP_WORKERS) - len(self._groups), 1)
@@ -152,23 +154,6 @@ class Groups:
                 group.asked = True
                 self._ask(group, "status", group.actor.status.remote())
 
-    def _look_for_workers(self, now: float) -> None:
-        """Name a long wait for workers, and end it when it reaches its bound."""
-        if self.workers:
-            self._wait.over(now)
-            return
-        minutes = self._wait_seconds / 60
-        if self._wait.seconds(now) > self._wait_seconds:
-            free = free_resources(self._ray, self._execution)
-            raise WaitError(
-                f"no worker of the cluster has been available for {minutes:g} min ({free}); the run stops, and what it "
-                "has computed is saved: resume it when the cluster has room, or wait longer with execution.wait_minutes"
-            )
-        if self._wait.is_notice_due(now):
-            free = free_resources(self._ray, self._execution)
-            what = f"the first of {self._wanted()} workers that its aggregators have asked the cluster for ({free})"
-            self._log(notice(what, self._wait.seconds(now), f"at most {minutes:g} min (execution.wait_minutes)"))
-
     def _start(self, workers: int, now: float) -> None:
         """Ask for an aggregator with so many workers."""
         execution = self._execution.model_copy(update={"workers": workers})
@@ -176,7 +161,7 @@ class Groups:
         options = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": 2, "scheduling_strategy": "SPREAD"}
         actor: Any = self._ray.remote(Aggregator).options(**options)
         actor = actor.remote(self._worker, package, execution, self._chunk)
-        group = Group(actor, workers, now, dict.fromkeys(["workers", *self._gone], 0))
+        group = Group(actor, workers, now, dict.fromkeys(["workers", *self._counts], 0))
         self._groups[group] = None
 
     def _hand_out(self, group: Group, shares: Shares, work: Work) -> None:
@@ -199,9 +184,7 @@ class Groups:
         self._calls[ref] = (group, what)
         self._answers.watch(ref)
 
-    def _receive(
-        self, ref: Any, future: Any, shares: Shares, work: Work, losses: np.ndarray, answered: np.ndarray
-    ) -> None:
+    def _receive(self, ref: Any, future: Any, shares: Shares, work: Work, losses: np.ndarray) -> None:
         group, what = self._calls.pop(ref)
         if group not in self._groups:
             return
@@ -228,17 +211,14 @@ class Groups:
         if group.started:
             self._health.answered(group, group.heard, None)
         if answer.round != work.number:
-            self._stale += 1
+            self._counts["stale"] += 1
             return
-        self._accept(group, shares, answer, losses, answered)
+        self._accept(group, shares, answer, losses)
 
-    def _accept(
-        self, group: Group, shares: Shares, answer: GroupAnswer, losses: np.ndarray, answered: np.ndarray
-    ) -> None:
+    def _accept(self, group: Group, shares: Shares, answer: GroupAnswer, losses: np.ndarray) -> None:
         own = shares.holds(group)
         first = shares.answer(group, answer.answered)
         losses[own[first]] = answer.losses[first]
-        answered[own[first]] = True
         if answer.answered.all() and answer.seconds > 0 and group.workers:
             rate = shares.cost(own) / answer.seconds / group.workers
             group.rate = _SPEED_MEMORY * group.rate + (1 - _SPEED_MEMORY) * rate if group.rate else rate
@@ -257,9 +237,9 @@ class Groups:
         if not group.started:
             self._health.failed_start(self._clock())
         shares.lose(group)
-        for name in self._gone:
-            self._gone[name] += group.counts[name]
-        self._gone["lost"] += group.workers
+        for name in self._counts:
+            self._counts[name] += group.counts[name]
+        self._counts["lost"] += group.workers
         self._log(f"an aggregator is lost with {group.workers} workers ({why}); its candidates are evaluated again")
         self._kill(group)
         self._look_at = 0.0  # ask for another one at once

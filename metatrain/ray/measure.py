@@ -11,7 +11,7 @@ from metatrain.config import ExecutionConfig, OuterConfig, Plan, UserError
 from metatrain.inner.measure import Probe
 from metatrain.ray.connection import connect
 from metatrain.ray.fleet import Package, live_nodes, refuse_what_never_fits
-from metatrain.ray.share import Share, room, take_share, worker_share
+from metatrain.ray.share import Share, actor_options, room, take_share, worker_share
 from metatrain.ray.worker import unpack
 from metatrain.waiting import WaitError, noticed
 from tasks.base import AnyTask
@@ -103,12 +103,9 @@ class WorkerMeasurements:
         return sorted(found) or [""]
 
     def _start(self, execution: ExecutionConfig, node_type: str) -> Any:
-        needs = dict(execution.resources_per_worker)
-        options: dict[str, Any] = {"num_cpus": needs.pop("CPU", 0), "num_gpus": needs.pop("GPU", 0)}
-        if node_type:
-            needs[node_type] = _SOME
-        share = worker_share(execution.resources_per_worker)
-        return self._ray.remote(Prober).options(**options, resources=needs).remote(share)
+        resources = execution.resources_per_worker
+        options = actor_options({**resources, node_type: _SOME} if node_type else resources)
+        return self._ray.remote(Prober).options(**options).remote(worker_share(resources))
 
     def _set_up(self, actor: Any, package: Package) -> None:
         while needed := self._ask(actor.setup, package.blob, package.refs):

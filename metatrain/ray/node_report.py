@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-_PACKAGES = ("l3rs", "ray", "jax", "jaxlib", "evosax", "optax", "flax", "numpy")
+# Whose versions must be equal on all machines of a run, for equal results.
+PACKAGES = ("l3rs", "ray", "jax", "jaxlib", "evosax", "optax", "flax", "numpy")
 _SERVERS = ("gcs_server", "raylet")
 _ANSWER_SECONDS = 60.0
 
@@ -42,7 +43,7 @@ class NodeReport:
 def installed_versions() -> dict[str, str]:
     """Versions that must be the same on every machine of a run."""
     found = {"python": platform.python_version()}
-    for name in _PACKAGES:
+    for name in PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -29,27 +29,30 @@ class Share(NamedTuple):
       cores: CPU cores: devices of one thread each, where there is no accelerator.
       accelerator: whether JAX may use the accelerators that Ray lets the process see.
       part: of the memory of each such device; 1 for whole devices.
-      devices: how many calls it computes side by side.
     """
 
     cores: int = 1
     accelerator: bool = False
     part: float = 1.0
-    devices: int = 1
 
 
 def worker_share(resources: Mapping[str, float]) -> Share:
     """The share of a worker with these resources, `execution.resources_per_worker`."""
     cores = max(int(resources.get("CPU", 1)), 1)
     if not has_accelerator(resources):
-        return Share(cores, devices=cores)
-    reserved = max(resources.get(name, 0.0) for name in ACCELERATORS)
-    return Share(cores, True, min(resources.get("GPU", 1.0), 1.0), max(int(reserved), 1))
+        return Share(cores)
+    return Share(cores, True, min(resources.get("GPU", 1.0), 1.0))
 
 
 def has_accelerator(resources: Mapping[str, float]) -> bool:
     """Whether a worker with these resources computes on an accelerator."""
     return any(resources.get(name, 0) > 0 for name in ACCELERATORS)
+
+
+def actor_options(resources: Mapping[str, float]) -> dict[str, Any]:
+    """Ray's options for an actor that reserves these resources."""
+    others = dict(resources)
+    return {"num_cpus": others.pop("CPU", 0), "num_gpus": others.pop("GPU", 0), "resources": others}
 
 
 def take_share(share: Share) -> None:

@@ -18,6 +18,9 @@ class Shares:
 
     Args:
       costs: of each call, in any unit, e.g. candidate-steps, float [n].
+
+    Attributes:
+      answered: which calls have an answer, bool [n].
     """
 
     def __init__(self, costs: np.ndarray) -> None:
@@ -25,7 +28,7 @@ class Shares:
         # In such an order that every stretch of it has calls of all costs.
         self._pending = np.argsort(np.arange(len(costs)) * _GOLDEN % 1, kind="stable")
         self._open = len(costs)  # calls without an answer
-        self._answered = np.zeros(len(costs), bool)
+        self.answered = np.zeros(len(costs), bool)
         self._held: dict[Hashable, np.ndarray] = {}
         self._served: set[Hashable] = set()  # groups that have taken their share
 
@@ -74,8 +77,8 @@ class Shares:
           Which of them have their first answer, bool [m]. The others are shared again.
         """
         held = self._held.pop(group)
-        first = answered & ~self._answered[held]
-        self._answered[held[first]] = True
+        first = answered & ~self.answered[held]
+        self.answered[held[first]] = True
         self._open -= int(first.sum())
         self._pending = np.concatenate([held[~answered], self._pending])
         return first

@@ -11,6 +11,49 @@ from metatrain.waiting import NOTICE_SECONDS, Wait, WaitError, notice
 _UNUSUAL = 3.0  # times the usual duration of a shard, until a lack of answers is worth a sentence
 
 
+class WorkerWait:
+    """The wait for a first worker, which is named, and ended when it reaches its bound.
+
+    Args:
+      limit: seconds without any worker.
+      log: called with a sentence for each wait.
+      now: the time.
+    """
+
+    def __init__(self, limit: float, log: Callable[[str], None], now: float) -> None:
+        self._limit, self._log, self._wait = limit, log, Wait(now)
+
+    def over(self, now: float) -> None:
+        """There is a worker."""
+        self._wait.over(now)
+
+    def look(self, asked: Callable[[], int], free: Callable[[], str], now: float) -> None:
+        """Call this again and again while there is no worker.
+
+        Args:
+          asked: how many workers the cluster has been asked for.
+          free: what the cluster has, and what of it is free.
+          now: the time.
+
+        Raises:
+          WaitError: there has been no worker for longer than the limit.
+        """
+        minutes = self._limit / 60
+        if self._wait.seconds(now) > self._limit:
+            raise WaitError(
+                f"no worker of the cluster has been available for {minutes:g} min ({free()}); the run stops, and "
+                "what it has computed is saved; start or resume it when the cluster has room, or wait longer with "
+                "execution.wait_minutes"
+            )
+        if self._wait.is_notice_due(now):
+            what = f"the first of {asked()} workers that it has asked the cluster for ({free()})"
+            advice = (
+                f"at most {minutes:g} min (execution.wait_minutes); if nothing is free, another run uses the cluster: "
+                "see `metatrain list`"
+            )
+            self._log(notice(what, self._wait.seconds(now), advice))
+
+
 class Waits:
     """Logs what a generation waits for, and ends the wait for a worker.
 
@@ -22,8 +65,8 @@ class Waits:
     """
 
     def __init__(self, fleet: Fleet, health: Health, limit: float, log: Callable[[str], None], now: float) -> None:
-        self._fleet, self._health, self._limit, self._log = fleet, health, limit, log
-        self._worker, self._answer = Wait(now), Wait(now)
+        self._fleet, self._health, self._log = fleet, health, log
+        self._worker, self._answer = WorkerWait(limit, log, now), Wait(now)
 
     def look(self, received: bool, steps: float, now: float) -> None:
         """Call this again and again.
@@ -41,25 +84,7 @@ class Waits:
             self._look_for_answer(received, steps, now)
         else:
             self._answer.over(now)
-            self._look_for_worker(now)
-
-    def _look_for_worker(self, now: float) -> None:
-        minutes = self._limit / 60
-        if self._worker.seconds(now) > self._limit:
-            free = self._fleet.free_resources()
-            raise WaitError(
-                f"no worker of the cluster has been available for {minutes:g} min ({free}); the run stops, and "
-                "what it has computed is saved; start or resume it when the cluster has room, or wait longer with "
-                "execution.wait_minutes"
-            )
-        if self._worker.is_notice_due(now):
-            asked = len(self._fleet.starting)
-            what = f"the first of {asked} workers that it has asked the cluster for ({self._fleet.free_resources()})"
-            advice = (
-                f"at most {minutes:g} min (execution.wait_minutes); if nothing is free, another run uses the cluster: "
-                "see `metatrain list`"
-            )
-            self._log(notice(what, self._worker.seconds(now), advice))
+            self._worker.look(lambda: len(self._fleet.starting), self._fleet.free_resources, now)
 
     def _look_for_answer(self, received: bool, steps: float, now: float) -> None:
         if received:

@@ -20,6 +20,7 @@ from metatrain.inner.devices import device_kind
 from metatrain.inner.population import candidate_losses, plan_devices
 from metatrain.outer.strategy import make_strategy
 from metatrain.ray.metrics import WorkerCounters
+from metatrain.ray.node_report import PACKAGES
 from metatrain.ray.share import Share, take_share
 from tasks import Task, TaskError
 from tasks.base import AnyTask
@@ -51,7 +52,7 @@ class Job:
 
 def versions(plan: Plan) -> dict[str, str]:
     """Versions that must be equal on driver and workers for equal results."""
-    packages = ["l3rs", "ray", "jax", "jaxlib", "evosax", "optax", "flax", "numpy"] + ["torch"] * (plan == "torch")
+    packages = [*PACKAGES, "torch"] if plan == "torch" else PACKAGES
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 

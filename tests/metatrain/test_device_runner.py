@@ -118,7 +118,7 @@ def test_a_worker_with_two_devices_answers_as_this_process(monkeypatch: pytest.M
     fields = {field.name: getattr(task, field.name) for field in dataclasses.fields(Task)}
     outer = small_config(outer={"population": 8}).outer
     job = Job([{**fields, "data": numbers}], [None] * len(arrays), form, outer, "fused", versions("fused"))
-    worker = Worker(Share(2, devices=2))
+    worker = Worker(Share(2))
     assert worker.setup(cloudpickle.dumps(job), {}) == list(range(len(arrays)))
     assert worker.setup(cloudpickle.dumps(job), dict(enumerate(map(np.asarray, arrays)))) == []
     assert worker._runner.devices == tuple(_DEVICES)

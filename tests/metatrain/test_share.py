@@ -35,11 +35,11 @@ def process(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     [
         ({"CPU": 1.0}, Share()),
         ({"CPU": 0.5}, Share(1)),
-        ({"CPU": 4.0}, Share(4, devices=4)),
+        ({"CPU": 4.0}, Share(4)),
         ({"GPU": 1.0}, Share(1, True, 1.0)),
         ({"CPU": 2.0, "GPU": 0.25}, Share(2, True, 0.25)),
-        ({"CPU": 1.0, "GPU": 4.0}, Share(1, True, 1.0, 4)),
-        ({"TPU": 4.0}, Share(1, True, 1.0, 4)),
+        ({"CPU": 1.0, "GPU": 4.0}, Share(1, True, 1.0)),
+        ({"TPU": 4.0}, Share(1, True, 1.0)),
         ({"CPU": 1.0, "big_node": 1.0}, Share()),
     ],
 )
