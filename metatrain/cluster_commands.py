@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from metatrain.terminal import AllowOtherVersion, ConfigFile, Overrides, TrustTask, console, load
+from metatrain.terminal import AllowOtherVersion, ConfigFile, Overrides, TrustTask, console, load, print_news
 
 app = typer.Typer()
 
@@ -68,7 +67,7 @@ def list_(address: _Address = _DASHBOARD, allow_unauthenticated: _Open = False) 
     """List the runs of a Ray cluster."""
     from metatrain.ray import jobs
 
-    for job in jobs.list_runs(jobs.client(address, allow_unauthenticated, _log)):
+    for job in jobs.list_runs(jobs.client(address, allow_unauthenticated, print_news)):
         console.print(f"{job.id}  {job.status.lower()}  {job.folder}")
 
 
@@ -93,7 +92,7 @@ def status(
     else:
         from metatrain.ray import jobs
 
-        connected = jobs.client(address, allow_unauthenticated, _log)
+        connected = jobs.client(address, allow_unauthenticated, print_news)
 
         def read() -> Snapshot:
             return jobs.snapshot(connected, jobs.find(connected, name))
@@ -114,7 +113,7 @@ def logs(
     """Print the output of a run's driver."""
     from metatrain.ray import jobs
 
-    connected = jobs.client(address, allow_unauthenticated, _log)
+    connected = jobs.client(address, allow_unauthenticated, print_news)
     for text in jobs.logs(connected, jobs.find(connected, name), follow):
         console.print(text, end="")
 
@@ -124,11 +123,6 @@ def stop(name: _Name, address: _Address = _DASHBOARD, allow_unauthenticated: _Op
     """Stop a run after a last checkpoint."""
     from metatrain.ray import jobs
 
-    connected = jobs.client(address, allow_unauthenticated, _log)
-    job = jobs.stop(connected, jobs.find(connected, name), log=_log)
+    connected = jobs.client(address, allow_unauthenticated, print_news)
+    job = jobs.stop(connected, jobs.find(connected, name), log=print_news)
     console.print(f"{job.name} is {job.status.lower()}; resume with: metatrain submit … --resume")
-
-
-def _log(sentence: str) -> None:
-    """News for the user that is not the command's result."""
-    print(sentence, file=sys.stderr)

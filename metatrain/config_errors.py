@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 _MAX_ERRORS = 5  # in one sentence
+_MAX_REASON = 300  # characters
 
 # What pydantic puts into the location of an error beside keys: the members of a union.
 _MEMBERS = re.compile(r"(function-|tuple\[|literal\[|dict\[|constrained-|(bool|int|float|str)$)")
@@ -60,3 +61,8 @@ def _found(error: Any) -> str:
 def one_line(error: BaseException) -> str:
     """An error's whole message, without line breaks."""
     return " ".join(str(error).split())
+
+
+def reason(error: BaseException) -> str:
+    """The start of an error's message as one line; its type if it has no message."""
+    return one_line(error)[:_MAX_REASON] or type(error).__name__

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from metatrain.config import ExecutionConfig, UserError
-from metatrain.ray.connection import connect, is_loopback
+from metatrain.config_errors import reason
+from metatrain.ray.connection import connect, is_loopback, others_can_read, token_file, uses_token
 from metatrain.ray.node_report import NodeReport, installed_versions, listening, nodes
 from metatrain.system import check_destination, usable_cpus
 from tasks.data.cache import cache_dir
@@ -54,7 +55,7 @@ def machine(folder: str) -> Iterator[Finding]:
     yield _check_devices()
     yield check_token()
     try:
-        yield check_ports(listening(), "this machine", has_mode())
+        yield check_ports(listening(), "this machine", uses_token())
     except ImportError:
         yield Finding("bad", "ports", "Ray is not installed", "pip install 'l3rs[metatrain]'")
     if "://" in folder:
@@ -93,7 +94,7 @@ def cluster(address: str, folder: str, allow_unauthenticated: bool, log: Callabl
     yield check_equal_versions([node for _, node in answers])
     addresses = {address for _, node in answers for address in node.listening or ()}
     told = all(node.listening is not None for _, node in answers)
-    yield check_ports(tuple(sorted(addresses)) if told else None, "the cluster", has_mode())
+    yield check_ports(tuple(sorted(addresses)) if told else None, "the cluster", uses_token())
     yield check_clocks({node.host: node.time - now for now, node in answers})
     if probe:
         yield check_shared(folder, {node.host: node.missing for _, node in answers if node.missing})
@@ -149,24 +150,18 @@ def check_ports(addresses: tuple[str, ...] | None, where: str, token: bool) -> F
     )  # fmt: skip
 
 
-def has_mode() -> bool:
-    """Whether this process uses Ray's token."""
-    return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
-
-
 def check_token() -> Finding:
     """Ray's token on this machine."""
-    given = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    path = Path(given) if given else Path.home() / ".ray" / "auth_token"
+    path = token_file()
     mode = os.environ.get("RAY_AUTH_MODE", "not set")
     if os.environ.get("RAY_AUTH_TOKEN"):
         return Finding("ok", "token", f"RAY_AUTH_MODE is {mode}; RAY_AUTH_TOKEN holds a token")
     if path.is_file():
         found = f"RAY_AUTH_MODE is {mode}; {path} holds a token"
-        if os.name == "posix" and path.stat().st_mode & 0o077:
+        if others_can_read(path):
             return Finding("bad", "token", f"{found} that other users can read", f"chmod 600 {path}")
         return Finding("ok", "token", found)
-    if given or has_mode():
+    if os.environ.get("RAY_AUTH_TOKEN_PATH") or uses_token():
         return Finding("bad", "token", f"RAY_AUTH_MODE is {mode}; there is no token in {path}",
                        "ray get-auth-token --generate")  # fmt: skip
     return Finding("ok", "token", "none; Ray on loopback needs none, a cluster of several machines does")
@@ -254,8 +249,8 @@ def _check_store(url: str) -> Finding:
         same = files.cat_file(name) == b"l3rs"
         files.rm_file(name)
     except Exception as error:  # the drivers' own exceptions have no common base
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        return Finding("bad", "store of runs", f"{url} cannot be written: {reason}", "check its name and your access")
+        found = f"{url} cannot be written: {reason(error)}"
+        return Finding("bad", "store of runs", found, "check its name and your access")
     if not same:
         return Finding("bad", "store of runs", f"{url} returns another content than was written", "use another store")
     return Finding("ok", "store of runs", f"{url} can be written and read")

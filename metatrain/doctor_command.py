@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shlex
-import sys
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from metatrain.terminal import console
+from metatrain.terminal import console, print_news
 
 if TYPE_CHECKING:
     from metatrain.doctor import Finding
@@ -38,7 +37,7 @@ def doctor(
     elif address.startswith("http"):
         bad = _through_jobs(address, folder, allow_unauthenticated)
     else:
-        bad = _print(f"the cluster at {address}", checks.cluster(address, folder, allow_unauthenticated, _log))
+        bad = _print(f"the cluster at {address}", checks.cluster(address, folder, allow_unauthenticated, print_news))
     if bad:
         raise typer.Exit(1)
 
@@ -59,7 +58,7 @@ def _through_jobs(address: str, folder: str, allow_unauthenticated: bool) -> boo
     from metatrain.ray import jobs
     from metatrain.ray.connection import is_loopback, split_address
 
-    connected = jobs.client(address, allow_unauthenticated, _log)
+    connected = jobs.client(address, allow_unauthenticated, print_news)
     host, _ = split_address(address)
     reach = "on loopback: an ssh or kubectl port-forward, or this machine" if is_loopback(host) else "over the network"
     found = [checks.Finding("ok", "dashboard", f"it answers {reach}"), checks.check_token()]
@@ -78,8 +77,3 @@ def _through_jobs(address: str, folder: str, allow_unauthenticated: bool) -> boo
     text, succeeded = jobs.output(connected, job)
     console.print(text.strip())
     return bad or not succeeded
-
-
-def _log(sentence: str) -> None:
-    """News for the user that is not the command's result."""
-    print(sentence, file=sys.stderr)

@@ -51,3 +51,8 @@ def load(config: Path, overrides: Sequence[str] | None, trust_task: bool = False
 
         search_current_folder()
     return loaded
+
+
+def print_news(sentence: str) -> None:
+    """News for the user that is not the command's result."""
+    print(sentence, file=sys.stderr)

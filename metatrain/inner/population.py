@@ -106,9 +106,16 @@ def plan_devices(plan: Plan) -> list[jax.Device]:
     return jax.local_devices()[:1] if plan == "torch" else jax.local_devices()
 
 
-def host_arguments(state: State, key: jax.Array, draw: Draw) -> tuple[Any, ...]:
-    """The first arguments of `candidate_losses` as arrays of the host, to be sent to other processes."""
-    return (*jax.tree.map(np.asarray, (state, key, draw.sample)), np.int32(draw.horizon))
+def host_arguments(state: State, spec: GenerationSpec) -> list[tuple[int, tuple[Any, ...]]]:
+    """For each draw, (index of its task, first arguments of `candidate_losses`), to be sent to other processes.
+
+    The arguments are arrays of the host.
+    """
+
+    def arguments(draw: Draw) -> tuple[Any, ...]:
+        return (*jax.tree.map(np.asarray, (state, spec.key, draw.sample)), np.int32(draw.horizon))
+
+    return [(draw.task, arguments(draw)) for draw in spec.draws]
 
 
 def cut(population: int, chunk: int) -> list[np.ndarray]:

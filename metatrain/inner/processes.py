@@ -92,7 +92,7 @@ class ProcessEvaluator:
 
     def evaluate(self, state: State, spec: GenerationSpec, waiting: Callable[[str], None] | None = None) -> np.ndarray:
         del waiting  # a process that dies is replaced at once
-        shared = [(draw.task, host_arguments(state, spec.key, draw)) for draw in spec.draws]
+        shared = host_arguments(state, spec)
         losses = np.full((len(spec.draws), self._population), np.nan, np.float32)
         chunks = generation_chunks(spec.draws, self._population, 1)
         pending = deque((index, int(member)) for index, [member] in chunks)

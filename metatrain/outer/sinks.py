@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from l3rs.io.files import read_regular, write_atomically
 from metatrain.config import Config, UserError, as_written, flat
-from metatrain.config_errors import one_line
+from metatrain.config_errors import reason
 
 _log = logging.getLogger("metatrain")
 
@@ -68,7 +68,7 @@ def make_sinks(config: Config, folder: Path, generation: int) -> list[Sink]:
                 f"logging.{name} is true, but its package is not installed: pip install l3rs[{name}]"
             ) from None
         except Exception as error:  # these libraries' exceptions have no common base
-            sentence = f"logging.{name} cannot be used: {one_line(error)[:300] or type(error).__name__}"
+            sentence = f"logging.{name} cannot be used: {reason(error)}"
             if not generation:
                 raise UserError(sentence) from error
             _log.warning("%s; the run goes on without it", sentence)
@@ -198,8 +198,7 @@ class _Lasting:
         except Exception as error:  # these libraries' exceptions have no common base
             self._failures += 1
             left_out = "; it gets no more figures" if self._failures == _MAX_FAILURES else ""
-            reason = one_line(error)[:300] or type(error).__name__
-            _log.warning("logging.%s failed: %s%s", self._name, reason, left_out)
+            _log.warning("logging.%s failed: %s%s", self._name, reason(error), left_out)
 
 
 def _read_ids(folder: Path) -> dict[str, str]:

@@ -78,7 +78,7 @@ def connect(execution: ExecutionConfig, log: Callable[[str], None]) -> bool:
 
 
 def _mode() -> str:
-    return "with Ray's token" if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" else "without a token"
+    return "with Ray's token" if uses_token() else "without a token"
 
 
 def _own_ray(execution: ExecutionConfig, log: Callable[[str], None]) -> bool:
@@ -166,7 +166,7 @@ def require_token(host: str, allow_unauthenticated: bool, accept: str = "executi
     Raises:
       UserError: there is no token, and `allow_unauthenticated` is false.
     """
-    if is_loopback(host) or os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
+    if is_loopback(host) or uses_token():
         return
     if has_token() and os.environ.get("RAY_AUTH_MODE") is None:
         os.environ["RAY_AUTH_MODE"] = "token"
@@ -180,15 +180,30 @@ def require_token(host: str, allow_unauthenticated: bool, accept: str = "executi
     )
 
 
+def uses_token() -> bool:
+    """Whether this process uses Ray's token."""
+    return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
+
+
+def token_file() -> Path:
+    """Where Ray looks for its token in a file."""
+    given = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return Path(given) if given else Path.home() / ".ray" / "auth_token"
+
+
+def others_can_read(file: Path) -> bool:
+    """Whether other users of this machine can read a file that is there; False where the system does not tell."""
+    return os.name == "posix" and bool(file.stat().st_mode & 0o077)
+
+
 def has_token() -> bool:
     """Whether Ray finds a token in this process. A token file that other users can read is named in a warning."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return True
-    given = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    path = Path(given) if given else Path.home() / ".ray" / "auth_token"
-    if os.name == "posix" and path.is_file() and path.stat().st_mode & 0o077:
+    path = token_file()
+    if path.is_file() and others_can_read(path):
         _log.warning("%s holds Ray's token, and other users can read it; make it yours with: chmod 600 %s", path, path)
-    return bool(given) or path.is_file()
+    return bool(os.environ.get("RAY_AUTH_TOKEN_PATH")) or path.is_file()
 
 
 def probe(host: str, port: int) -> None:

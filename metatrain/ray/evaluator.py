@@ -76,7 +76,7 @@ class RayEvaluator:
 
     def evaluate(self, state: State, spec: GenerationSpec, waiting: Callable[[str], None] | None = None) -> np.ndarray:
         self._rounds += 1
-        shared = [self._ray.put([(draw.task, host_arguments(state, spec.key, draw)) for draw in spec.draws])]
+        shared = [self._ray.put(host_arguments(state, spec))]
         calls = generation_calls(spec, self._population, self._chunk)
         had_workers, last = False, time.monotonic()
 

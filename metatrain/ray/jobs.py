@@ -12,7 +12,6 @@ import dataclasses
 import importlib.util
 import json
 import logging
-import math
 import os
 import platform
 import re
@@ -32,7 +31,7 @@ from l3rs.io.files import first_line
 from metatrain.config import Config, UserError, dump_config
 from metatrain.outer.status import Snapshot, folder_snapshot, logged_snapshot
 from metatrain.ray.connection import has_token, is_loopback, probe, require_token, split_address
-from metatrain.waiting import NOTICE_SECONDS, notice, noticed
+from metatrain.waiting import noticed
 
 CLIENT = "L3RS_CLIENT"  # environment variable: the versions on the submitting machine, as JSON
 _NAME, _FOLDER = "l3rs_run", "l3rs_folder"  # metadata of a job
@@ -313,19 +312,16 @@ def _versions() -> dict[str, str]:
 
 
 def _wait_for_start(jobs: Any, job_id: str, log: Callable[[str], None]) -> Job:
-    began = time.monotonic()
-    notice_at = began + NOTICE_SECONDS
-    while time.monotonic() < began + _START_SECONDS:
-        if time.monotonic() > notice_at:
-            notice_at = math.inf
-            advice = f"at most {_START_SECONDS:.0f} s; Ctrl-C leaves the job running; see: metatrain logs {job_id}"
-            log(notice(f"the first generation of {job_id}", NOTICE_SECONDS, advice))
-        job = find(jobs, job_id)
-        if job.status == "FAILED":
-            raise UserError(_failure(jobs, job))
-        if job.status != "PENDING" and (job.status != "RUNNING" or _GENERATION.search(jobs.get_job_logs(job_id))):
-            return job
-        time.sleep(0.5)
+    deadline = time.monotonic() + _START_SECONDS
+    advice = f"at most {_START_SECONDS:.0f} s; Ctrl-C leaves the job running; see: metatrain logs {job_id}"
+    with noticed(f"the first generation of {job_id}", advice, log):
+        while time.monotonic() < deadline:
+            job = find(jobs, job_id)
+            if job.status == "FAILED":
+                raise UserError(_failure(jobs, job))
+            if job.status != "PENDING" and (job.status != "RUNNING" or _GENERATION.search(jobs.get_job_logs(job_id))):
+                return job
+            time.sleep(0.5)
     log(f"the run has not finished a generation after {_START_SECONDS:.0f} s; see: metatrain logs {job_id}")
     return find(jobs, job_id)
 

@@ -122,7 +122,7 @@ def test_a_worker_with_two_devices_answers_as_this_process(monkeypatch: pytest.M
     assert worker.setup(cloudpickle.dumps(job), {}) == list(range(len(arrays)))
     assert worker.setup(cloudpickle.dumps(job), dict(enumerate(map(np.asarray, arrays)))) == []
     assert worker._runner.devices == tuple(_DEVICES)
-    shared = [[(draw.task, host_arguments(state, spec.key, draw)) for draw in spec.draws]]
+    shared = [host_arguments(state, spec)]
     answer = worker.evaluate(7, shared, 3, 0, np.arange(8, dtype=np.int32), 2)
     assert (answer.round, answer.shard, answer.chunk, answer.device) == (7, 3, 2, device_kind())
     np.testing.assert_array_equal(answer.fitness, losses[0])
