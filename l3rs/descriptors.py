@@ -188,16 +188,14 @@ def _norms_behind(modules: Sequence[str], layers: Sequence[Layer]) -> list[str]:
     """The modules, each numbered batch norm moved behind the module with a kernel of its parent and number."""
     kernels = {module_of(layer.path) for layer in layers if _scale_free_kind(layer) in ("matrix", "embedding")}
     numbers = {module: _parent_and_number(module) for module in modules}
-    leaders: dict[tuple[str, str], str] = {}
-    for module in modules:
-        if module in kernels:
-            leaders.setdefault(numbers[module], module)
-    followers: dict[str, list[str]] = {}
-    for module in modules:
-        if _BATCH_NORM.search(module.lower()) and numbers[module] in leaders:
-            followers.setdefault(leaders[numbers[module]], []).append(module)
-    moved = {norm for norms in followers.values() for norm in norms}
-    return [each for module in modules if module not in moved for each in (module, *followers.get(module, ()))]
+    leaders = {numbers[module]: module for module in reversed(modules) if module in kernels}  # the first of a number
+    place = {module: i for i, module in enumerate(modules)}
+
+    def key(module: str) -> tuple[int, bool]:
+        leader = leaders.get(numbers[module], module) if _BATCH_NORM.search(module.lower()) else module
+        return place[leader], module != leader
+
+    return sorted(modules, key=key)
 
 
 def _parent_and_number(module: str) -> tuple[str, str]:

@@ -356,14 +356,15 @@ class L3RS(torch.optim.Optimizer):
         decision, memory = decide(self._theta, self.spec, memory, measured, layers.facts, total_steps, self._guard, np)
         self._remember(memory)
         layers.small.write(memory, decision)
-        lr, weight_decay = (self._per_layer(option) for option in ("lr", "weight_decay"))
+        lr, weight_decay = self._per_layer("lr", "weight_decay")
         self._warn_of_first_steps(layers, lr * decision.step_norm, measured)
         return -lr[:, None] * decision.coefficients, -lr * weight_decay * decision.step_norm / measured.root_n
 
-    def _per_layer(self, option: str) -> np.ndarray:
-        """An option of the param groups, for each parameter with a gradient, float32 [L]."""
+    def _per_layer(self, *options: str) -> list[np.ndarray]:
+        """Options of the param groups, for each parameter with a gradient, each float32 [L]."""
         counts = [sum(param.grad is not None for param in group["params"]) for group in self.param_groups]
-        return np.repeat(np.array([float(group[option]) for group in self.param_groups], np.float32), counts)
+        values = [np.array([float(group[option]) for group in self.param_groups], np.float32) for option in options]
+        return [np.repeat(each, counts) for each in values]
 
     def _warn_of_first_steps(self, layers: ActiveLayers, step_norm: np.ndarray, measured: core.Statistics) -> None:
         if self._warned_of_first_steps or measured.steps.max() > first_steps.N_STEPS:

@@ -242,6 +242,13 @@ def test_a_batch_norm_comes_behind_its_convolution():
     assert [row[5] for row in scale_free_descriptors(vit)] == pytest.approx([0, 1 / 3, 2 / 3, 1])
 
 
+def test_a_module_that_is_named_like_a_batch_norm_but_has_a_kernel_stays_where_it_is():
+    alone = layers(("bn1/kernel", (8, 8)), ("fc/kernel", (8, 8)))
+    assert [row[5] for row in scale_free_descriptors(alone)] == [0, 1]
+    followed = layers(("batch_norm1/scale", (8,)), ("bn1/kernel", (8, 8)), ("fc/kernel", (8, 8)))
+    assert [row[5] for row in scale_free_descriptors(followed)] == [0.5, 0, 1]
+
+
 def test_natural_sizes():
     adapters = layers(("q/a", (32, 4)), ("q/b", (4, 32)))
     np.testing.assert_allclose(natural_rms(adapters), [1 / np.sqrt(32), 1 / 2], rtol=1e-6)
