@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from tasks.base import Aux, Batch, Params, Stats
+from tasks.data.images import IMAGENET_MEAN, IMAGENET_STD
 from tasks.models import Model
 from tasks.pretrained import Loss
 
 _HELD_OUT = 1 << 20  # random inits of this index and above are never used in meta-training
 RANDOM_POOLS = {"meta_train": range(_HELD_OUT), "held_out": range(_HELD_OUT, 2 * _HELD_OUT)}
 
-# Of ImageNet's training images; published weights expect inputs normalized with them.
-_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-_STD = np.array([0.229, 0.224, 0.225], np.float32)
-
 
 def normalized(images: jax.Array) -> jax.Array:
     """Convert uint8 RGB [..., 3] to float32 with about zero mean and unit variance; float images are returned as is."""
     if images.dtype != jnp.uint8:
         return images
-    return (images.astype(jnp.float32) / 255.0 - _MEAN) / _STD
+    return (images.astype(jnp.float32) / 255.0 - IMAGENET_MEAN) / IMAGENET_STD
 
 
 def classification_loss(model: Model) -> Loss:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -66,7 +67,7 @@ def digits(
     if init == "random":
         return task(splits, lambda _, i: network.init(jax.random.key(i)), RANDOM_POOLS)
 
-    stacked, pools = _inits(target, init, form, network, (inits, held_out_inits), pretrain_steps, starts)
+    stacked, pools = _inits(target, splits, init, form, network, (inits, held_out_inits), pretrain_steps, starts)
 
     def pretrained(data: Data, i: jax.Array) -> tuple[Params, Stats]:
         return jax.tree.map(lambda x: x[i], data["inits"])
@@ -76,6 +77,7 @@ def digits(
 
 def _inits(
     target: str,
+    splits: Data,
     init: str,
     form: Mapping[str, Any],
     network: Model,
@@ -84,7 +86,6 @@ def _inits(
     starts: Sequence[str],
 ) -> tuple[tuple[Params, Stats], dict[str, list[int]]]:
     """The stacked inits of `digits`, every array with a leading axis, and the pools of their indices."""
-    splits = _digits_splits(target)
     # Frozen batch norm needs statistics: these networks are pretrained with batch norm in training mode.
     form = pretraining_model(form)
     donor = make_model(image_shape=_shape(splits), classes=_count_classes(splits), **form)
@@ -102,6 +103,7 @@ def _inits(
     stacked = cached_inits(key, shape, lambda: pretrain_on(_digits_splits(init), steps))
     cold = jax.tree.map(lambda x: x[:inits], stacked)
 
+    @functools.cache
     def random() -> tuple[Params, Stats]:
         return jax.tree.map(np.asarray, jax.vmap(network.init)(jax.random.split(jax.random.key(0), inits)))
 

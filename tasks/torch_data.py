@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tasks.base import TaskError
-from tasks.data.images import Classes, load_images
+from tasks.data.images import IMAGENET_MEAN, IMAGENET_STD, Classes, load_images
 from tasks.data.sources import ImageFolder, Source, Tfds
 from tasks.data.splits import FRACTIONS, stratified
 
 _NAMES = {"train": "inner_train", "inner_valid": "inner_valid", "outer_valid": "outer_valid", "test": "test"}
-_MEAN, _STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # of ImageNet
+_MEAN, _STD = torch.from_numpy(IMAGENET_MEAN), torch.from_numpy(IMAGENET_STD)
 
 
 class Images(Dataset[tuple[Tensor, Tensor]]):
@@ -89,7 +89,8 @@ def text_splits(
     """
     rows = _read(file, [*text, label])
     names = sorted({row[label] for row in rows})
-    labels = np.array([names.index(row[label]) for row in rows])
+    numbers = {name: i for i, name in enumerate(names)}
+    labels = np.array([numbers[row[label]] for row in rows])
     fields = dict(tokenize(*([row[column] for row in rows] for column in text)))
     every = {name: torch.as_tensor(np.asarray(values)) for name, values in fields.items()}
     every["labels"] = torch.from_numpy(labels)

@@ -19,6 +19,10 @@ from tasks.data.splits import FRACTIONS, TRAIN_FRACTIONS, stratified
 
 _VERSION = 1  # increase it when the choice of images or their pixels change
 
+# Of ImageNet's training images, of colours in [0, 1]; published weights expect inputs normalized with them.
+IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
+
 _log = logging.getLogger(__name__)
 
 Classes = Sequence[str | int] | Mapping[str, int] | None
