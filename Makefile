@@ -63,7 +63,7 @@ coverage:
 # Builds the last commit, installs it with every Python that is here, and uses it; `make release-check ARGS=--help`.
 release-check:
 	$(MAKE) setup EXTRAS=$(EXTRAS),release
-	$(BIN)/python tools/release_check.py $(ARGS)
+	$(BIN)/python -m tools.release_check $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks

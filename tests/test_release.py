@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-import runpy
 import tomllib
 from pathlib import Path
+
+from tools import release_check
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,7 +21,7 @@ def test_one_version():
 
 
 def test_the_trials_of_a_release():
-    trials = {trial.extra: trial for trial in runpy.run_path(str(ROOT / "tools" / "release_check.py"))["trials"]()}
+    trials = {trial.extra: trial for trial in release_check.trials()}
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     assert set(trials) == {"", "torch", "jax", "metatrain"}
     assert set(trials) - {""} <= set(extras)

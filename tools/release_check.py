@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import io
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +28,8 @@ import tomllib
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+
+from tests.docs.blocks import blocks
 
 ROOT = Path(__file__).resolve().parents[1]
 DIST = ROOT / "dist"
@@ -96,11 +97,7 @@ def trials() -> list[Trial]:
 
 def python_block(first: str) -> str:
     """The Python code of docs/start.md in which the line `first` occurs."""
-    text = (ROOT / "docs" / "start.md").read_text(encoding="utf-8")
-    blocks = [
-        textwrap.dedent(block) for block in re.findall(r"^ *```python\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)
-    ]
-    return next(block for block in blocks if first in block)
+    return next(block.code for block in blocks(ROOT / "docs" / "start.md", "python") if first in block.code)
 
 
 def command(*words: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = None) -> str:
