@@ -28,6 +28,7 @@ from metatrain.ray.pool import Pool
 from tasks import Task, sample
 from tests.benchmarks.stepwise import resnet8
 from tests.benchmarks.timing import in_turn, ratio
+from tests.metatrain.loops import shards_of_one_call
 from tests.metatrain.quadratic import regression
 
 POPULATION, HORIZON, ROUNDS = 8, 12, 7
@@ -78,9 +79,7 @@ def _overhead() -> None:
 
 def _constants(remote: RayEvaluator, state: Any, spec: GenerationSpec) -> None:
     """Measure what tests/metatrain/simulation.py assumes. Every shard is one candidate."""
-    with mock.patch(
-        "metatrain.ray.pool.cut_shards", lambda seconds, *_: [range(i, i + 1) for i in range(len(seconds))]
-    ):
+    with shards_of_one_call():
         began = time.process_time()
         for _ in range(5):
             remote.evaluate(state, spec)

@@ -14,14 +14,12 @@ from unittest import mock
 
 import numpy as np
 
-from metatrain.config import ExecutionConfig
-from metatrain.ray.aggregator import GroupAnswer, Sent, Status
+from metatrain.ray.aggregator import GroupAnswer, Status
 from metatrain.ray.announced import Announced
-from metatrain.ray.fleet import Fleet
-from metatrain.ray.groups import GROUP_WORKERS, Groups
-from metatrain.ray.health import Health
-from metatrain.ray.pool import Calls, Pool, Work
+from metatrain.ray.groups import GROUP_WORKERS
+from metatrain.ray.pool import Calls, Work
 from metatrain.ray.worker import Answer
+from tests.metatrain.loops import groups, pool, shards_of_one_call
 
 SHARDS_A_WORKER = 4
 WORKERS = (10, 100, 1_000, 10_000)
@@ -100,31 +98,19 @@ def _fake_ray() -> Any:
     return ray
 
 
-class _Package(Sent):
-    def send_all(self) -> None:
-        """Nothing is sent."""
-
-
 def milliseconds(workers: int, rounds: int, aggregators: bool) -> float:
     """The driver's own CPU time for a shard, or for what would be one, with so many workers; median over rounds."""
     calls = SHARDS_A_WORKER * workers
     own = Calls(
         np.zeros(calls, np.int32), np.arange(8 * calls, dtype=np.int32).reshape(calls, 8), np.full(calls, 100.0)
     )
-    execution = ExecutionConfig(backend="ray", workers=workers)
     with (
         mock.patch.dict(sys.modules, {"ray": _fake_ray()}),
         mock.patch("metatrain.ray.pool.Announced", _OneByOne),
         mock.patch("metatrain.ray.groups.Announced", _OneByOne),
-        mock.patch("metatrain.ray.pool.cut_shards", lambda seconds, *_: [range(i, i + 1) for i in range(len(seconds))]),
+        shards_of_one_call(),
     ):
-        package = _Package(None, {})
-        loop: Pool | Groups
-        if aggregators:
-            loop = Groups(_Worker, package, execution, 8, lambda: workers, print)
-        else:
-            health = Health()
-            loop = Pool(Fleet(_Worker, package, execution, 8, health, print), health, print)
+        loop = groups(_Worker, workers, 8) if aggregators else pool(_Worker, workers, 8)
         taken = []
         for number in range(rounds + 1):
             began = time.process_time()

@@ -7,7 +7,6 @@ bounds it: fits of the kernels, which become rarer as data grows, and grow with 
 
 from __future__ import annotations
 
-import os
 import time
 
 import jax
@@ -18,14 +17,13 @@ from l3rs.baselines import iomt
 from metatrain.evaluation.interleaved import trainers
 from tasks import sample
 from tests.benchmarks.stepwise import resnet8
+from tests.benchmarks.timing import use_one_core
 
 STAGES = 44  # 20 of them belong to the initial phase
 
 
 def main() -> None:
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+    use_one_core()
     task = resnet8()
     data, chosen = jax.device_put((task.data, sample(task, jax.random.key(0))), jax.devices()[0])
     params, stats = jax.jit(task.init)(data, jnp.int32(0))

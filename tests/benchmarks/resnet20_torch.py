@@ -5,8 +5,6 @@ Batch norm in training mode, 32 × 32, batch 32, one core; both draw, crop and m
 
 from __future__ import annotations
 
-import os
-
 import jax
 import numpy as np
 import torch
@@ -20,7 +18,7 @@ from tasks.base import AnyTask
 from tasks.torch import TorchTask
 from tasks.torch_data import Images
 from tests.benchmarks.stepwise import resnet
-from tests.benchmarks.timing import in_turn, ratio
+from tests.benchmarks.timing import in_turn, medians, ratio, use_one_core
 from tests.integrations.test_resnet20 import ResNet20
 
 STEPS = 10  # a timing
@@ -37,9 +35,7 @@ def in_torch() -> TorchTask:
 
 
 def main() -> None:
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+    use_one_core()
     torch.set_num_threads(1)
 
     def of(task: AnyTask) -> tuple[l3rs.Spec, dict]:
@@ -56,5 +52,5 @@ def main() -> None:
         "PyTorch": lambda: own(torch_theta, {}, sample(torch_task, jax.random.key(0)), STEPS),
     }
     seconds = in_turn(calls, rounds=7)
-    times = ", ".join(f"{name} {1e3 * np.median(s) / STEPS:.1f} ms" for name, s in seconds.items())
+    times = medians(seconds, STEPS)
     print(f"a candidate-step of a ResNet-20: {times}; PyTorch / JAX: {ratio(seconds, 'PyTorch', 'JAX')}")

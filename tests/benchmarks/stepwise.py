@@ -6,8 +6,6 @@ and asks the learned optimizer; the bare step has its batch in hand. What bounds
 
 from __future__ import annotations
 
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +17,7 @@ from tasks.base import Batch, Data
 from tasks.classification import RANDOM_POOLS, classification_loss
 from tasks.data.crop_flip import random_crop_flip
 from tasks.models import make_model
-from tests.benchmarks.timing import in_turn, ratio
+from tests.benchmarks.timing import in_turn, medians, ratio, use_one_core
 
 STEPS = 20  # a timing
 
@@ -53,9 +51,7 @@ def resnet8() -> Task:
 
 
 def main() -> None:
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+    use_one_core()
     task = resnet8()
     device = jax.devices()[0]
     spec = l3rs.Spec.create(task.params_shape())
@@ -79,7 +75,7 @@ def main() -> None:
 
     calls = {"bare SGD": bare, "candidate": lambda: rollout(theta, data, chosen, np.int32(STEPS))}
     seconds = in_turn(calls, rounds=11)
-    times = ", ".join(f"{name} {1e3 * np.median(s) / STEPS:.1f} ms" for name, s in seconds.items())
+    times = medians(seconds, STEPS)
     print(
         f"a step, stepwise plan: {times}; candidate / bare: {ratio(seconds, 'candidate', 'bare SGD')}  (wanted: ≤ 1.15)"
     )

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
 _PAUSE = 0.2  # XLA frees large scratch memory late
+
+
+def use_one_core() -> None:
+    """Keep this process, and XLA's threads for one operation, on one core; before JAX is used for the first time."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
 
 
 def in_turn(
@@ -27,6 +35,11 @@ def in_turn(
             call()
             seconds[name].append(clock() - began)
     return {name: np.array(values) for name, values in seconds.items()}
+
+
+def medians(seconds: Mapping[str, np.ndarray], steps: int = 1, decimals: int = 1) -> str:
+    """The median of each call in milliseconds a step, if a call makes so many: "l3rs 3.1 ms, adamw 2.9 ms"."""
+    return ", ".join(f"{name} {1e3 * np.median(s) / steps:.{decimals}f} ms" for name, s in seconds.items())
 
 
 def ratio(seconds: Mapping[str, np.ndarray], a: str, b: str) -> str:

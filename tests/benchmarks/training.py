@@ -17,7 +17,7 @@ import optax
 import l3rs
 from tasks.classification import classification_loss
 from tasks.models import make_model
-from tests.benchmarks.timing import in_turn, ratio
+from tests.benchmarks.timing import in_turn, medians, ratio
 
 BATCH, CLASSES, ROUNDS = 16, 100, 7
 NETWORKS: dict[str, dict[str, Any]] = {"resnet18": {}, "vit_small": {"patch_size": 8}}
@@ -57,7 +57,7 @@ def measure(name: str, options: dict[str, Any]) -> None:
 
         calls[optimizer] = call
     seconds = in_turn(calls, ROUNDS, time.process_time)
-    times = ", ".join(f"{key} {1e3 * np.median(s):.0f} ms" for key, s in seconds.items())
+    times = medians(seconds, decimals=0)
     found = ratio(seconds, "l3rs", "adamw")
     print(
         f"a fine-tuning step in JAX, {name}, 64 × 64, batch {BATCH}: {times}; l3rs / adamw: {found}  (wanted: ≤ 1.05)"

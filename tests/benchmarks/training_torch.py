@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import l3rs
 from l3rs.torch import L3RS
-from tests.benchmarks.timing import in_turn, ratio
+from tests.benchmarks.timing import in_turn, medians, ratio
 
 BATCH, CLASSES, ROUNDS = 16, 100, 7
 
@@ -108,6 +108,6 @@ def measure(name: str, model: nn.Module, apply: Callable[[nn.Module], Tensor]) -
 
     calls = {"l3rs": lambda: learned.step(loss=backward(ours)), "adamw": step_adamw}
     seconds = in_turn(calls, ROUNDS, time.process_time)
-    times = ", ".join(f"{key} {1e3 * np.median(s):.0f} ms" for key, s in seconds.items())
+    times = medians(seconds, decimals=0)
     found = ratio(seconds, "l3rs", "adamw")
     print(f"a fine-tuning step in PyTorch, {name}, batch {BATCH}: {times}; l3rs / adamw: {found}  (wanted: ≤ 1.05)")

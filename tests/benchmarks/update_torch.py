@@ -19,7 +19,7 @@ import torch
 import l3rs
 from l3rs.torch import L3RS
 from tests.benchmarks.shapes import NETWORKS, SMALL_LAYERS, Shapes
-from tests.benchmarks.timing import in_turn, ratio
+from tests.benchmarks.timing import in_turn, medians, ratio
 
 _THREADS = torch.get_num_threads()
 FORMS: dict[str, dict[str, Any]] = {
@@ -72,7 +72,7 @@ def measure(network: str, shapes: Shapes, wanted: float, **fields: Any) -> None:
     for threads in sorted({1, _THREADS}):
         torch.set_num_threads(threads)
         seconds = in_turn(calls, rounds=15)
-        times = ", ".join(f"{name} {1e3 * np.median(s):.1f} ms" for name, s in seconds.items())
+        times = medians(seconds)
         print(f"  {threads} threads: {times}; l3rs / adamw: {ratio(seconds, 'l3rs', 'adamw')}  (wanted: ≤ {wanted})")
     held = sum(x.numel() for state in ours.state.values() for x in state.values() if isinstance(x, torch.Tensor))
     with tempfile.TemporaryDirectory() as folder:

@@ -11,24 +11,36 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
-import ray
 
 _RAY = Path(sys.executable).with_name("ray")
 _START_SECONDS = 120
 
 
 @contextmanager
-def local_ray(num_cpus: int) -> Iterator[None]:
-    """Ray on this machine alone, with room for so many workers, whatever cores there are."""
+def local_ray(num_cpus: int, **options: Any) -> Iterator[Any]:
+    """Ray on this machine alone, with room for so many workers, whatever cores there are; gives what `init` returns.
+
+    Args:
+      num_cpus: how many workers of one CPU.
+      options: further ones of `ray.init`.
+    """
     os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_worker_niceness": "0"}
-    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+    import ray  # reads the first of them
+
+    context = ray.init(
+        address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+        **options,
+    )  # fmt: skip
+    try:
+        yield context
+    finally:
+        ray.shutdown()
 
 
 class Nodes:
@@ -121,6 +133,33 @@ def ray_nodes(
         yield nodes
     finally:
         nodes.stop()
+
+
+def cluster_command(
+    nodes: Nodes, cwd: Path, timeout: float = 300, **environment: str
+) -> Callable[..., tuple[int, str, str]]:
+    """`metatrain` with this cluster's dashboard, in a folder whose modules it can import.
+
+    Args:
+      nodes: the cluster.
+      cwd: the folder.
+      timeout: seconds.
+      environment: what differs from the cluster's; "" removes a variable.
+
+    Returns:
+      words -> (exit code, stdout, stderr)
+    """
+    env = {**nodes.env, "PYTHONPATH": f"{cwd}", "RAY_API_SERVER_ADDRESS": nodes.dashboard, **environment}
+    env = {name: value for name, value in env.items() if value}
+
+    def call(*words: object) -> tuple[int, str, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "metatrain.cli", *map(str, words)],
+            capture_output=True, text=True, check=False, cwd=cwd, env=env, timeout=timeout,
+        )  # fmt: skip
+        return done.returncode, done.stdout, done.stderr
+
+    return call
 
 
 def listening(nodes: Nodes) -> set[str]:

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import pytest
-import ray
 
 from metatrain.config import Config, load_config
 from metatrain.inner.devices import device_kind
 from metatrain.outer.loop import run
 from metatrain.ray.worker import Answer, Worker
 from tests.metatrain.common import REGRESSION, assert_same_theta, small_config
+from tests.metatrain.nodes import local_ray
 
 pytestmark = pytest.mark.slow  # real Ray
 
 _OUTER = {"steps": 4, "population": 32}
-_ENVIRONMENT = {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_worker_niceness": "0",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-}
 
 
 class TellingWorker(Worker):
@@ -60,15 +57,11 @@ class TellingWorker(Worker):
 def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A Ray with four GPUs that do not exist, and the folder of `TellingWorker`."""
     folder = tmp_path_factory.mktemp("told")
-    before = dict(os.environ)
-    os.environ |= {**_ENVIRONMENT, "TOLD": str(folder)}
-    ray.init(
-        address="local", num_cpus=4, num_gpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
-    )
-    os.environ.clear()
-    os.environ |= before
-    yield folder
-    ray.shutdown()
+    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "TOLD": str(folder)}
+    with contextlib.ExitStack() as stack:
+        with mock.patch.dict(os.environ, environment):  # of the workers alone
+            stack.enter_context(local_ray(num_cpus=4, num_gpus=4))
+        yield folder
 
 
 @pytest.fixture(scope="module")

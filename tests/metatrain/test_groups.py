@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from metatrain.config import ExecutionConfig, UserError
-from metatrain.ray.aggregator import Aggregator, Sent
-from metatrain.ray.fleet import Fleet
+from metatrain.config import UserError
+from metatrain.ray.aggregator import Aggregator
 from metatrain.ray.groups import Groups
-from metatrain.ray.health import Health
 from metatrain.ray.pool import Calls, Pool, Work
 from metatrain.ray.worker import Answer
 from tests.metatrain.fake_ray import FakeRay
+from tests.metatrain.loops import groups, pool
 
 CALLS = Calls(
     draw=np.repeat(np.arange(3, dtype=np.int32), 40),
@@ -51,11 +50,6 @@ class Failing(Counting):
         raise ZeroDivisionError("by zero")
 
 
-class Package(Sent):
-    def send_all(self) -> None:
-        pass
-
-
 @pytest.fixture
 def ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRay]:
     fake = FakeRay(cpus=32)
@@ -68,17 +62,6 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRay]:
     fake.close()
 
 
-def pool(workers: int, worker: type = Counting) -> Pool:
-    health = Health()
-    execution = ExecutionConfig(backend="ray", workers=workers)
-    return Pool(Fleet(worker, Package(None, {}), execution, 2, health, print), health, print)
-
-
-def groups(workers: int, log: Any = print, worker: type = Counting) -> Groups:
-    execution = ExecutionConfig(backend="ray", workers=workers)
-    return Groups(worker, Package(None, {}), execution, 2, lambda: workers, log)
-
-
 def evaluate(workers: Pool | Groups, number: int = 0) -> np.ndarray:
     losses, answered = workers.evaluate(Work(number, [None], CALLS))
     assert answered.all()
@@ -87,7 +70,7 @@ def evaluate(workers: Pool | Groups, number: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_pool_of_any_size_computes_every_call(ray: FakeRay, workers: int) -> None:
-    own = pool(workers)
+    own = pool(Counting, workers, 2)
     for number in range(3):
         np.testing.assert_array_equal(evaluate(own, number), EXPECTED)
     assert (own.workers, own.report()["lost"], own.report()["rejected"]) == (workers, 0, 0)
@@ -113,7 +96,7 @@ def test_a_late_answer_for_one_part_of_a_generation_is_not_used_for_another(monk
     members = np.arange(44, dtype=np.int32).reshape(22, 2)
     draw = np.arange(22, dtype=np.int32) % 2  # a shard is of one draw: so each is of one call
     calls = Calls(draw, members, np.ones(22))
-    own = pool(2, Late)
+    own = pool(Late, 2, 2)
     for part, seconds in ((slice(20), 0.002), (slice(20, 22), 1.0)):
         monkeypatch.setattr(Counting, "seconds", seconds)
         losses, answered = own.evaluate(Work(1, [None], calls.part(part)))
@@ -125,7 +108,7 @@ def test_a_late_answer_for_one_part_of_a_generation_is_not_used_for_another(monk
 
 
 def test_aggregators_compute_what_one_pool_does_and_answer_once(ray: FakeRay) -> None:
-    own = groups(32)
+    own = groups(Counting, 32, 2)
     for number in range(3):
         np.testing.assert_array_equal(evaluate(own, number), EXPECTED)
     assert (len(ray.of(Aggregator)), len(ray.of(Counting)), own.workers) == (4, 32, 32)
@@ -138,7 +121,7 @@ def test_an_aggregator_that_is_killed_is_replaced_and_its_calls_are_computed(
     ray: FakeRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    own = groups(32, said.append)
+    own = groups(Counting, 32, 2, said.append)
     evaluate(own)
     monkeypatch.setattr(Counting, "seconds", 0.1)
     victim = ray.of(Aggregator)[1]
@@ -161,7 +144,7 @@ def test_an_aggregator_that_is_killed_is_replaced_and_its_calls_are_computed(
 
 
 def test_an_aggregator_without_a_sign_of_life_is_given_up(ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = groups(16)
+    own = groups(Counting, 16, 2)
     evaluate(own)
     monkeypatch.setattr("metatrain.ray.groups.STATUS_SECONDS", 0.05)
     monkeypatch.setattr("metatrain.ray.groups.SILENT_SECONDS", 0.5)
@@ -178,7 +161,7 @@ def test_an_aggregator_without_workers_gives_back_what_it_has_not_computed(
     ray: FakeRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("metatrain.ray.aggregator.STARVED_SECONDS", 0.2)
-    own = groups(16)
+    own = groups(Counting, 16, 2)
     evaluate(own)
     monkeypatch.setattr(Counting, "seconds", 0.05)
     starved = ray.of(Aggregator)[0]
@@ -196,7 +179,7 @@ def test_an_aggregator_without_workers_gives_back_what_it_has_not_computed(
 
 @pytest.mark.usefixtures("ray")
 def test_errors_of_a_task_end_the_run_through_an_aggregator() -> None:
-    own = groups(8, worker=Failing)
+    own = groups(Failing, 8, 2)
     with pytest.raises(UserError, match=r"^candidates fail on the workers: ZeroDivisionError: by zero"):
         evaluate(own)
     own.close()

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -20,23 +19,9 @@ from metatrain.outer.loop import run
 from metatrain.ray.connection import is_loopback, require_token, split_address
 from metatrain.ray.jobs import CLIENT, check_client, client, submit_job
 from tests.metatrain.common import assert_same_theta, small_config
-from tests.metatrain.nodes import Nodes, free_port, ray_nodes
+from tests.metatrain.nodes import cluster_command, free_port, ray_nodes
 
 ROOT = Path(__file__).parents[2]
-
-
-def _command(nodes: Nodes, cwd: Path, **environment: str) -> Callable[..., tuple[int, str, str]]:
-    env = {**nodes.env, "PYTHONPATH": f"{cwd}", "RAY_API_SERVER_ADDRESS": nodes.dashboard, **environment}
-    env = {name: value for name, value in env.items() if value}
-
-    def call(*words: object) -> tuple[int, str, str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "metatrain.cli", *map(str, words)],
-            capture_output=True, text=True, check=False, cwd=cwd, env=env, timeout=300,
-        )  # fmt: skip
-        return done.returncode, done.stdout, done.stderr
-
-    return call
 
 
 _SECONDS = 0.4  # of a candidate: a job must still be running when the commands about it have started
@@ -64,7 +49,7 @@ def _logged_generations(text: str) -> list[int]:
 def test_submit_status_logs_stop_resume(tmp_path: Path) -> None:
     config, folder = _user_config(tmp_path), tmp_path / "run"
     with ray_nodes(cpus=2, token=True, dashboard=True) as nodes:
-        metatrain = _command(nodes, tmp_path)
+        metatrain = cluster_command(nodes, tmp_path)
         code, out, err = metatrain("submit", config, "--out", folder)
         assert code == 0, err
         assert f"job small-1, run directory {folder}" in out
@@ -108,8 +93,8 @@ def test_submit_status_logs_stop_resume(tmp_path: Path) -> None:
 def test_what_a_cluster_refuses_is_one_sentence_and_nothing_is_left_running(tmp_path: Path) -> None:
     config = _user_config(tmp_path)
     with ray_nodes(cpus=2, token=True, dashboard=True) as nodes:
-        wrong = _command(nodes, tmp_path, RAY_AUTH_TOKEN="0" * 64)
-        metatrain = _command(nodes, tmp_path)
+        wrong = cluster_command(nodes, tmp_path, RAY_AUTH_TOKEN="0" * 64)
+        metatrain = cluster_command(nodes, tmp_path)
         (tmp_path / "elsewhere.py").write_text("import a_module_of_this_machine")
         for call, words, sentence in (
             (wrong, ["list"], "rejected the request"),
@@ -129,7 +114,7 @@ def test_what_a_cluster_refuses_is_one_sentence_and_nothing_is_left_running(tmp_
 def test_a_cluster_without_tokens(tmp_path: Path) -> None:
     config, folder = _user_config(tmp_path), tmp_path / "run"
     with ray_nodes(cpus=2, token=False, dashboard=True) as nodes:
-        metatrain = _command(nodes, tmp_path)
+        metatrain = cluster_command(nodes, tmp_path)
         code, _, err = metatrain("submit", config, "task.seconds=0.0", "--out", folder)
         assert (code, "can be reached from other machines" in err) == (2, True), err
         words = ["task.seconds=0.0", "--out", folder, "--allow-unauthenticated", "--resume"]
@@ -153,7 +138,7 @@ def test_the_sequence_of_the_readme(tmp_path: Path, earlier_token: bool) -> None
         token.parent.mkdir()
         token.write_text("0" * 64)
     with ray_nodes(cpus=2, token=None, dashboard=True, home=home) as nodes:
-        metatrain = _command(nodes, tmp_path)
+        metatrain = cluster_command(nodes, tmp_path)
         words = ["outer.steps=2", "task.seconds=0.0"]
         code, out, err = metatrain("run", config, *words, "execution.backend=ray", "--out", tmp_path / "own")
         assert code == 0, err

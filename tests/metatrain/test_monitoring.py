@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from metatrain.outer.loop import run
 from metatrain.ray.metrics import RUN_FIGURES
 from tests.metatrain.common import small_config
+from tests.metatrain.nodes import local_ray
 
 DASHBOARD = Path(__file__).parents[2] / "configs" / "cluster" / "grafana-dashboard.json"
 _NAME = r"\bray_\w+"
@@ -53,14 +52,9 @@ def test_every_figure_of_a_run_is_on_the_dashboard() -> None:
 
 @pytest.mark.slow
 def test_a_node_exports_what_the_dashboard_asks_for(tmp_path: Path) -> None:
-    os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_worker_niceness": "0"}
-    import ray
+    with local_ray(num_cpus=2, _system_config={"metrics_report_interval_ms": 500}) as context:
+        import ray
 
-    context: Any = ray.init(
-        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-        _system_config={"metrics_report_interval_ms": 500},
-    )  # fmt: skip
-    try:
         port = next(node["MetricsExportPort"] for node in ray.nodes() if node["NodeID"] == context["node_id"])
         task = {"name": small_config().task.name, "seconds": 0.3}
         outer = {"steps": 8, "population": 4}
@@ -83,5 +77,3 @@ def test_a_node_exports_what_the_dashboard_asks_for(tmp_path: Path) -> None:
         assert float(generation) == 8
         [steps] = re.findall(r"^ray_l3rs_worker_shards_total\{.*\} (\S+)$", text, re.MULTILINE)
         assert float(steps) >= 8
-    finally:
-        ray.shutdown()

@@ -17,7 +17,7 @@ from metatrain.config import dump_config
 from metatrain.outer.loop import run
 from metatrain.ray import retry
 from tests.metatrain.common import assert_same_theta, small_config
-from tests.metatrain.nodes import listening, ray_nodes
+from tests.metatrain.nodes import cluster_command, listening, ray_nodes
 
 ROOT = Path(__file__).parents[2]
 _COUNT = """
@@ -103,15 +103,12 @@ def test_a_driver_that_is_killed_on_a_cluster_resumes_by_itself(tmp_path: Path) 
     config.write_text(dump_config(small_config(task=task, outer=outer, execution={"workers": 1})))
     with ray_nodes(cpus=2, token=False, dashboard=True, loopback=True) as nodes:
         assert listening(nodes) == {"127.0.0.1"}
-        env = {**nodes.env, "PYTHONPATH": str(ROOT), "RAY_API_SERVER_ADDRESS": nodes.dashboard}
+        command = cluster_command(nodes, tmp_path, timeout=120, PYTHONPATH=str(ROOT))
 
         def metatrain(*words: object) -> str:
-            done = subprocess.run(
-                [sys.executable, "-m", "metatrain.cli", *map(str, words)],
-                capture_output=True, text=True, check=False, env=env, cwd=tmp_path, timeout=120,
-            )  # fmt: skip
-            assert done.returncode == 0, done.stderr
-            return done.stdout
+            code, out, err = command(*words)
+            assert code == 0, err
+            return out
 
         metatrain("submit", config, "--out", folder, "--retries", 3)
         killed = _driver(folder)
