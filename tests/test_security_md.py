@@ -10,10 +10,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 TESTS = {
-    1: ["l3rs/test_hostile_checkpoints.py::test_refused_soon_and_in_little_memory"],
+    1: ["l3rs/test_hostile_checkpoints.py::test_refused_quickly_and_in_little_memory"],
     2: [
         "l3rs/test_hostile_checkpoints.py::test_a_store_that_lists_names_outside_its_folder",
-        "metatrain/test_hostile_stores.py::test_refused_soon_and_in_little_memory",
+        "metatrain/test_hostile_stores.py::test_refused_quickly_and_in_little_memory",
     ],
     3: ["metatrain/test_hostile_stores.py::test_links_in_a_store_are_replaced_not_followed"],
     4: [
@@ -23,8 +23,8 @@ TESTS = {
     5: ["metatrain/test_hostile_runs.py::test_export_report_status_and_inspect_import_no_task"],
     6: ["metatrain/test_battery.py::test_results", "metatrain/test_battery.py::test_damaged_results"],
     7: [
-        "metatrain/test_config.py::test_files_made_to_harm",
-        "metatrain/test_config.py::test_numbers_that_cannot_be_meant",
+        "metatrain/test_config.py::test_malicious_files",
+        "metatrain/test_config.py::test_implausible_numbers",
     ],
     8: ["metatrain/test_trainer.py::test_a_damaged_log_stops_no_resume"],
     9: [
@@ -33,7 +33,7 @@ TESTS = {
         "tasks/test_hostile_folders.py::test_a_pipe_among_the_images_is_refused",
     ],
     10: [
-        "metatrain/test_hostile_runs.py::test_a_task_in_a_run_of_another_is_imported_only_on_request",
+        "metatrain/test_hostile_runs.py::test_a_task_in_the_run_of_another_user_is_imported_only_on_request",
         "metatrain/test_hostile_runs.py::test_whose_code_is_trusted",
     ],
     11: ["tasks/test_registry.py::test_any_other_function_is_never_called"],
@@ -41,7 +41,7 @@ TESTS = {
     13: ["metatrain/test_config.py::test_interpolations_are_saved_as_written"],
     14: ["metatrain/test_trainer.py::test_a_checkpoint_names_no_folder_of_this_machine"],
     15: ["metatrain/test_jobs.py::test_the_sequence_of_the_readme"],
-    16: ["metatrain/test_jobs.py::test_a_cluster_that_others_can_reach_needs_a_token"],
+    16: ["metatrain/test_jobs.py::test_a_cluster_that_others_can_reach_requires_a_token"],
     17: ["metatrain/test_token_files.py::test_a_token_that_others_can_read_is_named"],
 }
 

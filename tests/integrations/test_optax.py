@@ -1,4 +1,4 @@
-"""Combined with optax's transformations and wrappers, in a real training loop."""
+"""The optimizer combined with optax's transformations and wrappers, in a real training loop."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def sentences(n: int) -> list[dict[str, object]]:
 
 
 class Ours(torch.nn.Module):
-    """A model that is not one of transformers' and takes no keyword but its inputs."""
+    """A model from outside transformers, which takes no keywords but its inputs."""
 
     def __init__(self):
         super().__init__()

@@ -1,6 +1,6 @@
-"""Loads every folder below the first argument, as a user would, and prints a JSON object of what came of it.
+"""Loads every folder below the first argument, as a user would, and prints the outcomes as a JSON object.
 
-It runs in a process of its own, so that time and memory can be measured and a hang ends.
+It runs in a process of its own, so that time and memory can be measured and a hang can be ended.
 """
 
 import json

@@ -100,7 +100,7 @@ def test_absolute_time_is_appended(step, expected, xp):
 
 
 def test_without_absolute_time_only_the_fraction_counts(xp):
-    """What lets an optimizer go past its meta-training horizon."""
+    """This lets an optimizer go past its meta-training horizon."""
     a = core.time_features(xp.int32(3), xp.int32(12), False, xp)
     b = core.time_features(xp.int32(3_000), xp.int32(12_000), False, xp)
     np.testing.assert_array_equal(a, b)

@@ -54,7 +54,7 @@ def taken_over(losses, guard=GUARD, xp=np):
     return taken, state
 
 
-def test_fires_after_patience_for_so_many_steps():
+def test_fires_after_patience_for_the_given_steps():
     """The bound is 0.1 · |first| above the best; two steps in a row; three steps of Adam."""
     for xp in (np, jnp):
         taken, state = taken_over([2.0, 1.0, 1.15, 1.25, 1.19, 1.25, 1.3, 1.4, 1.4, 1.0, 1.0], xp=xp)
@@ -87,8 +87,8 @@ def test_losses_of_any_sign_and_scale():
 RUNAWAY = (1.0, 0.9, 2.0, 3.0, 3.0, 3.0, 3.0, 0.5, 0.5, 0.5)
 
 
-def test_its_steps_are_adams():
-    """Adam's own, from moments that it had all along, not normalised; before and after, the network's."""
+def test_steps_of_a_fall_back_are_adams():
+    """They are not normalised, and use moments kept from the start; before and after, the network decides the steps."""
     adam, plain = optax.scale_by_adam(b1=0.5), run(RUNAWAY, False)
     adam_state = adam.init(normal(0))
     by_adam, guarded = [], run(RUNAWAY, GUARD)
@@ -113,7 +113,7 @@ def test_its_steps_are_adams():
     }
 
 
-def test_off_is_the_optimizer_without_it():
+def test_a_guard_that_is_off_changes_nothing():
     """The same program and the same state, leaf by leaf."""
     params = normal(0)
     programs = []
@@ -140,8 +140,8 @@ def test_a_gradient_that_is_not_finite_enters_no_moment():
         assert bool(jnp.any(updates["b"] != 0)) == (i not in (1, 4))
 
 
-def test_it_rescues_a_run():
-    """A network whose steps are far too long for the task: alone it never comes down, with the guard it does."""
+def test_the_guard_rescues_a_run():
+    """A network whose steps are far too long for the task: its loss falls only with the guard."""
     params = {"w": jnp.full(20, 3.0)}
     spec = l3rs.Spec.create(params, step_scale=2.0)
     theta = jax.jit(l3rs.init_meta_params, static_argnums=1)(jax.random.key(0), spec)
@@ -204,7 +204,7 @@ def test_fields_out_of_range(fields, sentence):
 
 
 @pytest.mark.parametrize("torch_too", [False, True], ids=["jax", "torch"])
-def test_guards_that_cannot_be(torch_too):
+def test_invalid_guards(torch_too):
     make = functools.partial(l3rs.learned_optimizer, total_steps=10)
     if torch_too:
         pytest.importorskip("torch", reason="the extra `torch` is not installed")

@@ -1,4 +1,4 @@
-"""Checkpoints made to harm: each is refused with one sentence, soon, in little memory; nothing else is touched."""
+"""Malicious checkpoints: each is refused with one sentence, quickly and in little memory; nothing else is touched."""
 
 import json
 import os
@@ -71,7 +71,7 @@ manifest_case("format_is_enormous", lambda m: m.update(format=10**4000))
 
 
 @case(2)
-def a_manifest_that_is_deep(folder):
+def a_deeply_nested_manifest(folder):
     (folder / "l3rs.json").write_text('{"info":' + "[" * 1_000_000)
 
 
@@ -137,12 +137,12 @@ def values_of_ten_gigabytes(folder):
 
 
 @case(2)
-def a_header_of_an_enormous_length(folder):
+def a_header_of_enormous_length(folder):
     write_safetensors(folder, {}, length=2**63)
 
 
 @case(2)
-def a_header_that_is_deep(folder):
+def a_deeply_nested_header(folder):
     write_safetensors(folder, b"[" * 50_000)
 
 
@@ -209,7 +209,7 @@ case(1, "an_orbax_array_with_wrong_types")(lambda folder: change_array(folder, s
 
 
 def zstd_bomb(n_blocks):
-    """A frame of 4 bytes a block, which repeats one byte 128 Ki times."""
+    """A frame of blocks of 4 bytes, each of which repeats one byte 128 Ki times."""
     blocks = [((1 << 17) << 3 | 1 << 1 | (i == n_blocks - 1)).to_bytes(3, "little") + b"\0" for i in range(n_blocks)]
     return b"\x28\xb5\x2f\xfd" + b"\x00\x58" + b"".join(blocks)
 
@@ -233,7 +233,7 @@ def an_orbax_folder_with_an_unknown_entry(folder):
 
 
 @case(1)
-def an_orbax_array_too_many(folder):
+def an_orbax_folder_with_an_extra_array(folder):
     store, text = entry_of(folder, "embedding/.zarray")
     store.write("more/.zarray", text).result()
 
@@ -274,13 +274,13 @@ def an_orbax_folder_of_many_files(folder):
 
 
 @case(1)
-def orbax_metadata_that_is_deep(folder):
+def deeply_nested_orbax_metadata(folder):
     (folder / "theta" / "_METADATA").write_text("[" * 100_000)
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """What came of each case, all loaded by one process; a case that hangs or kills it has no outcome."""
+    """The outcome of each case, all loaded by one process; a case that hangs or kills it has none."""
     if not hasattr(os, "mkfifo"):
         pytest.skip("this system has no pipes in folders")
     folder = tmp_path_factory.mktemp("hostile")
@@ -305,7 +305,7 @@ def test_there_are_enough_cases():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_refused_soon_and_in_little_memory(outcomes, name):
+def test_refused_quickly_and_in_little_memory(outcomes, name):
     assert name in outcomes, "the process hung or was killed here, or before"
     outcome = outcomes[name]
     assert outcome["kind"] == "L3RSError", outcome

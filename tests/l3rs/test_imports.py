@@ -1,4 +1,4 @@
-"""`import l3rs` is light, and the package knows nothing of the rooms above it."""
+"""`import l3rs` is light, and the package does not depend on those above it."""
 
 import ast
 import subprocess
@@ -23,7 +23,7 @@ def test_import_loads_nothing_heavy():
     assert not loaded & FORBIDDEN
 
 
-def test_submodules_are_there_when_asked_for():
+def test_submodules_are_imported_when_accessed():
     code = "import l3rs; print(l3rs.baselines.mada.__name__); import sys; sys.modules['torch'] = None; l3rs.torch"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.split() == ["mada"]
@@ -40,7 +40,7 @@ def test_core_modules_import_only_what_is_installed_with_them():
     for file in files:
         if file.parent.name == "torch":  # the extra
             continue
-        # Inside functions that ask for them: URLs of checkpoints; baselines' own tools.
+        # Imported inside functions: for URLs of checkpoints, and by single baselines.
         extras = {
             "locations.py": {"fsspec", "huggingface_hub"},
             "orbax_store.py": {"orbax", "tensorstore"},

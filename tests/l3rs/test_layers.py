@@ -71,7 +71,7 @@ def matched(spec, params, match="path", **rules):
 
 
 def rows(table, params, **rules):
-    """Of each leaf its row in the table."""
+    """The row in the table for each leaf."""
     found = matched(Spec(tuple(table)), params, **rules)
     assert [(layer.name, layer.shape) for layer in found] == [(x.path, x.shape) for x in layers_of(params)]
     assert all(layer.source == ("mean" if layer.row is None else table[layer.row].path) for layer in found)
@@ -84,14 +84,14 @@ def test_match_is_by_path():
     assert rows(TABLE, jax.eval_shape(lambda: PARAMS)) == [0, 1, 2]  # shapes are enough
 
 
-def test_match_lets_layers_be_absent():
+def test_match_allows_absent_layers():
     """As with frozen parameters under `optax.masked`."""
     assert rows(TABLE, {"head": np.zeros(())}) == [2]
     assert rows(TABLE, {}) == []
 
 
 def test_rename():
-    """Before the paths; two layers may share a row."""
+    """It takes precedence over the paths; two layers may share a row."""
     other = {"dense": {"bias": np.zeros(3)}, "fc": {"w": np.zeros((4, 3))}, "fd": {"w": np.zeros((4, 3))}}
     assert rows(TABLE, other, rename={"fc/w": "dense/kernel", "fd/w": "dense/kernel"}) == [0, 1, 1]
     table = (*TABLE, Layer("other/bias", (3,)))
@@ -99,7 +99,7 @@ def test_rename():
 
 
 def test_match_by_order():
-    """The i-th of a shape is the i-th of that shape; names do not count, but numbers in them do."""
+    """The i-th layer of a shape maps to the i-th of that shape; names do not count, but numbers in them do."""
     table = tuple(Layer(f"Dense_{i}/{leaf}", (3,)) for i in (0, 1, 10, 2) for leaf in ("bias", "scale"))
     params = [{"bias": np.zeros(3), "scale": np.zeros(3)} for _ in range(4)]
     assert rows(table, params, match="order") == [0, 1, 2, 3, 6, 7, 4, 5]
@@ -239,7 +239,7 @@ def test_kind(path, rank, expected):
 
 
 def test_depth_order():
-    """Of the leaves of a JAX network, of the names of a PyTorch one, and of neither."""
+    """For the leaves of a JAX network, for the names of a PyTorch one, and for neither."""
     jax_names = ["blocks/1/norm/scale", "blocks/10/fc1/bias", "blocks/10/fc1/kernel", "blocks/2/fc1/kernel"]
     jax_names += ["cls_token", "head/bias", "head/kernel", "norm/scale", "patches/kernel", "pos_embed"]
     torch_names = ["cls_token", "pos_embed", "patches.weight", "blocks.1.norm.weight", "blocks.2.fc1.weight"]
@@ -307,14 +307,14 @@ def test_direction_without_a_name():
 
 
 def test_a_spec_is_a_value():
-    """Equal, hashable, frozen: it can be a static argument of jit."""
+    """It is comparable, hashable and frozen: it can be a static argument of jit."""
     assert Spec.create(PARAMS) == Spec.create(PARAMS)
     assert hash(Spec.create(PARAMS)) == hash(Spec.create(PARAMS))
     with pytest.raises(dataclasses.FrozenInstanceError):
         Spec.create(PARAMS).step = "relative"
 
 
-# Every field other than its default: nothing may get lost on the way through JSON.
+# No field has its default, so that a field that JSON loses is noticed.
 UNUSUAL = {
     "directions": ("sgd", {"name": "adam", "b1": 0.5, "eps": 1e-6}),
     "hidden": (5,),
@@ -351,7 +351,7 @@ def test_json_round_trip():
 
 
 def test_json_of_format_1():
-    """Written before there was a choice of embeddings: without the field it is the table, and a table is without it."""
+    """Format 1 had no choice of embeddings: a missing field means a table, and a table is written without the field."""
     data = Spec.create(PARAMS).to_json()
     assert "embedding" not in data
     assert Spec.from_json({**data, "embedding": "table"}) == Spec.from_json(data) == Spec.create(PARAMS)

@@ -1,4 +1,4 @@
-"""The MLP, against the same written out in NumPy."""
+"""The MLP against an implementation in NumPy."""
 
 import functools
 
@@ -107,7 +107,7 @@ def test_apply_equals_numpy(hidden):
         logits = np.exp(x[:3] + np.array([0.7, -0.7, -0.7]))
         np.testing.assert_allclose(mix[i], logits / logits.sum(), atol=1e-5)  # float32 sums of 25 terms
         np.testing.assert_allclose(log_step[i], 1.5 * x[3], atol=1e-5)
-    assert mix.std(axis=0).min() > 1e-3  # the layers were told apart
+    assert mix.std(axis=0).min() > 1e-3  # the layers get different decisions
     np.testing.assert_allclose(mix.sum(axis=1), 1, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Form 2: no scale, no signal no step, and the same steps however a network is passed."""
+"""Form 2: no scale, no step without a signal, and the same steps however a network is passed."""
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +85,7 @@ def test_scale_of_the_loss_does_not_matter():
 
 
 @pytest.mark.parametrize("direction", ["adam", "sgd", "momentum", "lion", "rmsprop"])
-def test_no_gradient_from_the_start_is_no_step(direction):
+def test_no_step_without_a_gradient_from_the_start(direction):
     """Weight decay does not fill the gap: not at the first step, not later."""
     tx = optimizer((direction, "weight_decay"))
     grads = [tree(10 + t) for t in range(5)]
@@ -108,8 +108,8 @@ BASES = {
 @pytest.mark.parametrize("direction", BASES)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_vanished_gradient_moves_no_further_than_the_base_optimizer(direction, seed):
-    """After 15 steps every gradient is zero. What is left is at most the base optimizer's way with the same moments, at
-    the learning rate that its last step with a gradient had here."""
+    """After 15 steps every gradient is zero. From then on a layer moves at most as far as under the base optimizer with
+    the same moments, at the learning rate that the last step with a gradient had here."""
     tx = optimizer((direction, "weight_decay"), seed)
     alive = [tree(10 + t) for t in range(15)]
     dead = [jax.tree.map(jnp.zeros_like, alive[0])] * 200
@@ -138,7 +138,7 @@ def test_a_fitted_network_stays_over_a_thousand_zero_gradients():
 
 
 def test_averages_wait_while_there_is_no_gradient():
-    """A layer without a gradient decides, once it has one, as if the time before had not been; time itself goes on."""
+    """Once a layer has a gradient, it decides as if the steps before had not happened; only the time continues."""
     grads = [tree(10 + t) for t in range(6)]
     for gradient in grads[:3]:
         gradient["stem"] = jax.tree.map(jnp.zeros_like, gradient["stem"])
@@ -150,7 +150,7 @@ def test_averages_wait_while_there_is_no_gradient():
     assert np.abs(np.asarray(state.log_norms)[:, stem]).max() < 5  # no log of zero in them
 
 
-def test_layers_that_begin_at_zero_have_their_natural_size():
+def test_layers_that_start_at_zero_have_their_natural_size():
     params = tree(1)
     params["head"] = jax.tree.map(jnp.zeros_like, params["head"])
     _, _, state = run(optimizer(natural_size=0.5), params, [tree(2)], [1.0])
@@ -171,7 +171,7 @@ def test_untrained_steps_shrink_with_depth_and_horizon(total_steps, factor):
     np.testing.assert_allclose(norms(updates[0]), expected, rtol=1e-5)
 
 
-def test_adaptation_sums_up():
+def test_adaptation_accumulates():
     """With only the bias of its output set, A after t steps is t · adaptation · tanh(bias), up to its limit."""
     spec = l3rs.Spec.create(tree(0), ("adam",), form=2, step="initial", embedding="descriptor", adaptation=0.5)
     theta = jax.tree.map(jnp.zeros_like, l3rs.init_meta_params(jax.random.key(0), spec))
@@ -183,7 +183,7 @@ def test_adaptation_sums_up():
 
 @pytest.mark.parametrize("limit", [0.5, 2.0])
 def test_no_step_is_longer_than_its_limit(limit):
-    """Whatever the network puts out, λ is at most e^limit times its base."""
+    """Whatever the network's output, λ is at most e^limit times its base."""
     spec = l3rs.Spec.create(tree(0), ("adam",), form=2, step="initial", embedding="descriptor", step_limit=limit)
     theta = jax.tree.map(jnp.zeros_like, l3rs.init_meta_params(jax.random.key(0), spec))
     base, *_ = run(l3rs.learned_optimizer(theta, spec, 30), tree(1), [tree(2)], [1.0])
@@ -192,7 +192,7 @@ def test_no_step_is_longer_than_its_limit(limit):
     np.testing.assert_allclose(norms(most[0]), np.exp(limit) * np.asarray(norms(base[0])), rtol=1e-5)
 
 
-def test_a_form_2_spec_from_before_the_limit_keeps_its_steps():
+def test_a_form_2_spec_saved_without_a_limit_keeps_its_steps():
     spec = l3rs.Spec.create(tree(0), ("adam",), form=2, step="initial", embedding="descriptor")
     stored = spec.to_json()
     assert l3rs.Spec.from_json(stored) == spec
@@ -272,7 +272,7 @@ def test_natural_sizes():
         ({"form": 2, "adaptation": 1.5}, ("adaptation", "1.5", "[0, 1]")),
     ],
 )
-def test_specs_that_cannot_be(fields, facts):
+def test_invalid_specs(fields, facts):
     with pytest.raises(L3RSError) as error:
         l3rs.Spec.create(tree(0), **fields)
     assert all(fact in str(error.value) for fact in facts)

@@ -39,7 +39,7 @@ def made(directions, fields):
 @pytest.mark.parametrize("fields", FORMS, ids=["rms", "relative", "form 2"])
 @pytest.mark.parametrize("directions", DIRECTIONS, ids="+".join)
 def test_weight_decay_does_not_fill_the_gap(fields, directions):
-    """One layer never has a gradient: it stays, bit for bit, while the others move."""
+    """One layer never has a gradient: it stays unchanged, bit for bit, while the others move."""
     theta, spec = made(directions, fields)
     tx = l3rs.learned_optimizer(theta, spec, 20)
     params, state = tree(1), tx.init(tree(1))

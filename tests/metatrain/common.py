@@ -1,4 +1,4 @@
-"""What the tests of the service share."""
+"""Helpers that the tests of metatrain share."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def assert_same_theta(a: Path, b: Path) -> None:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The run's metrics without what depends on the clock and on the process."""
+    """The run's metrics without those that depend on the clock or the process."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     varying = {"seconds", "candidate_steps_per_s", "workers", "compiled", "waited"}
     return [{key: value for key, value in line.items() if key not in varying} for line in lines]

@@ -98,10 +98,10 @@ class Actor:
 
 
 class FakeRay(types.ModuleType):
-    """To be put in place of the module `ray`.
+    """Replaces the module `ray`.
 
     Attributes:
-      actors: all that were started.
+      actors: all actors that were started.
     """
 
     def __init__(self, cpus: int = 4) -> None:

@@ -1,4 +1,4 @@
-"""The loops of driver and aggregators by themselves: without arrays to send, and in shards of one call."""
+"""The loops of driver and aggregators in isolation: without arrays to send, and with shards of one call."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ class Package(Sent):
 
 
 def pool(worker: Any, workers: int, chunk: int) -> Pool:
-    """A driver's own workers, of this class, with so many members in a call."""
+    """A driver's `workers` workers of the class `worker`, with `chunk` members in a call."""
     health = Health()
     execution = ExecutionConfig(backend="ray", workers=workers)
     return Pool(Fleet(worker, Package(None, {}), execution, chunk, health, print), health, print)
 
 
 def groups(worker: Any, workers: int, chunk: int, log: Callable[[str], None] = print) -> Groups:
-    """Workers of aggregators."""
+    """As `pool`, with the workers behind aggregators."""
     execution = ExecutionConfig(backend="ray", workers=workers)
     return Groups(worker, Package(None, {}), execution, chunk, lambda: workers, log)
 
 
 def shards_of_one_call() -> Any:
-    """A context manager in which every shard of a pool is one call."""
+    """A context manager under which every shard of a pool is one call."""
     return mock.patch(
         "metatrain.ray.pool.cut_shards", lambda seconds, *_: [range(i, i + 1) for i in range(len(seconds))]
     )

@@ -24,14 +24,14 @@ _START_SECONDS = 120
 
 @contextmanager
 def local_ray(num_cpus: int, **options: Any) -> Iterator[Any]:
-    """Ray on this machine alone, with room for so many workers, whatever cores there are; gives what `init` returns.
+    """Ray on this machine only, with `num_cpus` CPUs, however many cores it has; yields the result of `ray.init`.
 
     Args:
-      num_cpus: how many workers of one CPU.
-      options: further ones of `ray.init`.
+      num_cpus: room for so many workers of one CPU.
+      options: further arguments of `ray.init`.
     """
     os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_worker_niceness": "0"}
-    import ray  # reads the first of them
+    import ray  # the import reads the first variable
 
     context = ray.init(
         address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
@@ -44,7 +44,7 @@ def local_ray(num_cpus: int, **options: Any) -> Iterator[Any]:
 
 
 class Nodes:
-    """The head, and nodes that are added and removed.
+    """A head, and nodes that are added and removed.
 
     Attributes:
       address: host:port of Ray.
@@ -82,7 +82,7 @@ class Nodes:
         return self._start(f"--address={self.address}", f"--num-cpus={cpus}")
 
     def remove(self, node: subprocess.Popen[bytes]) -> None:
-        """As if its machine had lost power."""
+        """Kill it, as if its machine had lost power."""
         os.killpg(node.pid, signal.SIGKILL)
         node.wait()
         self.processes.remove(node)
@@ -115,7 +115,7 @@ def ray_nodes(
     home: Path | None = None,
     loopback: bool = False,
 ) -> Iterator[Nodes]:
-    """A head with so many CPUs; everything is gone afterwards.
+    """A head; at the end, everything is stopped and removed.
 
     Args:
       cpus: of the head.
@@ -144,7 +144,7 @@ def cluster_command(
       nodes: the cluster.
       cwd: the folder.
       timeout: seconds.
-      environment: what differs from the cluster's; "" removes a variable.
+      environment: changes to the cluster's environment; "" removes a variable.
 
     Returns:
       words -> (exit code, stdout, stderr)
@@ -182,7 +182,7 @@ def free_port() -> int:
 
 
 def worker_processes(name: str = r"\w*Worker") -> list[psutil.Process]:
-    """The processes of `metatrain.ray.worker.Worker` and its subclasses, or of other actors, on this machine.
+    """The processes on this machine of `metatrain.ray.worker.Worker` and its subclasses, or of other actors.
 
     Ray names them after their classes.
     """

@@ -1,4 +1,4 @@
-"""Checks of pages: well-formed HTML, and how a browser shows it."""
+"""Checks of pages: well-formed HTML, and how a browser displays it."""
 
 from __future__ import annotations
 
@@ -92,7 +92,8 @@ def browse(
 
 
 def check_in_a_browser(source: str, folder: Path, width: int, scheme: str) -> None:
-    """Everything opened, nothing sticks out to the right, the console is silent, and the paper is light or dark."""
+    """With everything open, nothing overflows to the right, the console is empty, and the background is light or
+    dark."""
     source = source.replace("<details>", "<details open>").replace("</main>", f"</main>{_PROBE}")
     page = folder / "page.html"
     # A frame, because a browser's window is never as narrow as a phone.

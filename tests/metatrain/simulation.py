@@ -31,9 +31,9 @@ class World:
       generation: the driver's own work a generation: ask, tell, metrics.
       slow_share, slow_factor: how many workers are slow, and how much.
       hiccup_share, hiccup_factor: how many shards take longer, and how much.
-      failures_an_hour: of one worker; spot machines are taken about once in 20 hours.
-      recovery: until a lost worker's place is taken. A new process on a machine that is there takes 6 s (measured,
-        `make bench`), a new machine longer.
+      failures_an_hour: of one worker; a spot machine is reclaimed about once in 20 hours.
+      recovery: until a lost worker is replaced. A new process on an available machine takes 6 s (measured, `make
+      bench`), a new machine longer.
     """
 
     work: float = 52.0
@@ -54,14 +54,14 @@ class World:
 
 
 def simulate(world: World, workers: int, generations: int, seed: int = 0, group: int | None = None) -> float:
-    """Efficiency: the time that normal workers without losses would need, over the time needed.
+    """Efficiency: the time that normal workers without losses would need, divided by the time needed.
 
     Args:
       world: its times.
       workers: how many.
       generations: to simulate; the duration of a call is known from the generation before.
       seed: of what is random.
-      group: workers of an aggregator; without, as the service has it.
+      group: workers of an aggregator; by default, as in the service.
     """
     rng = random.Random(seed)
     if group is None:
@@ -77,7 +77,7 @@ def simulate(world: World, workers: int, generations: int, seed: int = 0, group:
 def _generation(
     world: World, rng: random.Random, groups: list[_Workers], calls: int, speeds: dict[int, float], now: float
 ) -> float:
-    """When a generation ends that begins `now`."""
+    """The time at which a generation ends that starts at `now`."""
     if len(groups) == 1:
         return _Part(world, rng, calls, groups[0], now).end()
     shares = Shares(np.ones(calls))
@@ -101,8 +101,8 @@ class _Workers:
     def __init__(self, world: World, count: int, rng: random.Random) -> None:
         self._world, self._rng, self.count = world, rng, count
         self.speed = [world.slow_factor if rng.random() < world.slow_share else 1.0 for _ in range(count)]
-        self.ready = [0.0] * count  # when it (again) exists
-        self.life = [0] * count  # how often it was replaced
+        self.ready = [0.0] * count  # when it exists (again)
+        self.life = [0] * count  # how often it has been replaced
         self.dies = [self._lifetime() for _ in range(count)]
 
     def bury(self, worker: int, now: float) -> None:
@@ -116,7 +116,7 @@ class _Workers:
 
 
 class _Part:
-    """The part of a generation that one driver or aggregator has: its events in the order of time."""
+    """The part of a generation that one driver or aggregator evaluates: its events, ordered by time."""
 
     def __init__(self, world: World, rng: random.Random, calls: int, workers: _Workers, now: float) -> None:
         self._world, self._rng, self._workers = world, rng, workers

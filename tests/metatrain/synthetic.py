@@ -1,4 +1,4 @@
-"""Results made by a formula, with everything that a page can show."""
+"""Results computed by a formula, with everything that a page can show."""
 
 from __future__ import annotations
 

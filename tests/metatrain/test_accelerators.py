@@ -1,4 +1,4 @@
-"""Workers with devices on Ray: GPUs that Ray believes in, and four CPU devices in each process in their place."""
+"""Workers with several devices on Ray: GPUs that exist only for Ray, replaced by four CPU devices in each process."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ pytestmark = pytest.mark.slow  # real Ray
 _OUTER = {"steps": 4, "population": 32}
 
 
-class TellingWorker(Worker):
-    """Writes into a folder what its process sees, and how many members each of its devices has computed."""
+class ReportingWorker(Worker):
+    """Writes into a folder what its process sees and how many members each of its devices has computed."""
 
     def setup(self, blob: bytes, sent: Mapping[int, Any]) -> list[int] | str:
         found = super().setup(blob, sent)
@@ -39,9 +39,9 @@ class TellingWorker(Worker):
     def evaluate(self, *arguments: Any) -> Answer:
         answer = super().evaluate(*arguments)
         names = ("CUDA_VISIBLE_DEVICES", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE")
-        told = {"env": {name: os.environ.get(name) for name in names}, "work": self._work}
-        told |= {"platforms": jax.config.values["jax_platforms"], "devices": len(jax.local_devices())}
-        Path(os.environ["TOLD"], f"{os.getpid()}.json").write_text(json.dumps(told))
+        report = {"env": {name: os.environ.get(name) for name in names}, "work": self._work}
+        report |= {"platforms": jax.config.values["jax_platforms"], "devices": len(jax.local_devices())}
+        Path(os.environ["REPORTS"], f"{os.getpid()}.json").write_text(json.dumps(report))
         return answer
 
     def _counted(self, call: Any) -> Any:
@@ -54,12 +54,12 @@ class TellingWorker(Worker):
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A Ray with four GPUs that do not exist, and the folder of `TellingWorker`."""
-    folder = tmp_path_factory.mktemp("told")
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "TOLD": str(folder)}
+def reports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A Ray with four GPUs that do not exist, and the folder of `ReportingWorker`."""
+    folder = tmp_path_factory.mktemp("reports")
+    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "REPORTS": str(folder)}
     with contextlib.ExitStack() as stack:
-        with mock.patch.dict(os.environ, environment):  # of the workers alone
+        with mock.patch.dict(os.environ, environment):  # only of the workers
             stack.enter_context(local_ray(num_cpus=4, num_gpus=4))
         yield folder
 
@@ -77,9 +77,9 @@ def config(**execution: object) -> Config:
     return small_config(task={"name": REGRESSION}, outer=_OUTER, execution=how)
 
 
-def stories(told: Path) -> list[dict[str, Any]]:
-    found = [json.loads(file.read_text()) for file in told.glob("*.json")]
-    for file in told.glob("*.json"):
+def read_reports(folder: Path) -> list[dict[str, Any]]:
+    found = [json.loads(file.read_text()) for file in folder.glob("*.json")]
+    for file in folder.glob("*.json"):
         file.unlink()
     return found
 
@@ -89,19 +89,19 @@ def never(*_: object) -> None:
 
 
 def test_a_worker_with_four_devices_uses_them_all_and_measures_the_plan(
-    told: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reports: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("metatrain.ray.evaluator.Worker", TellingWorker)
+    monkeypatch.setattr("metatrain.ray.evaluator.Worker", ReportingWorker)
     monkeypatch.setattr("metatrain.outer.setup.known_plan", lambda _: None)  # as if there were convolutions
     monkeypatch.setattr("metatrain.inner.plan._seconds_per_step", never)  # in this process
     folder = tmp_path / "run"
     run(config(workers=1, plan="auto", resources_per_worker={"CPU": 1.0, "GPU": 4.0}), folder)
-    [story] = stories(told)
-    assert story["env"]["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
-    assert float(story["env"]["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == 0.75
-    assert (story["platforms"], story["devices"]) == (None, 4)
-    assert sum(story["work"].values()) == 4 * 32
-    assert sorted(story["work"]) == ["0", "1", "2", "3"]
+    [report] = read_reports(reports)
+    assert report["env"]["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
+    assert float(report["env"]["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == 0.75
+    assert (report["platforms"], report["devices"]) == (None, 4)
+    assert sum(report["work"].values()) == 4 * 32
+    assert sorted(report["work"]) == ["0", "1", "2", "3"]
     saved = load_config(folder / "config.yaml")
     [measured] = saved.measured
     assert measured.device == device_kind()
@@ -111,16 +111,16 @@ def test_a_worker_with_four_devices_uses_them_all_and_measures_the_plan(
         assert_same_theta(folder / "optimizer", alone / "optimizer")
 
 
-def test_workers_of_a_quarter_see_that_and_give_the_same_bits(
-    told: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_workers_with_a_quarter_of_a_gpu_give_the_same_bits(
+    reports: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("metatrain.ray.evaluator.Worker", TellingWorker)
+    monkeypatch.setattr("metatrain.ray.evaluator.Worker", ReportingWorker)
     folder = tmp_path / "run"
     run(config(workers=2, resources_per_worker={"CPU": 1.0, "GPU": 0.25}), folder)
-    found = stories(told)
+    found = read_reports(reports)
     assert 1 <= len(found) <= 2
-    for story in found:
-        assert story["env"]["CUDA_VISIBLE_DEVICES"] in ("0", "1", "2", "3")
-        assert float(story["env"]["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == 0.1875
-        assert story["env"]["XLA_PYTHON_CLIENT_PREALLOCATE"] == "true"
+    for report in found:
+        assert report["env"]["CUDA_VISIBLE_DEVICES"] in ("0", "1", "2", "3")
+        assert float(report["env"]["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == 0.1875
+        assert report["env"]["XLA_PYTHON_CLIENT_PREALLOCATE"] == "true"
     assert_same_theta(folder / "optimizer", alone / "optimizer")

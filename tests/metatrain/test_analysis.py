@@ -14,7 +14,7 @@ from metatrain.report.tables import fine_tunings
 from tests.metatrain.synthetic import around, costs, made
 
 
-def test_a_baseline_that_diverged_is_no_proof_and_l3rs_that_diverged_has_lost() -> None:
+def test_a_diverged_baseline_proves_nothing_and_a_diverged_l3rs_has_lost() -> None:
     nan = [math.nan, 0.9, 0.9, 0.9]
     theirs = Analysis(made({L3RS: {10: around(0.5)}, "adam/a": {10: nan}}))
     assert theirs.tally == {"all": 1, "lower": 1, "better": 0, "worse": 0, "undecided": 1}

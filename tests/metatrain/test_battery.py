@@ -39,7 +39,7 @@ def outcome(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The current folder of the battery, with wrong files in it."""
+    """The current folder of these tests, with wrong files in it."""
     folder = tmp_path_factory.mktemp("battery")
     for name, content in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ def metatrain(*words: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def refused(done: subprocess.CompletedProcess[str]) -> str:
-    """The one sentence of a refusal."""
+    """The one sentence with which a command is refused."""
     assert done.returncode == 2, done.stdout + done.stderr
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(lines) == 1, done.stderr
@@ -57,7 +57,7 @@ def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_job_does_not_run_in_this_folder(config: Path) -> None:
+def test_submit_needs_an_absolute_path_or_a_url(config: Path) -> None:
     sentence = refused(metatrain("submit", config, "--out", "runs/x"))
     assert sentence.startswith("metatrain: --out is runs/x;")
     assert "absolute path or a URL" in sentence
@@ -105,7 +105,7 @@ def test_a_run_has_a_page(finished: Path, tmp_path: Path) -> None:
 
 
 def test_help_and_version_import_nothing_heavy() -> None:
-    """`--help` is to take less than a second, which JAX alone may need."""
+    """`--help` must take less than a second, and importing JAX alone may take longer."""
     code = """
 import contextlib, sys
 from metatrain import cli
@@ -125,7 +125,7 @@ print(sorted(name for name in heavy if name in sys.modules))
 
 
 def test_commands_that_only_look_at_a_run_do_without_jax(config: Path, tmp_path: Path) -> None:
-    """`status` of a folder, and those that ask a cluster, up to its answer."""
+    """`status` of a folder, and commands that ask a cluster, up to its answer."""
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.yaml").write_text(config.read_text())
@@ -189,7 +189,7 @@ def test_refusals(finished: Path, config: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "r").exists()
 
 
-def test_a_place_that_cannot_be_written(config: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written(config: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     sentence = refused(metatrain("run", config, "--out", tmp_path / "file" / "run"))
     assert "cannot be written" in sentence
@@ -233,7 +233,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_full_disk_is_said_and_what_was_saved_is_kept(config: Path, tiny_disk: Path) -> None:
+def test_a_full_disk_is_reported_and_what_was_saved_is_kept(config: Path, tiny_disk: Path) -> None:
     folder = tiny_disk / "run"
     done = metatrain("run", config, "outer.steps=500", "checkpoint.keep=1000", "--out", folder)
     assert done.returncode == 3, done.stderr
@@ -247,7 +247,7 @@ def test_a_full_disk_is_said_and_what_was_saved_is_kept(config: Path, tiny_disk:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_and_says_how_to_resume(config: Path, tmp_path: Path, number: signal.Signals) -> None:
-    """A checkpoint a generation: the signal is likely to come while one is being written."""
+    """There is a checkpoint in every generation: the signal is likely to arrive while one is being written."""
     folder = tmp_path / "run"
     words = ["run", str(config), "outer.steps=100000", "task.seconds=0.02", "--out", str(folder)]
     process = subprocess.Popen(
@@ -265,7 +265,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(config: Path, tmp_path: Path, numbe
 
 
 def wait_for_metrics(folder: Path, process: subprocess.Popen[str]) -> None:
-    """Until the run has done a generation."""
+    """Wait until the run has finished a generation."""
     for _ in range(600):
         if (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size:
             return
@@ -288,7 +288,7 @@ def test_prepare_and_pretrain_go_through_variants_and_settings(tmp_path: Path) -
     )
     done = metatrain("prepare", config, f"task.source.file={texts[0]}", "task.source.tfds=null")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(text) for text in texts]  # A is that of meta-training: named once
+    assert done.stdout.split() == [str(text) for text in texts]  # A is the setting of meta-training, and named once
 
     config.write_text(
         "name: digits\ntask:\n  name: digits\n  starts: [random]\n  variants: [{target: mnist}, {target: uci}]\n"
@@ -298,7 +298,7 @@ def test_prepare_and_pretrain_go_through_variants_and_settings(tmp_path: Path) -
     assert len(done.stdout.splitlines()) == 2
 
 
-def test_inspect_shows_what_the_layers_of_a_network_are(finished: Path, config: Path, tmp_path: Path) -> None:
+def test_inspect_shows_how_the_layers_of_a_network_are_matched(finished: Path, config: Path, tmp_path: Path) -> None:
     done = metatrain("inspect", finished / "optimizer", "--network", config)
     assert done.returncode == 0, done.stderr
     assert "w  [4]  ← w" in done.stdout
@@ -318,7 +318,7 @@ def test_inspect_shows_what_the_layers_of_a_network_are(finished: Path, config: 
     assert "0.weight  [8, 3, 3, 3]  ← descriptor" in done.stdout
     assert "running_mean" not in done.stdout
 
-    # Sorted as by a person: in the file, "10.weight" is before "2.weight". What is not trained is no layer.
+    # Sorted naturally: in the file, "10.weight" is before "2.weight". Only what is trained is a layer.
     wide = torch.nn.ModuleDict({"dense": torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(12)])})
     save_file({**wide.state_dict(), "position_ids": torch.arange(3)}, tmp_path / "wide.safetensors")
     layers = {f"dense_{i}": {"kernel": np.zeros((4, 4)), "bias": np.zeros(4)} for i in range(12)}

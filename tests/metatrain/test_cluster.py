@@ -46,7 +46,7 @@ def ray_config(workers: int | str = 2, task: dict | None = None, **execution: ob
 
 
 def evaluator(config: Config, say: Callable[[str], None] = print) -> tuple[RayEvaluator, LocalEvaluator, object]:
-    """The Ray evaluator of a configuration, the local one, and a state of the strategy."""
+    """The Ray evaluator and the local one of a configuration, and a state of the strategy."""
     task = make_task(*config.task.form())
     spec = l3rs.Spec.create(task.params_shape(), hidden=(4,), embedding_dim=2)
     theta = l3rs.init_meta_params(jax.random.key(0), spec)
@@ -94,7 +94,7 @@ def test_a_recipe_gives_the_same_bits_everywhere_with_nothing_set(tmp_path: Path
 
 
 class ShuffledWorker(Worker):
-    """Answers after a random while."""
+    """Answers after a random delay."""
 
     def evaluate(self, *arguments: object) -> Answer:
         time.sleep(0.2 * np.random.default_rng().random())
@@ -102,7 +102,7 @@ class ShuffledWorker(Worker):
 
 
 class HalfAwakeWorker(Worker):
-    """Every third answer takes much longer than the others."""
+    """Takes much longer for every third answer."""
 
     calls = 0
 
@@ -113,7 +113,7 @@ class HalfAwakeWorker(Worker):
 
 
 class GarblingWorker(Worker):
-    """Every fifth answer is wrong, each in another way."""
+    """Gives a wrong answer every fifth time, each wrong in another way."""
 
     calls = 0
 
@@ -162,8 +162,8 @@ def answers(remote: RayEvaluator) -> list[int]:
 
 
 def at_work(remote: RayEvaluator, state: object, workers: int) -> list[psutil.Process]:
-    """The processes of so many workers once each has answered: others start while the first are at it,
-    and those of the test before may still be going."""
+    """The processes of `workers` workers, once each has answered: some start while others already compute, and those of
+    an earlier test may still be stopping."""
     deadline = time.monotonic() + 120
     while True:
         remote.evaluate(state, generation(0))
@@ -185,7 +185,7 @@ def test_a_stopped_worker_is_overtaken_and_a_killed_one_replaced() -> None:
         stopped.suspend()
         began = time.monotonic()
         np.testing.assert_array_equal(remote.evaluate(state, generation(1)), expected[1])
-        assert time.monotonic() - began < 25  # less than a hung worker's grace
+        assert time.monotonic() - began < 25  # less than the patience with a hung worker
         assert remote.report()["duplicated"] >= 1
         np.testing.assert_array_equal(remote.evaluate(state, generation(2)), expected[2])
         stopped.resume()
@@ -248,8 +248,8 @@ def test_aggregators_give_the_bits_of_one_process_though_one_of_them_is_killed(
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_machine_that_does_not_fit_stops_no_run_in_progress() -> None:
-    """Other versions: before any worker was ready it is the run's fault, afterwards the new machine's."""
+def test_a_machine_with_other_versions_stops_no_run_in_progress() -> None:
+    """It has other versions: before any worker is ready this stops the run, afterwards only that machine is refused."""
     said: list[str] = []
     health = Health()
     fleet = Fleet(Worker, mock.Mock(), ray_config(1).execution, 2, health, said.append)

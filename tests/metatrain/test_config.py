@@ -159,7 +159,7 @@ def test_text_that_yaml_1_1_would_convert_stays_text(tmp_path: Path) -> None:
         ("optimizer.loss_decays", str([0.5] * 100)),
     ],
 )
-def test_numbers_that_cannot_be_meant(tmp_path: Path, key: str, value: object) -> None:
+def test_implausible_numbers(tmp_path: Path, key: str, value: object) -> None:
     section, _, name = key.rpartition(".")
     with pytest.raises(UserError) as error:
         load_config(write(tmp_path, "name: x\ntask: {name: digits}\n"), [f"{key}={value}"])
@@ -193,7 +193,7 @@ ALIASES = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] 
         ("", "a mapping of sections"),
     ],
 )
-def test_files_made_to_harm(tmp_path: Path, text: str, fact: str) -> None:
+def test_malicious_files(tmp_path: Path, text: str, fact: str) -> None:
     with pytest.raises(UserError) as error:
         load_config(write(tmp_path, text))
     assert fact in str(error.value)
@@ -201,7 +201,7 @@ def test_files_made_to_harm(tmp_path: Path, text: str, fact: str) -> None:
     assert len(str(error.value)) < 1000
 
 
-def test_a_config_that_is_no_regular_file(tmp_path: Path) -> None:
+def test_a_config_that_is_not_a_regular_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "device").symlink_to("/dev/zero")
     (tmp_path / "latin").write_bytes("name: ä".encode("latin-1"))
@@ -213,7 +213,7 @@ def test_a_config_that_is_no_regular_file(tmp_path: Path) -> None:
 
 
 def test_interpolations_are_saved_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What they stand for may be a secret."""
+    """Their values may be secrets."""
     monkeypatch.setenv("L3RS_TOKEN", "secret-1")
     text = (
         "name: x\nseed: 3\ntask:\n  name: digits\n  token: ${oc.env:L3RS_TOKEN}\n  again: ${task.token}\n"

@@ -5,7 +5,7 @@ from pathlib import Path
 from metatrain.outer.metrics import Metrics, read_metrics
 
 
-def test_counts_go_on_when_a_run_is_resumed(tmp_path: Path) -> None:
+def test_counts_continue_when_a_run_is_resumed(tmp_path: Path) -> None:
     """An evaluator counts from the start of its process; a run's figures from the start of the run."""
     first = Metrics(tmp_path, 0)
     for generation, lost in enumerate((0, 2, 3)):

@@ -1,4 +1,4 @@
-"""Chunks on several devices: every device works, and nothing depends on which one."""
+"""Chunks on several devices: every device is used, and results do not depend on which one computes them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _DEVICES = jax.devices()
 class Call:
     """Stands in for `candidate_losses`: the factor of its draw times the member's number.
 
-    A call ends when all devices are in one.
+    A call ends once every device computes one.
 
     Attributes:
       members: of the calls that each device made.
@@ -79,7 +79,7 @@ def test_calls_that_do_not_fit_are_halved_on_every_device() -> None:
     np.testing.assert_array_equal(losses, np.concatenate([10.0 * np.arange(12), np.arange(12)]))
     assert chunk == 2
     tried = [members for own in call.members.values() for members in own if len(members) > 2]
-    assert 1 <= len(tried) <= 2  # a device that has not heard of it yet may try, too
+    assert 1 <= len(tried) <= 2  # a device that does not know of it yet may also try
 
 
 def test_an_error_ends_the_work_of_all_devices() -> None:
@@ -101,7 +101,7 @@ def test_an_error_ends_the_work_of_all_devices() -> None:
 
 
 def test_a_worker_with_two_devices_answers_as_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without Ray: what a worker is sent and gets from the store is handed to it."""
+    """Without Ray: the test hands the worker what Ray would send."""
     import ray
     from ray import cloudpickle
 

@@ -1,4 +1,4 @@
-"""`metatrain doctor`: each line, and the whole on this machine and on a real cluster."""
+"""`metatrain doctor`: each check, and the whole command on this machine and on a real cluster."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_the_command_on_this_machine(tmp_path: Path) -> None:
         lines = done.stdout.splitlines()
         assert lines[0] == "this machine:"
         assert [line[8:].partition(":")[0] for line in lines[1:]] == _SUBJECTS
-        bad = [line for line in lines[1:] if line.startswith("  bad") and "ports" not in line]  # of other tests' Ray
+        bad = [line for line in lines[1:] if line.startswith("  bad") and "ports" not in line]  # from other tests' Ray
         assert len(bad) == blocked
         assert done.returncode == any(line.startswith("  bad") for line in lines[1:])
         assert "4711" not in done.stdout
@@ -144,7 +144,7 @@ def test_the_command_on_this_machine(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_command_on_a_cluster(tmp_path: Path) -> None:
-    """Directly, and by a job through the dashboard, as from a machine outside."""
+    """Directly, and as a job through the dashboard, as from a machine outside the cluster."""
     with ray_nodes(cpus=2, token=False, dashboard=True, loopback=True) as nodes:
         env = {**nodes.env, "HOME": str(tmp_path)}
         for address in (nodes.address, nodes.dashboard):

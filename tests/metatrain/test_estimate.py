@@ -14,7 +14,7 @@ _GENERATION, _RAY_SHARD = 0.05, 0.002  # seconds of the driver, as documented
 
 
 def made_up(horizons: tuple[tuple[int, ...], ...], population: int, **changed: object) -> Estimate:
-    """Two candidates in a call of 3 s, and 1 s for each step of it."""
+    """Two candidates in a call, which takes 3 s and 1 s for each step."""
     found = Estimate(
         horizons, population, members_per_call=2, seconds_per_step=0.5, seconds_per_call=3.0, state_bytes=1000
     )

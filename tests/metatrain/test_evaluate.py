@@ -48,7 +48,7 @@ def test_the_choice_has_the_lowest_inner_valid_loss_of_a_grid_no_coarser_than_tw
             assert np.allclose(np.diff(np.log2(rates)), 1)
             assert grid["chosen"] == rates[int(np.argmin(losses))], baseline
             assert grid["at_edge"] == (grid["chosen"] in (rates[0], rates[-1]))
-    # 20 steps of plain least squares want a larger rate than the grid starts with: it has to grow.
+    # 20 steps of plain least squares need a larger rate than the first grid contains: it has to grow.
     grown = results.tuning["regression"]["adam/constant"]["20"]
     assert len(grown["learning_rate"]) > 12
     assert not grown["at_edge"]
@@ -87,7 +87,7 @@ def test_settings_replace_options_of_the_task(optimizer: Path, results: Results)
         evaluate(optimizer, config, horizons=(1,), settings=["A", "Z"])
 
 
-def test_a_record_is_the_run_it_says(results: Results) -> None:
+def test_a_record_can_be_reproduced(results: Results) -> None:
     """An adam/cosine record is repeated with optax's own cosine schedule, step by step."""
     task, horizon = regression(), 20
     (record,) = [r for r in results.records if (r.optimizer, r.horizon, r.seed) == ("adam/cosine", horizon, 1)]
@@ -122,7 +122,7 @@ def test_the_constant_schedule_is_constant(name: str) -> None:
 @pytest.mark.parametrize(("schedule", "expected"), [("cosine", optax.cosine_decay_schedule(0.5, 40)), (
     "warmup_cosine", optax.warmup_cosine_decay_schedule(0.1, 0.5, 4, 40)), (
     "step", optax.piecewise_constant_schedule(0.5, {20: 0.1, 30: 0.1}))])  # fmt: skip
-def test_schedules_are_optax_own(schedule: str, expected: optax.Schedule) -> None:
+def test_schedules_are_those_of_optax(schedule: str, expected: optax.Schedule) -> None:
     params = {"w": jnp.zeros(())}
     tx = make_baseline("sgd", jax.tree.map(lambda x: x[0], Tuned.grid([0.5], schedule)), 40)
     state = tx.init(params)
@@ -133,7 +133,7 @@ def test_schedules_are_optax_own(schedule: str, expected: optax.Schedule) -> Non
 
 @pytest.mark.parametrize("name", ["adabound", "amsbound"])
 def test_bounds_are_a_share_of_the_schedules_peak(name: str) -> None:
-    """With a gradient that never changes, a schedule's factor is one on the step: on Adam's part and on the bounds."""
+    """With a gradient that never changes, a schedule's factor multiplies the step: Adam's part of it and the bounds."""
     steps = {}
     for schedule in SCHEDULES:
         params = {"w": jnp.zeros(())}
@@ -160,10 +160,10 @@ def test_every_baseline_trains_on_digits_and_runs_in_one_call() -> None:
     (setting,) = found.settings()
     assert found.optimizers() == [f"{name}/constant" for name in ALL]
     for label in found.optimizers():
-        assert found.mean(setting, label, 60) < 0.7 * np.log(10), label  # that of ten equal guesses
+        assert found.mean(setting, label, 60) < 0.7 * np.log(10), label  # the loss of ten equal guesses
 
 
-def test_names_that_do_not_exist(optimizer: Path) -> None:
+def test_unknown_names(optimizer: Path) -> None:
     with pytest.raises(UserError, match=r"no baseline adma; allowed are sgd, sgdm, adam"):
         evaluate(optimizer, small_config(), horizons=(1,), baselines=["adma"])
     with pytest.raises(UserError, match=r"no schedule cosinus; allowed are constant, cosine, warmup_cosine"):
@@ -231,7 +231,7 @@ def test_costs_are_measured(results: Results) -> None:
     assert adam.state_floats_a_parameter == pytest.approx(2, abs=0.5)  # and two counters, of five parameters
 
 
-def test_an_optimizer_for_another_model_is_left_out_and_said(optimizer: Path) -> None:
+def test_an_optimizer_for_another_model_is_left_out_and_reported(optimizer: Path) -> None:
     settings = {"A": {}, "B": {"dimension": 5}}
     found = evaluate(optimizer, small_config(evaluation={"settings": settings}), horizons=(2,), seeds=1, baselines=[])
     assert found.settings() == ["A: regression"]
@@ -239,7 +239,7 @@ def test_an_optimizer_for_another_model_is_left_out_and_said(optimizer: Path) ->
     assert Analysis(found).difference("A: regression", "l3rs", 2).low == -math.inf  # of one seed
 
 
-def test_the_guard_of_the_configuration_is_that_of_the_runs(optimizer: Path) -> None:
+def test_the_runs_use_the_guard_of_the_configuration(optimizer: Path) -> None:
     def losses(guard: bool | dict[str, float]) -> list[float]:
         config = small_config(evaluation={"guard": guard, "baselines": []})
         found = evaluate(optimizer, config, horizons=(60,), seeds=2)
@@ -251,7 +251,7 @@ def test_the_guard_of_the_configuration_is_that_of_the_runs(optimizer: Path) -> 
     assert losses({"bound": 1e-9, "patience": 1, "steps": 60}) != off  # does when the loss first rises
 
 
-def test_a_baseline_that_diverges_is_said(optimizer: Path) -> None:
+def test_a_baseline_that_diverges_is_reported(optimizer: Path) -> None:
     config = small_config(evaluation={"baselines": ["tests.metatrain.test_evaluate:exploding", "adam"]})
     found = evaluate(optimizer, config, horizons=(30,), seeds=2, schedules=["constant"])
     label = "tests.metatrain.test_evaluate:exploding/constant"
@@ -262,12 +262,12 @@ def test_a_baseline_that_diverges_is_said(optimizer: Path) -> None:
 
 
 def exploding(learning_rate: optax.Schedule, total_steps: jax.Array) -> optax.GradientTransformation:
-    """A baseline of a user's own, and a bad one."""
+    """A user's baseline, which diverges."""
     del learning_rate
     return optax.sgd(1e30 * total_steps)
 
 
-def test_a_baseline_whose_package_is_missing_is_left_out_and_said(optimizer: Path) -> None:
+def test_a_baseline_whose_package_is_missing_is_left_out_and_reported(optimizer: Path) -> None:
     names = ["sgd", "no_such_package:velo"]
     found = evaluate(optimizer, small_config(), horizons=(2,), seeds=1, baselines=names, schedules=["constant"])
     assert found.baselines() == ["sgd/constant"]
@@ -276,7 +276,7 @@ def test_a_baseline_whose_package_is_missing_is_left_out_and_said(optimizer: Pat
         evaluate(optimizer, small_config(), horizons=(2,), baselines=["tests.metatrain.common:velo"])
 
 
-def test_results_json_and_what_a_person_sees(results: Results, tmp_path: Path) -> None:
+def test_results_json_and_the_summary(results: Results, tmp_path: Path) -> None:
     saved = json.loads(results.save(tmp_path).read_text())
     assert {"optimizer", "records", "speedup", "tuning", "curves", "paths", "costs", "notes"} <= set(saved)
     fields = {"setting", "optimizer", "horizon", "seed", "loss", "accuracy", "seconds", "hparams", "auc"}

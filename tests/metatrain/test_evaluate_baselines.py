@@ -1,4 +1,4 @@
-"""Baselines with options, IOMT among them, and evaluations without an optimizer of ours."""
+"""Baselines with options, among them IOMT, and evaluations without a learned optimizer."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def steps_of(make: Any, horizon: int, steps: int = 6, rate: float = 0.1) -> np.n
 
 def test_options_go_to_the_constructor() -> None:
     params = {"w": jnp.ones(3)}
-    tx = optax.adamw(0.1, b1=0.5, weight_decay=1e-2)  # what is not given stays as it is
+    tx = optax.adamw(0.1, b1=0.5, weight_decay=1e-2)  # other options keep their defaults
     state = tx.init(params)
     found = steps_of(find_baseline("adamw", {"b1": 0.5}), 10)
     for i in range(6):
@@ -115,7 +115,7 @@ def test_labels_order_and_duplicates() -> None:
         chosen_baselines([{"name": "adam", "label": "x"}, {"name": "sgd", "label": "x"}], ["constant"])
 
 
-def test_an_entry_may_have_schedules_of_its_own() -> None:
+def test_an_entry_may_have_its_own_schedules() -> None:
     entries = ["adam", {"name": "sgdm", "schedules": ["step", "cosine"]}, {"name": "swats", "schedules": ["step"]}]
     chosen, notes = chosen_baselines(entries, ["constant"])
     assert {label: list(baseline.schedules) for label, baseline in chosen.items()} == {
@@ -188,7 +188,7 @@ def results() -> Results:
     return evaluate("-", small_config(evaluation={"baselines": entries}), horizons=(60,), **PLAIN)
 
 
-def test_what_mada_learned_is_kept() -> None:
+def test_learned_coefficients_of_mada_are_kept() -> None:
     entries = [
         "adam",
         {"name": "mada", "learning_rate": 0.1, "start_step": 5},
@@ -206,8 +206,8 @@ def test_what_mada_learned_is_kept() -> None:
     assert {name for name, values in hyper_adam.values.items() if len(set(values)) > 1} <= {"b1", "b2"}
 
 
-def test_what_iomt_chose_is_kept(results: Results) -> None:
-    """Of the first seed's run over the longest horizon: the stages lead from the first step to the last."""
+def test_choices_of_iomt_are_kept(results: Results) -> None:
+    """For the first seed's run over the longest horizon: the stages cover all steps."""
     iomt_history, doit_history = results.switches
     assert [h.optimizer for h in results.switches] == ["iomt/constant", "doit at .1/constant"]
     for history in (iomt_history, doit_history):
@@ -219,8 +219,8 @@ def test_what_iomt_chose_is_kept(results: Results) -> None:
     assert rates <= {1.0, 0.1, 0.01}
 
 
-def test_what_happened_to_stages_is_said() -> None:
-    """At a learning rate of 1e4 nearly every stage diverges, and none would know."""
+def test_diverged_stages_are_reported() -> None:
+    """At a learning rate of 1e4 nearly every stage diverges, which the results must state."""
     entries = [{"name": "iomt", "learning_rate": 1e4}]
     found = evaluate("-", small_config(evaluation={"baselines": entries}), horizons=(60,), **PLAIN)
     (note,) = [note for note in found.notes if "the loss diverged" in note]
@@ -229,7 +229,7 @@ def test_what_happened_to_stages_is_said() -> None:
 
 
 @pytest.mark.parametrize(("tolerance", "said"), [(1.0, "switched to SGD after step "), (0.0, "did not switch")])
-def test_whether_swats_switched_is_said(tolerance: float, said: str) -> None:
+def test_the_switch_of_swats_is_reported(tolerance: float, said: str) -> None:
     entries = [
         {"name": "swats", "learning_rate": 0.01, "tolerance": 0.0, "relative_tolerance": tolerance, "label": "s"}
     ]
@@ -239,7 +239,7 @@ def test_whether_swats_switched_is_said(tolerance: float, said: str) -> None:
     assert note.endswith("in the first seed's run of 30 steps")
 
 
-def test_without_an_optimizer_of_ours(results: Results) -> None:
+def test_without_a_learned_optimizer(results: Results) -> None:
     assert results.optimizer == "-"
     assert results.optimizers() == ["adam/constant", "iomt/constant", "doit at .1/constant"]
     assert results.speedup == []
@@ -280,8 +280,8 @@ def test_tuning_of_iomt_never_reads_test() -> None:
 
 
 @pytest.mark.parametrize("plan", ["fused", "stepwise"])
-def test_a_run_of_iomt_is_the_run_it_says(plan: Any) -> None:
-    """Repeated by hand: the stages that the controller chose, with optax, on the batches of all other runs."""
+def test_a_run_of_iomt_can_be_reproduced(plan: Any) -> None:
+    """It is repeated with optax: the stages that the controller chose, on the batches of all other runs."""
     task, horizon = regression(), 30
     entry = find_baseline("iomt", {"stage_steps": 5, "initial_stages": 3, "transferability": 0.3})
     assert isinstance(entry, Interleaved)
@@ -323,7 +323,7 @@ def test_a_run_of_iomt_is_the_run_it_says(plan: Any) -> None:
 def test_iomt_where_little_is_trained(mode: str) -> None:
     """A small ViT with adapters, or its head alone: the loss falls, and the surrogates see the trained parameters."""
     rng = np.random.default_rng(0)
-    label = np.arange(64, dtype=np.int32) % 2  # dark ones and bright ones
+    label = np.arange(64, dtype=np.int32) % 2  # dark and bright images
     images = rng.integers(0, 160, (64, 8, 8, 3), dtype=np.uint8) + 95 * label[:, None, None, None].astype(np.uint8)
     split = {"image": images, "label": label}
     model = make_model("vit_tiny", (8, 8, 3), 2, patch_size=4, dim=16, heads=2, depth=1)

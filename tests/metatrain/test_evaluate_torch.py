@@ -163,7 +163,7 @@ def test_muon_takes_matrices_and_its_adamw_the_rest() -> None:
 
 
 def test_schedule_free_is_judged_at_its_average() -> None:
-    """And training goes on from where it was: evaluated in between or not, the same last score."""
+    """Training then continues unchanged: with or without an evaluation in between, the last score is the same."""
     pytest.importorskip("pytorch_optimizer", reason="the extra integrations")
     baseline = find_torch_baseline("schedule_free")
     assert baseline.schedules == ("constant",)
@@ -180,6 +180,6 @@ def test_schedule_free_is_judged_at_its_average() -> None:
     once = rollout(hyper, task.data, chosen, 8)["test"].loss
     assert often[-1] == pytest.approx(float(once), rel=1e-5)
     params = made[-1].optimizer.param_groups[0]["params"]
-    left = [param.detach().clone() for param in params]  # where the next gradient would be taken
+    left = [param.detach().clone() for param in params]  # the point of the next gradient
     made[-1].optimizer.eval()
     assert any(not torch.allclose(one, two) for one, two in zip(left, params, strict=True))

@@ -24,7 +24,7 @@ def _ends(monkeypatch: pytest.MonkeyPatch, result: BaseException | None) -> int:
 
     def app(**_: Any) -> int:
         if isinstance(result, typer.Exit):
-            return result.exit_code  # as typer does outside of its standalone mode
+            return result.exit_code  # as typer does outside its standalone mode
         if result is not None:
             raise result
         return 0
@@ -63,7 +63,7 @@ def test_help_and_page_state_the_same_codes() -> None:
     assert re.findall(r"(?:^|; )(128 \+ N|\d):", stated) == codes
 
 
-def test_what_is_not_started_again_is_what_the_page_says() -> None:
+def test_final_codes_are_those_on_the_page() -> None:
     stated = re.search(r"Codes (\d), (\d) and (\d) end each", PAGE)
     assert stated is not None
     assert tuple(map(int, stated.groups())) == retry.FINAL_CODES

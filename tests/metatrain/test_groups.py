@@ -80,7 +80,8 @@ def test_a_pool_of_any_size_computes_every_call(ray: FakeRay, workers: int) -> N
 
 @pytest.mark.usefixtures("ray")
 def test_a_late_answer_for_one_part_of_a_generation_is_not_used_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part ends while a slow worker still computes what another one has answered; its number is the next part's."""
+    """A part ends while a slow worker still computes what another one has answered; the next part has the same
+    number."""
     slow = threading.Event()
 
     class Late(Counting):

@@ -68,7 +68,7 @@ def test_workers_that_hang_at_the_same_time_double_patience_once() -> None:
 
 
 def test_a_worker_that_hung_for_a_while_and_hangs_again_is_replaced_as_soon_as_any() -> None:
-    """Its late answer is not taken for its speed: twenty times 25 s would be a wait of 500 s."""
+    """Its late answer does not count as its speed: twenty times 25 s would be a wait of 500 s."""
     health, now = ready("a", "b"), 0.0
     for seconds in (0.5, 25.0, 0.5):
         health.given_work("a", now)

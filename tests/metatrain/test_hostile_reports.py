@@ -1,4 +1,4 @@
-"""Pages of results with names that mean something to matplotlib, and in folders with links."""
+"""Pages of results whose names have a meaning for matplotlib, and pages in folders with links."""
 
 from __future__ import annotations
 

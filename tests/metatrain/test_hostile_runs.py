@@ -1,4 +1,5 @@
-"""Folders of runs that another has made: no code is imported unasked, no link is followed, no size is believed."""
+"""Run folders made by another user: no code is imported unless asked for, no link is followed, no stated size is
+trusted."""
 
 from __future__ import annotations
 
@@ -133,7 +134,7 @@ def large_state(run: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_an_export_believes_no_size(run: Path, tmp_path: Path, name: str) -> None:
+def test_an_export_trusts_no_stated_size(run: Path, tmp_path: Path, name: str) -> None:
     FORMS[name](run)
     start = time.monotonic()
     with pytest.raises((UserError, l3rs.L3RSError)) as error:
@@ -141,7 +142,7 @@ def test_an_export_believes_no_size(run: Path, tmp_path: Path, name: str) -> Non
     assert "\n" not in str(error.value)
     assert str(run) in str(error.value)
     assert len(str(error.value)) < 1000
-    assert time.monotonic() - start < 30  # of which most is JAX's compilation
+    assert time.monotonic() - start < 30  # most of it is JAX's compilation
     assert not (tmp_path / "exported").exists()
 
 
@@ -191,7 +192,7 @@ def of_another_user(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("owned", ["run", "config.yaml", "url"])
-def test_a_task_in_a_run_of_another_is_imported_only_on_request(
+def test_a_task_in_the_run_of_another_user_is_imported_only_on_request(
     evil: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owned: str
 ) -> None:
     pytest.importorskip("pwd", reason="files have no owners here")

@@ -1,4 +1,4 @@
-"""Run stores made to harm: nothing is written outside, nothing is followed, and sizes are not believed."""
+"""Malicious run stores: nothing is written outside, no link is followed, and no stated size is trusted."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def a_file_and_a_folder_of_one_name(store: Path) -> None:
 
 
 @case
-def an_object_that_leads_up(store: Path) -> None:
+def an_object_in_a_parent_folder(store: Path) -> None:
     (store.parent / "secret").write_bytes(CONTENT)
     manifest(store, {"config.yaml": "objects/../../secret"})
 
@@ -72,7 +72,7 @@ def an_object_that_is_absolute(store: Path) -> None:
 
 
 @case
-def an_object_that_is_no_text(store: Path) -> None:
+def an_object_that_is_not_text(store: Path) -> None:
     manifest(store, {"config.yaml": ["objects"]})
 
 
@@ -127,7 +127,7 @@ def a_manifest_of_ten_gigabytes(store: Path) -> None:
 
 
 @case
-def a_manifest_that_is_deep(store: Path) -> None:
+def a_deeply_nested_manifest(store: Path) -> None:
     manifest(store, {}).write_text('{"objects":' + "[" * 100_000)
 
 
@@ -157,7 +157,7 @@ def store(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_refused_soon_and_in_little_memory(store: Path, tmp_path: Path, name: str) -> None:
+def test_refused_quickly_and_in_little_memory(store: Path, tmp_path: Path, name: str) -> None:
     CASES[name](store)
     start = time.monotonic()
     tracemalloc.start()
@@ -183,7 +183,7 @@ def test_an_object_larger_than_a_run_is_not_copied_to_its_end(
 
 
 @pytest.mark.parametrize("number", ["x", "-1", "1e9", "9" * 100])
-def test_what_is_called_almost_like_a_manifest_is_none(store: Path, tmp_path: Path, number: str) -> None:
+def test_files_named_almost_like_a_manifest_are_ignored(store: Path, tmp_path: Path, number: str) -> None:
     manifest(store, {"../outside": STORED}, number)
     Store(store.as_uri()).pull(tmp_path / "run")
     assert not (tmp_path / "run").exists()

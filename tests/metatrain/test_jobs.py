@@ -28,7 +28,7 @@ _SECONDS = 0.4  # of a candidate: a job must still be running when the commands 
 
 
 def _user_config(folder: Path, **execution: object) -> Path:
-    """A run of the user's own task: the cluster has l3rs, the module only exists here."""
+    """A run of a user's task: the cluster has l3rs, but the module exists only here."""
     (folder / "mytask.py").write_text((ROOT / "tests" / "metatrain" / "quadratic.py").read_text())
     task = {"name": "mytask:regression", "seconds": _SECONDS}
     outer = {"steps": 30, "population": 4}
@@ -38,8 +38,8 @@ def _user_config(folder: Path, **execution: object) -> Path:
 
 
 def _logged_generations(text: str) -> list[int]:
-    """The generations in a driver's log, in which every line has time and level: nothing of Ray's is in between."""
-    _, _, own = text.partition("Running entrypoint for job")  # before it are the lines of Ray's job manager
+    """The generations in a driver's log, in which every line has time and level, without lines of Ray in between."""
+    _, _, own = text.partition("Running entrypoint for job")  # after the lines of Ray's job manager
     lines = own.splitlines()[1:]
     assert [line for line in lines if not re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (INFO|WARNING) ", line)] == []
     return [found[0]["generation"] + 1 for line in lines if (found := read_generation_line(line))]
@@ -127,7 +127,7 @@ def test_a_cluster_without_tokens(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("earlier_token", [False, True])
 def test_the_sequence_of_the_readme(tmp_path: Path, earlier_token: bool) -> None:
-    """`run` with Ray on this machine, then a cluster of this machine: nothing that one leaves stops the next.
+    """`run` with Ray on this machine, then a cluster of this machine: what one leaves behind does not stop the next.
 
     An earlier program may have left a token, with which `ray start` turns authentication on.
     """
@@ -169,7 +169,7 @@ def test_a_cluster_that_requires_a_token_that_is_not_here(monkeypatch: pytest.Mo
     assert "execution.allow" not in str(refused.value)  # `list` has no such option
 
 
-def test_a_cluster_that_others_can_reach_needs_a_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_cluster_that_others_can_reach_requires_a_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -195,7 +195,7 @@ def test_addresses() -> None:
         split_address("head")
 
 
-def test_nobody_answers_is_one_sentence(tmp_path: Path) -> None:
+def test_an_address_without_an_answer_is_one_sentence(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(dump_config(small_config()))
     port = free_port()

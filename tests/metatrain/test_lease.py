@@ -94,7 +94,7 @@ def test_a_driver_that_was_stopped_notices_that_another_has_taken_over() -> None
         time.sleep(0.3)
         with pytest.raises(LeaseLostError, match="process 1 on elsewhere\\) has taken over the run a"):
             check()
-    assert b"them" in (store.content or b"")  # neither the heartbeat nor the end removes another's lease
+    assert b"them" in (store.content or b"")  # neither the heartbeat nor the end removes the lease of another driver
 
 
 def test_two_drivers_of_one_run_in_a_store() -> None:
@@ -125,7 +125,7 @@ def test_two_drivers_of_one_run_in_a_store() -> None:
     assert not store.exists(path)
 
 
-def test_a_driver_without_its_lease_writes_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_lost_its_lease_writes_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
     store = fsspec.filesystem("memory")
     generation, pushed = trainer._generation, []
 

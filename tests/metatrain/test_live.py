@@ -34,7 +34,7 @@ def run_folder(folder: Path, generations: int, total: int = 1000, **more: Any) -
     return folder
 
 
-def test_page_of_a_run_that_goes_on(tmp_path: Path) -> None:
+def test_page_of_a_run_in_progress(tmp_path: Path) -> None:
     page = check_page(live.write(run_folder(tmp_path, 700)))
     assert "700 of 1,000 generations done; about 3 min left." in page.text
     assert ("meta", {"http-equiv": "refresh", "content": "60"}) in page.tags
@@ -60,7 +60,7 @@ def test_page_of_a_run_that_has_ended(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_page_of_hardly_anything(tmp_path: Path) -> None:
+def test_page_of_a_run_with_hardly_any_data(tmp_path: Path) -> None:
     run_folder(tmp_path, 0)
     assert "No generation is done yet" in check_page(live.write(tmp_path)).text
     (tmp_path / "metrics.jsonl").unlink()
@@ -72,7 +72,7 @@ def test_page_of_hardly_anything(tmp_path: Path) -> None:
         live.write(tmp_path / "none")
 
 
-def test_a_half_written_line_is_passed_over(tmp_path: Path) -> None:
+def test_a_half_written_line_is_skipped(tmp_path: Path) -> None:
     run_folder(tmp_path, 5)
     whole = History.read(tmp_path / "metrics.jsonl")
     for half in ('{"generation": 5, "hor', "7", "", '{"generation": 4}x'):
@@ -97,7 +97,7 @@ def test_bands_hold_every_generation_once(tmp_path: Path) -> None:
     assert bands[0][1] < bands[1][0]
 
 
-def test_a_tick_draws_at_most_once_in_a_while(tmp_path: Path) -> None:
+def test_a_tick_draws_only_after_an_interval(tmp_path: Path) -> None:
     run_folder(tmp_path, 3)
     page = tmp_path / "report.html"
     drawn = Live(tmp_path, every=3600)
@@ -109,7 +109,7 @@ def test_a_tick_draws_at_most_once_in_a_while(tmp_path: Path) -> None:
     assert "Stopped after 3" in page.read_text()
 
 
-def test_a_failure_to_draw_is_one_sentence_and_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_to_draw_is_one_sentence_and_stops_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run_folder(tmp_path, 3)
     (tmp_path / "report.html").mkdir()
     drawn = Live(tmp_path, every=0)
@@ -136,7 +136,7 @@ def test_page_on_a_phone(tmp_path: Path) -> None:
     check_in_a_browser(page.read_text(), tmp_path, 390, "dark")
 
 
-def test_what_workers_lost_is_on_the_page_of_a_run_on_a_cluster(tmp_path: Path) -> None:
+def test_worker_counts_are_on_the_page_of_a_run_on_a_cluster(tmp_path: Path) -> None:
     counts = {"lost": 2, "duplicated": 17, "requeued": 5, "stale": 1, "rejected": 0, "waited": 130.0}
     page = check_page(live.write(run_folder(tmp_path, 50, **counts)))
     shown = {

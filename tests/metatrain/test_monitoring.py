@@ -1,4 +1,4 @@
-"""configs/cluster/grafana-dashboard.json against what a node of Ray really exports during a run."""
+"""configs/cluster/grafana-dashboard.json against the metrics that a Ray node exports during a run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _exported(text: str) -> dict[str, set[str]]:
     return found
 
 
-def test_panels_fill_the_width_and_none_lies_on_another() -> None:
+def test_panels_fill_the_width_and_do_not_overlap() -> None:
     panels = json.loads(DASHBOARD.read_text())["panels"]
     cells: set[tuple[int, int]] = set()
     for panel in panels:

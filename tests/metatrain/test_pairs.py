@@ -1,4 +1,4 @@
-"""One optimizer of an evaluation against each of the others, and the overhead of IOMT."""
+"""One optimizer of an evaluation compared with each of the others, and the overhead of IOMT."""
 
 from __future__ import annotations
 

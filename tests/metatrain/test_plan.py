@@ -86,11 +86,11 @@ def test_evaluators_agree_and_stepwise_does_not_depend_on_devices() -> None:
 @pytest.mark.slow
 def test_convolutions_on_a_cpu_are_run_stepwise_and_matrices_fused(convolutional: Task) -> None:
     assert jax.default_backend() == "cpu"
-    # 10 times slower inside a loop: no noise turns that round.
+    # 10 times slower inside a loop: noise cannot reverse that.
     assert choose_plan([convolutional], l3rs.Spec.create(convolutional.params_shape())) == "stepwise"
     assert choose_plan([regression()], l3rs.Spec.create(regression().params_shape())) == "fused"
     any_network = l3rs.Spec.create(convolutional.params_shape(), embedding="descriptor")
-    assert choose_plan([regression(), convolutional], any_network) == "stepwise"  # of variants all count
+    assert choose_plan([regression(), convolutional], any_network) == "stepwise"  # all variants count
 
 
 def test_a_forced_plan_is_used_and_recorded(tmp_path) -> None:
@@ -204,7 +204,7 @@ def test_how_candidates_are_grouped_does_not_depend_on_devices_or_workers(execut
 
 
 def test_the_time_of_a_step_is_positive_whatever_the_noise() -> None:
-    def run(count: int) -> None:  # a step takes .1 ms, and the shortest call happens to be held up
+    def run(count: int) -> None:  # a step takes 0.1 ms, and the shortest call happens to be delayed
         time.sleep(0.02 if count == 1 else count * 1e-4)
 
     a_step, _ = time_steps(run, steps=50, rounds=2)

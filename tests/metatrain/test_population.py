@@ -54,7 +54,7 @@ def test_a_population_that_the_chunk_does_not_divide() -> None:
     fitness = whole.evaluate(state, generation())
     assert fitness.shape == (1, 6)
     assert np.isfinite(fitness).all()
-    # In chunks of another size the last bits may differ, no more.
+    # In chunks of another size only the last bits may differ.
     other, state = evaluator(jax.devices()[:1], population=6, members=3)
     np.testing.assert_allclose(other.evaluate(state, generation()), fitness, rtol=1e-5)
 

@@ -29,7 +29,7 @@ for name in ("SIGKILL", "SIGHUP", "SIGUSR1"):
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """For a Python process on such a system."""
+    """The environment of a Python process on such a system."""
     folder = tmp_path / "site"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(_SITECUSTOMIZE)

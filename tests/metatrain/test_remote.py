@@ -55,7 +55,7 @@ def test_a_run_in_a_store_is_the_run_in_a_folder(url: str, quiet: Path, tmp_path
         trainer.resume("memory://bucket/nothing")
 
 
-def test_an_interrupted_run_goes_on_where_another_machine_left_it(url: str, quiet: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_continues_on_another_machine(url: str, quiet: Path, tmp_path: Path) -> None:
     stopped_at(3, url)
     assert trainer.run(small_config(), url, resume_run=True).finished
     Store(url).pull(tmp_path / "copy")
@@ -63,7 +63,7 @@ def test_an_interrupted_run_goes_on_where_another_machine_left_it(url: str, quie
     assert_same_theta(tmp_path / "copy" / "optimizer", quiet / "optimizer")
 
 
-def test_a_damaged_manifest_means_the_one_before(
+def test_a_damaged_manifest_is_replaced_by_the_one_before(
     url: str, quiet: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     stopped_at(4, url)
@@ -78,7 +78,7 @@ def test_a_damaged_manifest_means_the_one_before(
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
-def test_a_damaged_object_means_the_manifest_before(
+def test_a_damaged_object_leads_to_the_manifest_before(
     damage: str, url: str, quiet: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     stopped_at(4, url)
@@ -114,7 +114,7 @@ def test_a_manifest_that_names_files_outside_the_run_is_refused(url: str, tmp_pa
 
 
 def test_a_damaged_object_is_written_again(url: str, tmp_path: Path) -> None:
-    """The run that goes on makes the same content, whose object is there and is not whole."""
+    """The run that continues produces the same content, whose object exists but is damaged."""
     folder = tmp_path / "run"
     folder.mkdir()
     store = Store(url)
@@ -162,7 +162,7 @@ def test_a_store_that_fails_for_a_while_does_not_stop_the_run(
     assert (left / "state").is_dir()
 
 
-def test_urls_that_lead_nowhere_are_one_sentence() -> None:
+def test_unusable_urls_are_one_sentence() -> None:
     with pytest.raises(UserError, match=r"nowhere://a is not a URL for a run: Protocol not known"):
         trainer.run(small_config(), "nowhere://a")
     if not any((Path(path) / "gcsfs").is_dir() for path in sys.path):

@@ -93,7 +93,7 @@ def test_page_prints(written: Path, tmp_path: Path) -> None:
     assert (tmp_path / "page.pdf").read_bytes()[:5] == b"%PDF-"
 
 
-def test_what_iomt_chose_is_drawn(tmp_path: Path) -> None:
+def test_choices_of_iomt_are_drawn(tmp_path: Path) -> None:
     results = full()
     page = report.write(Analysis(results), tmp_path).read_text()
     assert (tmp_path / "switches-0.png").is_file()
@@ -106,7 +106,7 @@ def test_what_iomt_chose_is_drawn(tmp_path: Path) -> None:
     assert kept == results.switches
 
 
-def test_what_mada_learned_is_drawn(tmp_path: Path) -> None:
+def test_learned_coefficients_of_mada_are_drawn(tmp_path: Path) -> None:
     page = report.write(Analysis(full()), tmp_path).read_text()
     assert "What MADA learns" in page
     assert (tmp_path / "coefficients-0.png").is_file()

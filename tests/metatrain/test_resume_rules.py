@@ -23,7 +23,7 @@ def counters(state: Path) -> dict:
 
 
 @pytest.mark.parametrize("damage", ["deleted", "replaced", "emptied"])
-def test_a_run_whose_folder_is_gone_stops_and_leaves_no_half_of_it(
+def test_a_run_whose_folder_is_removed_stops_and_leaves_no_part_of_it(
     damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, generation = tmp_path / "run", trainer._generation
@@ -81,7 +81,7 @@ def test_another_device_is_named(
     assert f"the device was {now.device} and is now Another CPU" in caplog.text
 
 
-def test_a_run_without_a_note_of_its_code_resumes(tmp_path: Path) -> None:
+def test_a_run_without_a_record_of_its_code_resumes(tmp_path: Path) -> None:
     stopped_at(3, tmp_path / "run")
     file = tmp_path / "run" / "config.yaml"
     file.write_text(file.read_text().partition("code:")[0])

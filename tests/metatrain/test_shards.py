@@ -18,7 +18,7 @@ def test_a_worker_is_one_shard_ahead_while_there_are_plenty() -> None:
     assert shards.answer("a", 0, 1.0)
     assert shards.take("a", 1, 1.0) == 2
     assert shards.answer("a", 1, 2.0)
-    assert shards.take("a", 1, 2.0) == 3  # one is left: no reason to hold it back from others
+    assert shards.take("a", 1, 2.0) == 3  # one is left: it is not kept from the others
     assert shards.take("a", 1, 2.0) is None
     assert shards.holds("a") == (2, 3)
 
@@ -32,7 +32,7 @@ def test_the_slowest_is_started_again_elsewhere_and_the_first_answer_counts() ->
     assert shards.take("fast", 2, 15.2) == 0
     assert shards.next_look() == pytest.approx(30.3)
     assert shards.take("third", 3, 30.0) is None  # it was started less than 15.1 s ago
-    assert shards.take("third", 3, 30.4) == 0  # the second is slow, too
+    assert shards.take("third", 3, 30.4) == 0  # the second one is also slow
     assert shards.answer("third", 0, 35.0)
     assert shards.finished
     assert not shards.answer("slow", 0, 40.0)  # too late
@@ -45,10 +45,10 @@ def test_what_waits_behind_a_running_shard_is_taken_over_at_once() -> None:
     assert shards.take("b", 2, 0.0) == 2
     assert shards.take("c", 2, 0.0) == 3
     assert shards.answer("c", 3, 1.0)
-    assert shards.take("c", 2, 1.0) == 1  # nobody has begun with it
+    assert shards.take("c", 2, 1.0) == 1  # no worker has begun it
 
 
-def test_what_takes_too_long_depends_on_the_cost_of_the_shard() -> None:
+def test_the_limit_for_a_second_start_depends_on_the_cost_of_the_shard() -> None:
     shards = Shards([4.0, 1.0, 1.0], pace=1.0)
     assert [shards.take(name, 3, 0.0) for name in "abc"] == [0, 1, 2]
     assert shards.answer("c", 2, 1.0)
@@ -83,7 +83,7 @@ def test_shards_get_shorter_towards_the_end_and_longer_the_more_workers_there_ar
     assert max(few[-1], many[-1]) == 2
     assert min(huge[:-1]) == 20  # 2 s: as long as a driver needs for a shard of each of 1,000 workers
     assert huge == sorted(huge, reverse=True)
-    assert sizes(20, workers=20, seconds=0.1) == [1] * 20  # no worker waits for work that another hoards
+    assert sizes(20, workers=20, seconds=0.1) == [1] * 20  # no worker waits for work that another one holds
     assert sizes(10, workers=0, seconds=0.1) == [2] * 5
 
 
@@ -91,7 +91,7 @@ def test_a_shard_is_of_one_draw() -> None:
     assert cut_shards([0.1] * 6, 1, [0, 0, 0, 1, 1, 1]) == [range(2), range(2, 3), range(3, 5), range(5, 6)]
 
 
-def test_a_lost_workers_shards_go_to_the_next_who_asks() -> None:
+def test_a_lost_workers_shards_go_to_the_next_worker_that_asks() -> None:
     shards = Shards([1.0] * 3)
     shards.take("a", 1, 0.0)
     shards.take("a", 1, 0.0)

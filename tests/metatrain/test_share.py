@@ -1,4 +1,4 @@
-"""A worker keeps to what it has reserved, and the driver of a Ray run to the CPU."""
+"""A worker uses only what it has reserved, and the driver of a Ray run only the CPU."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _NAMES = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION", "XLA_PYTH
 
 @pytest.fixture
 def process(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A process that has not used JAX yet: what a share does to it, apart from the environment."""
+    """A process that has not used JAX yet: the changes that a share makes, apart from the environment."""
     done: dict[str, Any] = {}
     for name in (*_NAMES, "JAX_PLATFORMS"):
-        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.setenv(name, "")  # so that it is restored afterwards
         monkeypatch.delenv(name)
     monkeypatch.setattr(share_module, "use_cores", lambda count: done.update(cores=count))
     monkeypatch.setattr(devices.jax.config, "update", lambda key, value: done.update({key: value}))
@@ -90,7 +90,7 @@ def test_a_drivers_platform_is_not_the_workers(process: dict[str, Any], monkeypa
 @pytest.mark.parametrize(
     ("node", "resources", "workers"),
     [
-        ({"CPU": 8.0, "GPU": 2.0}, {"GPU": 0.4}, 4),  # two on each: a worker is on one GPU
+        ({"CPU": 8.0, "GPU": 2.0}, {"GPU": 0.4}, 4),  # two on each GPU: a worker uses one GPU
         ({"CPU": 8.0, "GPU": 4.0}, {"CPU": 1.0, "GPU": 0.25}, 8),
         ({"CPU": 8.0, "GPU": 4.0}, {"GPU": 2.0}, 2),
         ({"CPU": 0.7}, {"CPU": 0.1}, 7),

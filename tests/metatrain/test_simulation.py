@@ -26,7 +26,7 @@ def test_a_driver_that_is_the_bottleneck() -> None:
 
 
 def test_stragglers_cost_what_starting_again_costs_not_what_they_take() -> None:
-    """One shard in 100 takes 50 times as long; without a second start a generation would take 50 shards' time."""
+    """One shard in 100 takes 50 times as long; without a second start a generation would take as long as 50 shards."""
     world = dataclasses.replace(FREE, work=8.0, call=2.0, hiccup_share=0.01, hiccup_factor=50.0)
     assert simulate(world, 100, generations=5) > 0.4  # waiting for them: 400 / 100 / 50 = .08
 

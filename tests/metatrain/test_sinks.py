@@ -1,4 +1,4 @@
-"""Where a run's figures go: each sink with its real library, where that is installed, and offline."""
+"""The sinks of a run's figures: each with its real library, where that is installed, and offline."""
 
 from __future__ import annotations
 
@@ -174,8 +174,8 @@ def test_a_server_that_cannot_be_used_refuses_a_new_run_and_not_one_that_is_resu
     assert "logging.mlflow cannot be used: refused; the run goes on without it" in caplog.text
 
 
-def test_what_is_written_for_others_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sinks get the configuration as it was written."""
+def test_sinks_get_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sinks get the configuration as written, with interpolations."""
     from metatrain.config import as_written, flat, load_config
 
     monkeypatch.setenv("SECRET", "4711")

@@ -1,4 +1,4 @@
-"""`metatrain specialize`: the plan, and the whole way in one command."""
+"""`metatrain specialize`: the plan, and the whole command."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_too_little_time_says_how_much_is_needed() -> None:
     assert make_plan(measured(0.1), 60 * needed, 2).longest == 20
 
 
-def test_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(specialize, "_GENERATIONS", (2, 2))
     monkeypatch.setattr(specialize, "_SEEDS", (2,))

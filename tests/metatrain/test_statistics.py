@@ -48,14 +48,14 @@ def test_one_seed_says_nothing_of_the_spread():
     assert not mean_interval([0.5]).excludes(100.0)
 
 
-def test_a_diverged_run_makes_the_interval_no_number():
+def test_a_diverged_run_makes_the_interval_nan():
     value, low, high = mean_interval([0.1, math.nan, 0.2])
     assert math.isnan(value)
     assert math.isnan(low)
     assert math.isnan(high)
 
 
-def test_win_rate_counts_ties_as_halves_and_no_number_as_lost():
+def test_win_rate_counts_ties_as_halves_and_nan_as_lost():
     assert win_rate([1, 2, 3, math.nan], [2, 2, 1, 5]) == pytest.approx((1 + 0.5 + 0 + 0) / 4)
     assert win_rate([math.nan], [math.nan]) == 0.5
 

@@ -40,7 +40,7 @@ def _job(folder: Path, state: str) -> Job:
     return Job("a-1", "a", str(folder), state, "", 0.0)
 
 
-def test_time_left_counts_no_compilation_and_only_a_run_that_goes_on_has_it(folder: Path) -> None:
+def test_time_left_leaves_out_compilation_and_is_shown_only_for_a_run_in_progress(folder: Path) -> None:
     assert folder_snapshot(folder, "a", "running", going=True).line() == (
         "a: running, generation 4/6, meta-loss 0.5000, 100 candidate-steps/s, 2 workers, about 4 s left"
     )
@@ -58,8 +58,8 @@ def test_a_folder_is_running_while_its_lock_is_held(folder: Path) -> None:
     assert local_snapshot(folder, "a").line() == "a: stopped, nothing computed yet"
 
 
-def test_looking_at_a_run_keeps_no_driver_from_starting(folder: Path) -> None:
-    """A look takes the lock for a moment; a driver that starts just then waits for it."""
+def test_looking_at_a_run_stops_no_driver_from_starting(folder: Path) -> None:
+    """Looking takes the lock for a moment; a driver that starts at that time waits for it."""
     looks = 0
     stop = threading.Event()
 
@@ -134,7 +134,7 @@ def test_watch_ends_with_the_run_and_prints_only_what_is_new(folder: Path) -> No
 
 
 def test_watch_in_a_terminal_ends_with_ctrl_c_and_exit_code_0(folder: Path) -> None:
-    """By the command itself, in a terminal of its own."""
+    """The command runs in a pseudo-terminal."""
     pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
     command = [sys.executable, "-m", "metatrain.cli", "status", "--watch", str(folder)]
     with run_lock(folder, "a"):
@@ -146,8 +146,8 @@ def test_watch_in_a_terminal_ends_with_ctrl_c_and_exit_code_0(folder: Path) -> N
         while b"Ctrl-C" not in shown:
             shown += os.read(ours, 4096)
         process.send_signal(signal.SIGINT)
-        with contextlib.suppress(OSError):  # what the system answers once the other side is closed
-            while os.read(ours, 4096):  # a terminal that nobody reads blocks who writes
+        with contextlib.suppress(OSError):  # the error when the other side is closed
+            while os.read(ours, 4096):  # a terminal that nobody reads blocks its writer
                 pass
         assert process.wait(60) == 0
         os.close(ours)

@@ -1,4 +1,4 @@
-"""The plan `torch`: the numbers of JAX's plans, and the same bits in one process and in several."""
+"""The plan `torch`: it computes the same as JAX's plans, and the same bits in one process and in several."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def quiet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nobody disturbed."""
+    """A run without interruptions."""
     folder = tmp_path_factory.mktemp("quiet") / "run"
     assert trainer.run(small_config(), folder).finished
     return folder
@@ -55,7 +55,7 @@ def stopped_at(generation: int, folder: Path | str, **sections: dict) -> None:
     assert (done.finished, done.generation) == (False, generation)
 
 
-def test_a_run_leaves_what_it_promises(quiet: Path) -> None:
+def test_a_run_writes_the_documented_files(quiet: Path) -> None:
     assert {"config.yaml", "metrics.jsonl", "state", "optimizer"} <= {p.name for p in quiet.iterdir()}
     lines = [json.loads(line) for line in (quiet / "metrics.jsonl").read_text().splitlines()]
     assert [line["generation"] for line in lines] == list(range(6))
@@ -82,7 +82,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(quiet: Path, 
 def test_ctrl_c_saves_and_resume_gives_the_uninterrupted_run(
     generation: int, quiet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Checkpoints far apart: only what Ctrl-C itself saves can be the ground of the resume.
+    # Checkpoints are rare, so that only the one saved at Ctrl-C can be resumed.
     stopped_at(generation, tmp_path / "run", checkpoint={"every": 100})
     assert f"metatrain resume {tmp_path / 'run'}" in capsys.readouterr().out
     assert trainer.resume(tmp_path / "run").finished
@@ -122,7 +122,7 @@ def test_the_same_checkpoint_damaged_twice_is_set_aside_twice(quiet: Path, tmp_p
         trainer.resume(tmp_path / "run")
         victim = max((tmp_path / "run" / "state" / "6" / "strategy" / "d").iterdir(), key=lambda f: f.stat().st_size)
         victim.write_bytes(b"")
-        export(tmp_path / "run", tmp_path / f"exported-{name}")  # reads, and moves nothing
+        export(tmp_path / "run", tmp_path / f"exported-{name}")  # it reads, and moves nothing
         assert not (tmp_path / "run" / name).exists()
         trainer.resume(tmp_path / "run")
         assert (tmp_path / "run" / name).is_dir()
@@ -133,7 +133,7 @@ def test_the_same_checkpoint_damaged_twice_is_set_aside_twice(quiet: Path, tmp_p
 def test_an_error_in_the_middle_costs_no_generation(
     quiet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A cluster that refuses after hours: what was computed is saved, though no checkpoint was due."""
+    """A cluster fails after hours: what was computed is saved, although no checkpoint was due."""
     evaluate = LocalEvaluator.evaluate
 
     def refuses(self: Any, state: Any, spec: Any, waiting: Any = None) -> np.ndarray:
@@ -151,8 +151,8 @@ def test_an_error_in_the_middle_costs_no_generation(
     assert_same_theta(tmp_path / "run" / "optimizer", quiet / "optimizer")
 
 
-def test_a_start_that_is_killed_is_not_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder is there with its configuration, or not at all."""
+def test_a_killed_start_does_not_stop_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder exists with its configuration, or does not exist."""
 
     def killed(_: object) -> str:
         raise KeyboardInterrupt
@@ -166,7 +166,7 @@ def test_a_start_that_is_killed_is_not_in_the_way(tmp_path: Path, monkeypatch: p
     assert (tmp_path / "run").stat().st_mode & 0o777 == 0o755
 
 
-def test_two_processes_cannot_be_at_one_run(quiet: Path, tmp_path: Path) -> None:
+def test_two_processes_cannot_use_one_run(quiet: Path, tmp_path: Path) -> None:
     stopped_at(3, tmp_path / "run")
     code = """
 import sys, time
@@ -183,7 +183,7 @@ with run_lock(Path(sys.argv[1]), "run"):
         with pytest.raises(UserError, match="another process is using the run") as refused:
             trainer.resume(tmp_path / "run")
         assert str(tmp_path / "run") in str(refused.value)
-        holder.kill()  # the system gives the lock back
+        holder.kill()  # the system releases the lock
     assert trainer.resume(tmp_path / "run").finished
     assert_same_theta(tmp_path / "run" / "optimizer", quiet / "optimizer")
 
@@ -298,7 +298,7 @@ def test_generations_without_a_finite_loss_leave_the_state_and_stop_the_run(
 @pytest.mark.slow
 def test_kill_minus_nine_at_random_points(tmp_path: Path) -> None:
     """Real processes, killed for real, every other time while a checkpoint is being written."""
-    # Slowed down, with a checkpoint every generation: a kill is likely to hit a save.
+    # The run is slowed down and has a checkpoint in every generation, so that a kill is likely to hit a save.
     config = small_config(outer={"steps": 40}, task={"seconds": 0.02})
     trainer.run(config, tmp_path / "quiet")
     folder, rng = tmp_path / "run", random.Random(0)

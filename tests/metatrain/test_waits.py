@@ -1,4 +1,4 @@
-"""Every wait has a bound, and says what it waits for: with a made-up clock and a made-up cluster."""
+"""Every wait is bounded and names what it waits for; with a simulated clock and a simulated cluster."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.metatrain.common import REGRESSION, small_config
 
 
 class Crew:
-    """A made-up fleet."""
+    """A simulated fleet."""
 
     members: tuple[str, ...] = ()
     starting = ("a", "b")
@@ -93,11 +93,11 @@ def test_a_worker_that_hangs_in_its_set_up_is_given_up_and_asked_for_again() -> 
     fleet.recruit(START_SECONDS + 2)
     assert len(fleet.starting) == 2
     assert not {id(member.actor) for member in fleet.starting.values()} & set(map(id, hung))
-    fleet.give_up_slow_starts(2 * START_SECONDS + 10)  # twice as long, as they may only be slow
+    fleet.give_up_slow_starts(2 * START_SECONDS + 10)  # twice as long, because they may only be slow
     assert len(fleet.starting) == 2
 
 
-def test_set_up_shows_each_step() -> None:
+def test_the_set_up_shows_each_step() -> None:
     said: list[str] = []
     Setup.build(small_config(task={"name": REGRESSION, "variants": [{}, {"examples": 48}]}), said.append)
     assert [line.partition(",")[0] for line in said[:2]] == ["task 1 of 2", "task 2 of 2"]

@@ -56,7 +56,7 @@ def splits(examples: int = 48) -> dict[str, TensorDataset]:
 
 
 def tiny(noise: float = 0.1, freeze: bool = False, **options: Any) -> TorchTask:
-    """Points in three classes; the body can be frozen."""
+    """Points in three classes; the layers below the head can be frozen."""
     data = splits()
 
     def model(init: int) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Task augmentation: the same function under other parameters, pure, and held-out inits untouched."""
+"""Task augmentation: the same function with other parameters, pure, and held-out inits unchanged."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_label_noise_replaces_a_share_of_the_training_labels_alone() -> None:
     phi, stats = task.init(task.data, jnp.int32(task.pools["meta_train"][0]))
     batch = task.batch(task.data, jax.random.key(0))
     changed = float(np.mean(batch["noisy_label"] != batch["label"]))
-    assert changed == pytest.approx(0.4 * 0.9, abs=0.06)  # a tenth of the drawn classes is the right one
+    assert changed == pytest.approx(0.4 * 0.9, abs=0.06)  # a tenth of the drawn classes is right by chance
     assert set(np.unique(batch["noisy_label"])) <= set(range(10))
     seen = {**batch, "label": batch["noisy_label"]}
     clean = {key: batch[key] for key in ("image", "label")}

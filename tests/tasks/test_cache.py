@@ -1,4 +1,4 @@
-"""The resident cache: whole or not at all, built once, whatever happens to its builders."""
+"""The cache on disk: an entry is complete or absent, and is built once, whatever happens to its builders."""
 
 import hashlib
 import logging
@@ -27,7 +27,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def start(script, *arguments):
-    """Run a script in a process of its own."""
+    """Run a script in a new process."""
     command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -202,7 +202,7 @@ def test_a_damaged_entry_is_built_again(cache, caplog, damage):
     assert not scratch(cache)
 
 
-def test_errors_of_the_builder_are_its_own(cache):
+def test_errors_of_the_builder_are_passed_on(cache):
     def build():
         raise FileNotFoundError(2, "No such file", "source.png")
 
@@ -240,7 +240,7 @@ print(cached({"n": 1}, build)["x"].sum())
 
 
 @pytest.mark.parametrize("how", ["no fcntl", "no locks"])
-def test_two_processes_need_no_locks(tmp_path, cache, how):
+def test_two_processes_without_locks(tmp_path, cache, how):
     processes = [start(NO_LOCKS, tmp_path, i, how) for i in range(2)]
     for i, process in enumerate(processes):
         wait_for(tmp_path / f"ready-{i}", process)
@@ -274,14 +274,14 @@ def test_a_full_disk_is_one_sentence(cache):
     assert not scratch(cache)
 
 
-def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_created_is_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("L3RS_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(TaskError, match=r"cache folder .*file.cache cannot be written \(Not a directory\).*L3RS_CACHE"):
         cached({"n": 1}, dict)
 
 
-def test_where_it_is(monkeypatch, cache):
+def test_the_folder_of_the_cache(monkeypatch, cache):
     assert cache_dir() == cache
     monkeypatch.delenv("L3RS_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "here")

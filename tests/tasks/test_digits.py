@@ -41,7 +41,7 @@ def test_no_image_is_in_two_splits(digits: Task) -> None:
     total = 0
     for split in SPLITS:
         images = np.asarray(digits.data[split]["image"])
-        # The sets themselves hold no doubles, so the number of distinct images is the sum.
+        # The sets contain no duplicates, so the number of distinct images is the sum.
         own = {image.tobytes() for image in images}
         assert not own & seen
         seen |= own
@@ -50,7 +50,7 @@ def test_no_image_is_in_two_splits(digits: Task) -> None:
     assert [size(digits.data[split]) for split in SPLITS] == [2000, 500, 1000, 1500]
 
 
-def test_cutting_is_deterministic_and_complete() -> None:
+def test_splits_are_deterministic_and_complete() -> None:
     images, labels = np.arange(50)[:, None], np.arange(50)
     parts = cut(images, labels)
     assert sorted(np.concatenate([p["label"] for p in parts.values()]).tolist()) == list(range(50))
@@ -66,7 +66,7 @@ def test_pretrained_inits_know_the_source_and_differ() -> None:
     accuracy = jax.jit(lambda data, i: task.loss(*task.init(data, i), data["test"], False)[1].accuracy)
     rows = [*task.pools["meta_train"], *task.pools["held_out"]]
     accuracies = [float(accuracy(task.data, jnp.int32(i))) for i in rows]
-    assert min(accuracies) > 0.85  # they were trained on these digits; chance is 0.1
+    assert min(accuracies) > 0.85  # trained on these digits; chance is 0.1
     kernels = task.data["inits"][0]["layers"][0]["kernel"]
     assert len({kernel.tobytes() for kernel in np.asarray(kernels)}) == len(rows)
 
@@ -136,15 +136,15 @@ def test_other_starts_are_only_for_meta_training(digits: Task) -> None:
     warm = make_task("digits", {"starts": ["pretrained", "warm", "random"]})
     assert warm.pools["held_out"] == digits.pools["held_out"]
     assert warm.pools["meta_train"] == [*range(10), *range(16, 36)]
-    for i in (0, 15):  # what was there stays as it is
+    for i in (0, 15):  # the pretrained inits do not change
         for one, other in zip(jax.tree.leaves(warm.init(warm.data, i)), jax.tree.leaves(digits.init(digits.data, i)),
                               strict=True):  # fmt: skip
             np.testing.assert_array_equal(one, other)
     loss = jax.jit(lambda data, i: warm.loss(*warm.init(data, i), data["outer_valid"], False)[0])
     losses = [float(loss(warm.data, jnp.int32(i))) for i in warm.pools["meta_train"]]
-    assert min(losses[:10]) > 2  # networks of the other digits
+    assert min(losses[:10]) > 2  # networks that know the source digits
     assert losses[10] > 1 > 0.4 > max(losses[17:20])  # after 10 steps of fine-tuning, and after hundreds
-    assert all(loss == pytest.approx(np.log(10), abs=0.5) for loss in losses[20:])  # what chance has
+    assert all(loss == pytest.approx(np.log(10), abs=0.5) for loss in losses[20:])  # the loss of chance
     for starts in ([], "warm", ["hot"]):
         with pytest.raises(
             TaskError, match=r"task\.starts is .*; it must be a list of pretrained, new_head, warm, random"
@@ -166,7 +166,7 @@ def test_a_new_head_on_pretrained_layers(digits: Task) -> None:
         assert same == (i != last)
 
 
-def test_patterns_have_classes_of_their_own() -> None:
+def test_patterns_have_their_own_classes() -> None:
     (images, labels), (others, _) = digits_data.SOURCES["patterns"](), digits_data.SOURCES["other_patterns"]()
     assert images.shape == others.shape == (4000, 14, 14, 1)
     assert images.dtype == np.float32

@@ -77,7 +77,7 @@ def test_there_is_no_optimum_with_a_hidden_layer() -> None:
         optimum(make_task("features", {"width": 16, "hidden": 4}))
 
 
-def test_a_file_is_cut_or_keeps_its_splits(tmp_path: Path) -> None:
+def test_a_file_is_split_or_keeps_its_splits(tmp_path: Path) -> None:
     x, y = examples()
     np.savez(tmp_path / "all.npz", x=x, y=y)
     task = make_task("features", {"file": str(tmp_path / "all.npz"), "batch_size": 8})
@@ -85,7 +85,7 @@ def test_a_file_is_cut_or_keeps_its_splits(tmp_path: Path) -> None:
     rows = {row.tobytes(): label for row, label in zip(x, y, strict=True)}
     for split in SPLITS:
         for row, label in zip(task.data[split]["x"], task.data[split]["label"], strict=True):
-            assert rows.pop(row.tobytes()) == label  # none is in two splits
+            assert rows.pop(row.tobytes()) == label  # no example is in two splits
     test_x, test_y = examples(30, first=1)
     save_file({"train/x": x, "train/y": y, "test/x": test_x, "test/y": test_y}, tmp_path / "f.safetensors")
     task = make_task("features", {"file": str(tmp_path / "f.safetensors"), "batch_size": 8, "input_scale": 2.0})

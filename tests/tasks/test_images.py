@@ -29,7 +29,7 @@ def _cache(tmp_path, monkeypatch):
 # Folders
 
 
-def test_a_pool_is_cut_into_four(tmp_path):
+def test_a_pool_is_split_into_four(tmp_path):
     source = write_folder(tmp_path / "set", dict.fromkeys(COLOURS, 20))
     (tmp_path / "set" / ".hidden").mkdir()
     (tmp_path / "set" / "red" / "readme.txt").touch()
@@ -42,7 +42,7 @@ def test_a_pool_is_cut_into_four(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["test", "val"])
-def test_an_official_test_set_stays_one(tmp_path, name):
+def test_an_official_test_set_stays_the_test_set(tmp_path, name):
     write_folder(tmp_path / "train", dict.fromkeys(COLOURS, 10))
     write_folder(tmp_path / name, dict.fromkeys(COLOURS, 4), first=100)
     splits = load_images(ImageFolder(tmp_path), size=8)
@@ -52,7 +52,7 @@ def test_an_official_test_set_stays_one(tmp_path, name):
     assert {image.tobytes() for image in splits["test"]["image"]} == test
 
 
-def test_the_cut_is_always_the_same_and_follows_the_files(tmp_path, monkeypatch):
+def test_splits_are_deterministic_and_follow_the_files(tmp_path, monkeypatch):
     source = write_folder(tmp_path / "set", dict.fromkeys(COLOURS, 10))
     first = load_images(source, size=4)
     monkeypatch.setenv("L3RS_CACHE", str(tmp_path / "other"))
@@ -69,7 +69,7 @@ def test_a_ready_entry_decodes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "decode", None)
     load_images(source, ["red", "blue"], 4)
     for other in (["blue", "red"], {"count": 2, "seed": 0}):
-        with pytest.raises(TaskError, match="corrupt"):  # None cannot be called: it was built anew
+        with pytest.raises(TaskError, match="corrupt"):  # None cannot be called, so it was built again
             load_images(source, other, 4)
     with pytest.raises(TaskError, match="corrupt"):
         load_images(source, ["red", "blue"], 5)
@@ -84,7 +84,7 @@ def test_a_corrupt_image_is_named(tmp_path, caplog):
         TaskError, match=r"corrupt image, (red/000\.png|green/000\.png|blue/001\.jpg) .*on_corrupt to skip"
     ):
         load_images(source, size=4)
-    for _ in range(2):  # also when the entry is there already
+    for _ in range(2):  # also when the entry already exists
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             counts = check(load_images(source, size=4, on_corrupt="skip"))
@@ -123,7 +123,7 @@ def test_too_few_images(tmp_path, counts, message):
         load_images(write_folder(tmp_path / "set", counts), size=4)
 
 
-def test_folders_that_make_no_sense(tmp_path):
+def test_unusable_folders(tmp_path):
     with pytest.raises(TaskError, match="does not exist"):
         load_images(ImageFolder(tmp_path / "nowhere"))
     write_folder(tmp_path / "train", {"red": 10})
@@ -214,7 +214,7 @@ def test_resizing_takes_the_centre_and_averages():
     pixels[:, :4] = pixels[:, 12:] = 255  # outside the central square
     pixels[:, 4:12:2] = 100  # finer than the result
     small = decode(encoded(Image.fromarray(pixels), "PNG"), 2)
-    np.testing.assert_allclose(small, 50, atol=4)  # not exactly: the windows end inside stripes
+    np.testing.assert_allclose(small, 50, atol=4)  # not exactly, because the windows end inside stripes
     same = np.random.default_rng(0).integers(0, 255, (5, 5, 3)).astype(np.uint8)
     np.testing.assert_array_equal(decode(encoded(Image.fromarray(same), "PNG"), 5), same)
 
@@ -224,7 +224,7 @@ def test_resizing_takes_the_centre_and_averages():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """train and test, in a data_dir with an older and a half-made version."""
+    """train and test, in a data_dir with an older and an incomplete version."""
     data_dir = tmp_path_factory.mktemp("tfds")
     write_tfds(data_dir / "colours" / "1.9.0", {"train": 6, "test": 6})
     write_tfds(data_dir / "colours" / "1.10.0", {"train": 60, "test": 12})

@@ -122,7 +122,7 @@ def test_training_a_part_starts_at_the_whole_and_leaves_the_rest(folder: Path, m
         sizes = [leaf.size for leaf in jax.tree.leaves(trained["lora"])]
         assert 0 < sum(sizes) < 0.6 * sum(leaf.size for leaf in jax.tree.leaves(held["frozen"]))
         assert all(float(jnp.abs(a["b"]).max()) > 0 for a in grads["lora"].values())
-        # A change of an adapter is the change of its matrix, α / r · a b, and of nothing else.
+        # Changing an adapter changes its matrix, by α / r · a b, and nothing else.
         path = next(iter(trained["lora"]))
         moved = jax.tree.map(lambda x: x, trained)
         moved["lora"][path] = {**moved["lora"][path], "b": jnp.ones_like(moved["lora"][path]["b"])}

@@ -1,4 +1,4 @@
-"""Networks: numerically the published PyTorch ones, trainable by name, clear about wrong options."""
+"""Networks: they compute the same as the published PyTorch ones, train under every name, and report wrong options."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def to_torch(x: np.ndarray) -> Any:
 
 
 def randomized(network: Any) -> Any:
-    """Every tensor moved off its init, the running statistics of batch norm too; activations stay of order 1."""
+    """Every tensor differs from its init, also the running statistics of batch norm; activations stay of order 1."""
     import torch
 
     torch.manual_seed(0)
@@ -79,7 +79,7 @@ def relative_error(ours: np.ndarray, reference: Any) -> float:
 
 
 @pytest.mark.parametrize("depth", [18, pytest.param(34, marks=pytest.mark.slow), 50])
-def test_imagenet_resnet_is_torchs(depth: int, tmp_path: Path) -> None:
+def test_imagenet_resnet_equals_torchs(depth: int, tmp_path: Path) -> None:
     network, model, params, stats = resnet_pair(depth, 16, tmp_path)
     x = images(2, 64, 64, 3)
     assert relative_error(logits(model, params, stats, x), network(to_torch(x)).logits) < 1e-4
@@ -87,14 +87,14 @@ def test_imagenet_resnet_is_torchs(depth: int, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("depth", [18, 34, 50])
-def test_imagenet_resnet_of_full_width_is_torchs(depth: int, tmp_path: Path) -> None:
+def test_imagenet_resnet_of_full_width_equals_torchs(depth: int, tmp_path: Path) -> None:
     network, model, params, stats = resnet_pair(depth, 64, tmp_path)
-    x = images(2, 75, 64, 3)  # an odd side: rounding must agree too
+    x = images(2, 75, 64, 3)  # an odd side, so that rounding must agree, too
     assert relative_error(logits(model, params, stats, x), network(to_torch(x)).logits) < 1e-4
 
 
 @pytest.mark.parametrize("epsilon", [1e-6, 1e-12])
-def test_vit_is_torchs(epsilon: float, tmp_path: Path) -> None:
+def test_vit_equals_torchs(epsilon: float, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="the reference networks are transformers'")
     config = transformers.ViTConfig(
         hidden_size=48,
@@ -189,7 +189,7 @@ def test_frozen_batch_norm_never_changes() -> None:
         jax.tree.map(np.testing.assert_array_equal, new, stats)
 
 
-def test_group_norm_is_flax() -> None:
+def test_group_norm_equals_flax() -> None:
     ours, flax = GroupNorm(12, groups=4), nnx.GroupNorm(12, num_groups=4, epsilon=1e-5, rngs=nnx.Rngs(0))
     norms: list[Any] = [ours, flax]
     for norm in norms:
@@ -211,7 +211,7 @@ STEPS: list[Any] = [
 
 @pytest.mark.parametrize(("name", "options"), STEPS)
 def test_every_model_learns_a_batch(name: str, options: dict[str, Any]) -> None:
-    """Three steps on one batch under jit lower its loss; shapes are those that went in."""
+    """Three steps on one batch under jit lower its loss; shapes do not change."""
     model = make_model(name, (32, 32, 1), CLASSES, **options)
     params, stats = model.init(jax.random.key(0))
     x, labels = images(4, 32, 32, 1), np.arange(4)

@@ -1,4 +1,4 @@
-"""Tasks by name: a user's own function is checked before it is called, and its faults are one sentence each."""
+"""Tasks by name: a user's function is checked before it is called, and each of its errors is one sentence."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_functions_of_the_system_are_never_called(tmp_path: Path, name: str, opt
         ("empty", ["init", "no parameters"]),
     ],
 )
-def test_faults_of_a_users_task_are_one_sentence(own: str, fault: str, facts: list[str]) -> None:
+def test_errors_in_a_users_task_are_one_sentence(own: str, fault: str, facts: list[str]) -> None:
     with pytest.raises(TaskError) as error:
         make_task(f"{own}:plain", {"fault": fault})
     assert f"{own}:plain" in str(error.value)

@@ -1,4 +1,4 @@
-"""The task `text`: what its windows hold, and that the GPT reads the past alone."""
+"""The task `text`: the content of its windows, and that the GPT reads only the past."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_windows_tile_blocks_and_no_character_is_in_two_splits(file: Path) -> No
     assert start == len(numbers)
 
 
-def test_batches_are_text_from_anywhere_in_inner_train(tmp_path: Path) -> None:
-    # Every pair of neighbours occurs once: a window's place in the text can be told from its beginning.
+def test_batches_come_from_anywhere_in_inner_train(tmp_path: Path) -> None:
+    # Every pair of neighbours occurs once, so the beginning of a window shows its position in the text.
     letters = [chr(0x4E00 + i) for i in range(200)]
     path = tmp_path / "pairs.txt"
     path.write_text("".join(letters))
@@ -76,7 +76,7 @@ def test_batches_are_text_from_anywhere_in_inner_train(tmp_path: Path) -> None:
             first = int(np.flatnonzero(block == row[0])[0])
             np.testing.assert_array_equal(row, block[first : first + 4])
             firsts.add(first)
-    assert firsts == set(range(len(block) - 3))  # all that there are, the first and the last too
+    assert firsts == set(range(len(block) - 3))  # all possible ones, also the first and the last
 
 
 def test_evaluation_windows_are_evenly_spread(file: Path) -> None:
@@ -88,22 +88,22 @@ def test_evaluation_windows_are_evenly_spread(file: Path) -> None:
     assert len(task.data["inner_train"]["text"]) == len(whole.data["inner_train"]["text"])
 
 
-def test_the_gpt_reads_the_past_alone() -> None:
+def test_the_gpt_reads_only_the_past() -> None:
     model = gpt(20, CONTEXT, n_layer=2, n_head=2, width=16)
     params, stats = model.init(jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (3, CONTEXT), 0, 20)
     logits, _ = model.apply(params, stats, tokens, True)
     assert logits.shape == (3, CONTEXT, 20)
-    for place in range(CONTEXT):
-        changed, _ = model.apply(params, stats, tokens.at[:, place].add(1) % 20, True)
-        np.testing.assert_array_equal(changed[:, :place], logits[:, :place])
-        assert not np.allclose(changed[:, place], logits[:, place])
+    for position in range(CONTEXT):
+        changed, _ = model.apply(params, stats, tokens.at[:, position].add(1) % 20, True)
+        np.testing.assert_array_equal(changed[:, :position], logits[:, :position])
+        assert not np.allclose(changed[:, position], logits[:, position])
     short, _ = model.apply(params, stats, tokens[:, :3], True)
     np.testing.assert_allclose(short, logits[:, :3], rtol=1e-5, atol=1e-6)
 
 
 def test_a_step_has_no_scatter_and_no_convolution(file: Path) -> None:
-    """Only matrix products: what runs well in compiled loops on a CPU."""
+    """There are only matrix products, which are fast in compiled loops on a CPU."""
     task = text(file)
     params, stats = task.init(task.data, jnp.int32(0))
     batch = jax.tree.map(lambda x: x[:4], task.data["test"])
@@ -161,7 +161,7 @@ def write_tfds(folder: Path, splits: dict[str, str], feature: str = "text") -> N
     (folder / "dataset_info.json").write_text(json.dumps(info))
 
 
-def test_a_tfds_text_is_whole_again(tmp_path: Path, file: Path) -> None:
+def test_a_tfds_text_is_joined_again(tmp_path: Path, file: Path) -> None:
     whole = story()
     write_tfds(
         tmp_path / "tfds" / "tiny_shakespeare" / "1.0.0",
@@ -177,7 +177,7 @@ def test_a_tfds_text_is_whole_again(tmp_path: Path, file: Path) -> None:
         make_task("text", {"source": {**source, "tfds": "images"}})
 
 
-def test_a_text_is_cut_once(file: Path) -> None:
+def test_a_text_is_split_once(file: Path) -> None:
     first = text(file).data["inner_train"]["text"]
     again = text(file).data["inner_train"]["text"]
     assert isinstance(first, np.memmap)

@@ -1,4 +1,4 @@
-"""A TorchTask in one process: starts, batches, seeds, scores, and what is refused."""
+"""A TorchTask in one process: initial states, batches, seeds, scores, and errors."""
 
 from __future__ import annotations
 
@@ -55,8 +55,9 @@ def test_import_tasks_does_not_import_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
-def test_a_run_starts_anew_in_the_same_model() -> None:
-    """Dropout, batch norm's statistics and noise of three generators: the second run is the first, bit for bit."""
+def test_a_run_starts_again_in_the_same_model() -> None:
+    """With dropout, batch norm's statistics and noise from three generators, the second run equals the first, bit for
+    bit."""
     training = Training(tiny())
     first = descend(training, 3, 5)
     model = training.model
@@ -69,7 +70,7 @@ def test_a_run_starts_anew_in_the_same_model() -> None:
     assert len(set(first[0])) == 5
 
 
-def test_what_ran_before_does_not_matter() -> None:
+def test_earlier_runs_do_not_matter() -> None:
     with deterministic():
         expected = descend(Training(tiny()), 3, 4)
     for seed in (1, 2):
@@ -79,7 +80,7 @@ def test_what_ran_before_does_not_matter() -> None:
         assert descend(Training(tiny()), 3, 4) == expected
 
 
-def test_settings_and_generators_are_put_back() -> None:
+def test_settings_and_generators_are_restored() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state(), random.getstate(), torch.get_num_threads()
     with deterministic():
@@ -97,7 +98,7 @@ def test_an_epoch_holds_every_example_once() -> None:
         assert len(set(torch.cat(epoch).tolist())) == 18
     assert not torch.equal(torch.cat(epochs[0]), torch.cat(epochs[1]))
     assert not torch.equal(training.batch((7, 8), 0)[0], epochs[0][0])
-    assert torch.equal(training.batch(KEY, 4)[0], epochs[1][1])  # a function of key and step, not of what came before
+    assert torch.equal(training.batch(KEY, 4)[0], epochs[1][1])  # a function of key and step, not of earlier draws
 
 
 def test_a_function_draws_batches() -> None:
@@ -119,7 +120,7 @@ def test_score_is_the_mean_over_all_examples() -> None:
     assert accuracy == pytest.approx((logits.argmax(-1) == y).float().mean().item())
 
 
-def test_own_score_gets_the_split_itself() -> None:
+def test_a_custom_score_gets_the_split() -> None:
     own = task(score=lambda _, data: (len(data), torch.tensor(0.5)))
     training = Training(own)
     training.start(0)
@@ -186,7 +187,7 @@ def test_frozen_parameters_do_not_train_and_tied_ones_are_one() -> None:
     assert [name for name, _ in Training(task(tied)).start(0)] == ["0.weight", "0.bias", "1.bias"]
 
 
-def test_a_frozen_parameter_that_was_changed_means_a_new_model() -> None:
+def test_a_changed_frozen_parameter_leads_to_a_new_model() -> None:
     training = Training(tiny(freeze=True))
     training.start(0)
     model = training.model
@@ -300,7 +301,7 @@ def test_refused_when_built(fields: dict[str, Any], sentence: str) -> None:
 
 
 def test_a_task_is_sent_by_name() -> None:
-    """Its lambdas cannot be pickled, and need not be."""
+    """Its lambdas cannot be pickled, and do not have to be."""
     sent = pickle.loads(pickle.dumps(make_task(TINY, {"noise": 0.2})))
     assert sent.recipe == (TINY, {"noise": 0.2})
     assert descend(Training(sent), 1, 2) == descend(Training(tiny(noise=0.2)), 1, 2)

@@ -1,4 +1,4 @@
-"""Published weights: every naming is read, the real ResNet-20 classifies, a wrong file is one sentence."""
+"""Published weights: every naming scheme is read, the real ResNet-20 classifies, a wrong file is one sentence."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_frozen_norm_takes_the_same_file(file: Path) -> None:
 
 
 def test_vit_of_timm_and_of_transformers(file: Path) -> None:
-    """Both namings give the same parameters; transformers keeps query, key and value apart."""
+    """Both naming schemes give the same parameters; transformers stores query, key and value separately."""
     tensors = timm_vit()
     params, stats = load(file, tensors, "vit_tiny")
     np.testing.assert_array_equal(params["patches"]["kernel"], tensors["patch_embed.proj.weight"].transpose(2, 3, 1, 0))

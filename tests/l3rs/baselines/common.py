@@ -1,4 +1,4 @@
-"""One small noisy problem for all baselines, followed by an optax transformation or by a NumPy recurrence."""
+"""One small noisy problem for all baselines, solved by an optax transformation or by a recurrence in NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +29,12 @@ def gradient(t, x):
 
 
 def loss(t, x):
-    """What `gradient` is the gradient of."""
+    """The function whose gradient is `gradient`."""
     return np.sum(0.5 * _CURVATURE * x**2 + _NOISE[t - 1] * x)
 
 
 def decaying(count):
-    """A schedule, in the widest float there is: after `count` steps, that is at step count + 1."""
+    """A schedule, in the widest float available: the rate after `count` steps, so at step count + 1."""
     return 0.1 * 0.9 ** jnp.asarray(count, jnp.result_type(float))
 
 
@@ -43,7 +43,7 @@ def decaying_at(t):
 
 
 def ones(t, x):
-    """A gradient that is 1 for ever."""
+    """A gradient that is always 1."""
     del t
     return np.ones_like(x)
 

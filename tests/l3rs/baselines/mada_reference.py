@@ -1,4 +1,4 @@
-"""MADA in NumPy, from its equations, and what its tests share."""
+"""MADA in NumPy, from its equations, and helpers that its tests share."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ NEVER = 2**31 - 1  # a start step
 INSIDE = {"b1": 0.7, "b2": 0.8, "b3": 0.4, "c": 0.6, "rho": 0.7, "gamma": 0.8}
 ADAM = {"b1": 0.9, "b2": 0.95, "b3": 0.0, "c": 1.0, "rho": 1.0, "gamma": 1.0}
 NEAR_ADAM = {"b1": 0.9, "b2": 0.95, "b3": 1e-3, "c": 0.999, "rho": 0.999, "gamma": 0.999}
-# A frozen corner keeps no moments that it has no use for; one that could move keeps them all.
+# A frozen corner keeps only the moments that it needs; one that could move keeps them all.
 FROZEN, STILL = {"learned": ()}, {"start_step": NEVER}
 
 
@@ -51,5 +51,5 @@ def fixed(q, rate, **options):
 def assert_in_domain(coefficients):
     for name, (low, high) in DOMAIN.items():
         value = np.asarray(coefficients[name])
-        edge = value.dtype.type  # D's edges, in the dtype that the coefficients have
-        assert np.all((edge(low) <= value) & (value <= edge(high))), (name, value)  # false of NaN, too
+        edge = value.dtype.type  # D's edges, in the coefficients' dtype
+        assert np.all((edge(low) <= value) & (value <= edge(high))), (name, value)  # false for NaN, too

@@ -56,8 +56,8 @@ def test_recurrence(amsbound, gamma):
 
 
 @pytest.mark.parametrize("amsbound", [False, True])
-def test_recurrence_with_a_schedule_and_other_numbers(amsbound):
-    """The final rate falls with the schedule, as where the scheduler changes the rate of a group."""
+def test_recurrence_with_a_schedule_and_other_arguments(amsbound):
+    """The final rate falls with the schedule, as it does where a scheduler changes the rate of a param group."""
     tx = adabound(decaying, 0.5, 0.8, 0.03, 0.05, eps=1e-3, amsbound=amsbound)
     expected = follow_numpy(recurrence(decaying_at, 0.5, 0.8, 0.03, 0.05, 1e-3, amsbound))
     assert error(follow(tx)[0], expected) < EXACT
@@ -82,7 +82,7 @@ def _one_step(amsbound):
     st.booleans(),
 )
 def test_every_step_size_is_within_the_bounds(grads, count, amsbound):
-    """At any time and for any gradient: the step over the momentum, by parameter."""
+    """At any step and for any gradient: the update divided by the momentum, for each parameter."""
     state = adabound(0.01, amsbound=amsbound, gamma=0.01).init(jnp.zeros(3))._replace(count=jnp.int32(count))
     for g in (grads, grads[::-1]):
         updates, state = _one_step(amsbound)(jnp.asarray(g, jnp.float32), state)
@@ -106,7 +106,7 @@ def test_becomes_sgd_with_momentum(amsbound):
 
     found, _ = follow(optax.GradientTransformationExtraArgs(late, start.update))
     assert error(found, follow(sgd)[0]) < 1e-7  # the bounds' distance, fed back 50 times
-    assert error(follow(start)[0], follow(sgd)[0]) > 0.1  # which it was not from the beginning
+    assert error(follow(start)[0], follow(sgd)[0]) > 0.1  # it does not start as SGD
 
 
 def test_far_bounds_make_it_adam():
@@ -121,12 +121,12 @@ def test_a_schedule_that_warms_up_from_zero_needs_a_base():
     sentence = "the schedule begins at 0.0; adabound needs base_learning_rate"
     with pytest.raises(l3rs.L3RSError, match=sentence):
         adabound(warm_up)
-    with pytest.raises(l3rs.L3RSError, match=sentence):  # under jit, too, for nothing in it is traced
+    with pytest.raises(l3rs.L3RSError, match=sentence):  # under jit, too, because nothing in it is traced
         jax.jit(lambda x: adabound(warm_up).init(x))(jnp.zeros(3))
     warm, _ = follow(adabound(warm_up, gamma=0.9, base_learning_rate=0.01), gradient=_along(0.01))
     expected, _ = follow(adabound(0.01, gamma=0.9), gradient=_along(0.01))
     assert not warm[0].any()
-    assert error(warm[10:], expected[10:]) < 1e-6  # the same from the peak on; optax's schedule is float32
+    assert error(warm[10:], expected[10:]) < 1e-6  # equal from the peak on; optax's schedule is float32
 
 
 def _along(scale):
@@ -174,7 +174,7 @@ def test_bad_arguments(arguments, sentence):
 
 
 def test_the_problem_reaches_both_bounds():
-    """Or the comparisons above would say little about clipping."""
+    """Otherwise the comparisons above would hardly test clipping."""
     moments, low, high, between = Recurrence(), 0, 0, 0
     step = recurrence(lambda _: 0.02, gamma=0.3)
 

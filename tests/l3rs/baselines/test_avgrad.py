@@ -16,7 +16,7 @@ def recurrence(rate, b1=0.9, b2=0.95, eps=1e-6):
         del x
         m = moments.first(g, b1) / (1 - b1**t)
         seen.append(moments.second(g, b2).copy())
-        v = np.mean(seen, axis=0) / (1 - b2**t)  # the mean over time, taken as a mean
+        v = np.mean(seen, axis=0) / (1 - b2**t)  # the mean over time, computed directly
         return -rate(t) * m / (np.sqrt(v) + eps)
 
     return step
@@ -27,7 +27,7 @@ def test_recurrence():
     assert error(found, follow_numpy(recurrence(lambda _: 0.03))) < EXACT
 
 
-def test_recurrence_with_a_schedule_and_other_numbers():
+def test_recurrence_with_a_schedule_and_other_arguments():
     found, _ = follow(avgrad(decaying, 0.5, 0.999, eps=1e-3))
     expected = follow_numpy(recurrence(decaying_at, 0.5, 0.999, 1e-3))
     assert error(found, expected) < EXACT

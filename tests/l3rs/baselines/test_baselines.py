@@ -1,4 +1,4 @@
-"""What every baseline has in common: an ordinary optax transformation, under jit, vmap and in loops."""
+"""What all baselines have in common: they are ordinary optax transformations, under jit, under vmap and in loops."""
 
 import subprocess
 import sys
@@ -43,7 +43,7 @@ def test_names():
 
 @every
 def test_in_a_while_loop(name):
-    """As in a rollout: a traced learning rate and horizon, the loss as `value`; the same as step by step."""
+    """As in a rollout: a traced learning rate and horizon, the loss as `value`; the result equals single steps."""
 
     def loss(params):
         return sum(jnp.sum((leaf - 1) ** 2) for leaf in jax.tree.leaves(params))
@@ -75,7 +75,7 @@ def test_in_a_while_loop(name):
 
 @every
 def test_a_grid_of_learning_rates_in_one_call(name):
-    """vmap over a schedule with a traced peak: each is as it is alone."""
+    """vmap over a schedule with a traced peak: each result equals that of a run alone."""
 
     def train(peak):
         tx = make(name, lambda count: peak * 0.9**count)
@@ -101,7 +101,7 @@ def test_a_grid_of_learning_rates_in_one_call(name):
 @pytest.mark.parametrize("x64", [False, True])
 def test_dtypes(name, dtype, x64):
     """State float32, or float64 for float64 parameters, and the same after a step, weak types too;
-    updates have the parameters' dtypes whatever the gradients have. With NumPy's numbers as arguments."""
+    updates have the parameters' dtypes whatever the gradients have. The arguments are NumPy scalars."""
     if dtype == jnp.float64 and not x64:
         pytest.skip("there is no float64")
     with jax.enable_x64(x64):
@@ -150,13 +150,13 @@ def test_parameters_without_gradients(name):
 
 @every
 def test_a_fresh_state_can_be_donated(name):
-    """No two of its arrays are one buffer: jit refuses to be given one twice."""
+    """No two of its arrays share a buffer: jit refuses to donate one twice."""
     leaves = jax.tree.leaves(make(name).init(normal(0)))
     assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves) > 4
 
 
 @every
-def test_a_learning_rate_of_zero_stands_still(name):
+def test_a_learning_rate_of_zero_moves_nothing(name):
     tx, params = make(name, 0.0), normal(0)
     if name in ("adabound", "amsbound"):  # its lower bound is not relative to the learning rate
         tx = make(name, 0.0, final_learning_rate=0.0)
@@ -166,7 +166,7 @@ def test_a_learning_rate_of_zero_stands_still(name):
 
 
 @every
-def test_it_is_refused_once_and_clearly(name):
+def test_bad_arguments_are_named(name):
     for bad in (-0.1, float("inf"), None, "0.1", jnp.ones(2)):
         with pytest.raises(l3rs.L3RSError, match=r"learning_rate is .*; it must be one number ≥ 0"):
             BASELINES[name](bad)
@@ -175,8 +175,8 @@ def test_it_is_refused_once_and_clearly(name):
 
 
 @every
-def test_optax_finds_what_is_like_the_params(name):
-    """`tree_map_params` is how a state is sharded or cast: it reaches every moment, and nothing else."""
+def test_optax_finds_the_arrays_with_the_shape_of_params(name):
+    """States are sharded or cast with `tree_map_params`: it reaches every moment, and nothing else."""
     tx, params = make(name), normal(0)
     state = tx.init(params)
     marked = optax.tree_map_params(tx, lambda _: "like the params", state, transform_non_params=lambda _: "other")
@@ -219,7 +219,7 @@ def test_public_face():
         assert name == "BASELINES" or getattr(baselines, name).__doc__
 
 
-def test_l3rs_does_not_load_them():
+def test_l3rs_does_not_load_baselines():
     code = "import sys, l3rs; print('l3rs.baselines' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.split() == ["False"]

@@ -1,4 +1,4 @@
-"""Training with interleaved optimizers: against plain training, switches, and rollback."""
+"""Training with interleaved optimizers: comparison with plain training, switches, rollback."""
 
 import collections
 import functools
@@ -25,7 +25,7 @@ _traced = []
 
 def loss(params, stats, batch):
     """A small classifier; its stats count batches and average inputs, as a normalization would."""
-    _traced.append(1)  # once a compilation: a compiled function does not call it
+    _traced.append(1)  # once for each compilation: a compiled function does not call it
     x, y = batch
     logits = jnp.tanh(x @ params["hidden"]) @ params["head"] + params["bias"]
     stats = {"count": stats["count"] + 1, "mean": 0.9 * stats["mean"] + 0.1 * x.mean()}
@@ -33,7 +33,7 @@ def loss(params, stats, batch):
 
 
 def batch(data, step):
-    rows = data["rows"][step]  # drawn before: random numbers take long to compile
+    rows = data["rows"][step]  # drawn in advance: random numbers take long to compile
     return data["x"][rows], data["y"][rows]
 
 
@@ -113,8 +113,8 @@ def test_stages_follow_the_history(plan):
 
 
 @plans
-def test_a_look_after_each_stage(plan):
-    """It sees what a shorter run would have ended with; of a stage that was rolled back, what was there before."""
+def test_after_stage_is_called_with_the_params_of_each_stage(plan):
+    """It sees the params with which a shorter run would end; after a rollback, the params from before the stage."""
     seen = {}
     result = trainer(plan)(*problem(), 12, seed=1, after_stage=lambda params, _, step: seen.setdefault(step, params))
     assert list(seen) == [5, 10, 12]
@@ -129,8 +129,8 @@ def test_a_look_after_each_stage(plan):
 
 
 @plans
-def test_a_controller_of_ones_own(plan):
-    """Other learning rates and other options, and nothing is compiled again."""
+def test_a_custom_controller(plan):
+    """It may have other learning rates and options; nothing is compiled again."""
     train = trainer(plan)
     train(*problem(), 5)
     before = len(_traced)
@@ -156,7 +156,7 @@ def test_both_plans_agree():
 
 @plans
 def test_nothing_is_compiled_twice(plan):
-    """Neither by a switch, nor by a shorter last stage, nor by another run."""
+    """Neither a switch, nor a shorter last stage, nor another run compiles anything."""
     train = trainer(plan)
     train(*problem(), 5)
     before = len(_traced)
@@ -175,7 +175,8 @@ def test_a_seed_decides_everything(plan):
 
 
 def test_moments_in_training():
-    """With 4 stages of 5 steps and one optimizer that takes turns, its own count says which it was."""
+    """In 4 stages of 5 steps, two optimizers take turns; the step counts in their states show whether moments are
+    kept."""
     space = {name: iomt.Optimizer(counting, RATE) for name in "ab"}
     for moments, expected in (("keep", 10), ("reset", 5)):
         options = iomt.Options(stage_steps=5, switch="cyclical", moments=moments)
@@ -215,7 +216,7 @@ def test_rollback(plan):
 
 
 def test_without_rollback():
-    """The run is lost, and says so; the controller goes on."""
+    """The run is lost, and its record says so; the controller continues."""
     options = iomt.Options(stage_steps=5, initial_stages=3, rollback=False)
     result = iomt.make_train(loss, batch, space=EXPLODING, options=options)(*problem(), 40, seed=0)
     lost = [stage.diverged for stage in result.history].index(True)
@@ -259,7 +260,7 @@ def test_short_runs(plan, steps):
 
 
 def test_it_learns():
-    """On a problem that all of them can do it ends far below where it began, surrogates at work."""
+    """On a problem that all optimizers can solve, the loss ends far below its start, with surrogates in use."""
     result = trainer("fused")(*problem(), 300)
     assert collections.Counter(stage.chosen for stage in result.history) == {"initial": 4, "surrogate": 56}
     assert result.losses[-20:].mean() < 0.4 * result.losses[0]
@@ -296,7 +297,7 @@ def test_bad_arguments(call, sentence):
         call()
 
 
-def test_a_start_without_a_loss():
+def test_a_loss_that_is_nan_before_the_first_step():
     params, stats, data = problem()
     train = iomt.make_train(loss, batch)
     with pytest.raises(l3rs.L3RSError, match="the loss is nan before the first step"):

@@ -1,4 +1,4 @@
-"""The controller of IOMT alone: what it chooses, from made-up losses and parameters."""
+"""The controller of IOMT alone: its choices for made-up losses and parameters."""
 
 import builtins
 import collections
@@ -20,12 +20,12 @@ FEW = {"initial_stages": 6, "stage_steps": 5}
 
 
 def falling(rate, rng, steps=5, noise=0.02):
-    """Losses [steps + 1] that fall by this share a step."""
+    """Losses [steps + 1] that fall by this share at each step."""
     return 2.0 * np.exp(-rate * np.arange(steps + 1) + noise * rng.normal(size=steps + 1))
 
 
 def play(rate, stages, *, space=TWO, seed=0, layers=lambda stage: [np.full((3, 2), float(stage))], **options):
-    """The history of a game in which `rate(choice, stage)` says how fast losses fall."""
+    """The history of a simulated run in which losses fall by `rate(choice, stage)` at each step."""
     controller, rng = iomt.Controller(space, iomt.Options(**{**FEW, **options}), seed), np.random.default_rng(seed)
     for stage in range(stages):
         choice = controller.choose(layers(stage))
@@ -41,8 +41,8 @@ def how(history):
     return collections.Counter(stage.chosen for stage in history)
 
 
-def test_prefers_what_is_better():
-    """One choice of four is better: 6 random stages, and it takes most of the 24 that follow."""
+def test_prefers_the_better_choice():
+    """One choice of four is better: after 6 random stages it gets most of the 24 that follow."""
     for seed in range(3):
         history = play(lambda c, _: 0.2 if c.hyperparameters.get("momentum") == 0.9 else 0.0, 30, seed=seed)
         late = history[18:]
@@ -50,8 +50,8 @@ def test_prefers_what_is_better():
 
 
 def test_the_state_of_the_network_matters():
-    """Which optimizer is better depends on where the parameters are, which go to and fro: the
-    surrogates learn it, from features that tell the two places apart."""
+    """Which optimizer is better depends on the parameters, which alternate between two points: the surrogates learn it
+    from features that distinguish the points."""
     place = lambda stage: stage // 4 % 2  # noqa: E731
 
     def rate(choice, stage):
@@ -66,10 +66,10 @@ def test_the_state_of_the_network_matters():
     history = play(rate, 60, layers=layers, initial_stages=16)
     right = [(stage.optimizer == "left") == (place(i) == 0) for i, stage in enumerate(history)]
     assert sum(right[28:]) >= 0.85 * len(right[28:])
-    assert sum(right[:16]) <= 12  # which chance does not
+    assert sum(right[:16]) <= 12  # the random start does not reach this
 
 
-def test_weighted_start_avoids_what_failed():
+def test_weighted_start_avoids_choices_that_failed():
     """After a stage of score -1 an optimizer's weight is ω_min; uniformly it is drawn every other time."""
 
     def count(start):
@@ -110,8 +110,8 @@ def test_ablations():
     ],
 )
 def test_equation_7_chooses(monkeypatch, options, explores):
-    """After six stages one choice is known, of mean .3 and deviation .1, and one is not, 0 and 1: that one is taken
-    where more than a third of the deviation counts."""
+    """After six stages one choice is known (mean 0.3, deviation 0.1) and one is not (0 and 1): the unknown one is
+    chosen where more than a third of the deviation counts."""
     space = {name: iomt.Optimizer(optax.sgd, {"learning_rate": (0.1,)}) for name in ("known", "unknown")}
     controller = iomt.Controller(space, iomt.Options(**{**FEW, **options}), seed=0)
     predictions = [(np.array([0.3]), np.array([0.1])), (np.array([0.0]), np.array([1.0]))]
@@ -172,8 +172,8 @@ def test_umap():
 
 
 @pytest.mark.parametrize("size", [1e14, 1e20, 1e38])
-def test_parameters_that_are_huge(size):
-    """A run that diverges, and is not rolled back, passes through such sizes: what is too large is said."""
+def test_huge_parameters(size):
+    """A run that diverges and is not rolled back passes through such sizes: a note says what is too large."""
     rng = np.random.default_rng(0)
     layers = lambda stage: [(size if stage == 4 else 1.0) * rng.normal(size=(8, 3))]  # noqa: E731
     history = play(lambda *_: 0.1, 9, layers=layers, initial_stages=3, rollback=False)
@@ -182,7 +182,7 @@ def test_parameters_that_are_huge(size):
     assert np.isfinite([stage.score for stage in history]).all()
 
 
-def test_scikit_learn_is_missed_before_the_first_stage(monkeypatch):
+def test_missing_scikit_learn_is_reported_before_the_first_stage(monkeypatch):
     find, real = importlib.util.find_spec, builtins.__import__
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else find(name))
     with pytest.raises(l3rs.L3RSError, match="IOMT needs scikit-learn: pip install scikit-learn"):
@@ -193,12 +193,12 @@ def test_scikit_learn_is_missed_before_the_first_stage(monkeypatch):
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    assert how(play(lambda *_: 0.1, 8, switch="random")) == {"random": 8}  # which does not need it
+    assert how(play(lambda *_: 0.1, 8, switch="random")) == {"random": 8}  # random choices do not need it
 
 
 @pytest.mark.parametrize("initial_stages", [0, 1, 2, 6])
 def test_parameters_that_never_change(initial_stages):
-    """It is said, and the hyper-parameters are learned all the same."""
+    """A note says so, and the hyper-parameters are learned nevertheless."""
     history = play(
         lambda c, _: 0.2 if c.hyperparameters["learning_rate"] == 0.01 else 0.0,
         24,
@@ -229,7 +229,7 @@ def test_one_choice_needs_no_surrogate():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e5])
-def test_a_loss_that_is_no_more(bad):
+def test_a_loss_that_is_no_longer_finite(bad):
     controller = iomt.Controller(TWO, iomt.Options(initial_stages=1), seed=0)
     for losses in ([2.0, 1.9], [1.9, bad, 1.8], [bad, bad]):
         controller.choose([np.ones(2)])
@@ -245,8 +245,8 @@ def test_a_loss_that_is_no_more(bad):
 
 
 @pytest.mark.parametrize(("losses", "learned"), [([1.9, np.nan], 2), ([np.nan, np.nan], 1)])
-def test_what_was_bad_before_is_not_held_against_the_next(losses, learned):
-    """Of two stages the second diverges: by itself, or because the loss was bad already."""
+def test_a_choice_is_not_blamed_for_an_earlier_failure(losses, learned):
+    """The second of two stages diverges: by itself, or because the loss was already bad."""
     controller = iomt.Controller(TWO, iomt.Options(**FEW), seed=0)
     for values in ([2.0, 1.9], losses):
         controller.choose([np.ones(2)])
@@ -256,14 +256,14 @@ def test_what_was_bad_before_is_not_held_against_the_next(losses, learned):
     assert sum(map(len, controller._surrogates._data)) == learned
 
 
-def test_a_small_first_loss_is_no_measure():
+def test_a_rise_from_a_tiny_first_loss_is_not_divergence():
     controller = iomt.Controller(TWO, seed=0)
     controller.choose([np.ones(2)])
     assert not controller.observe([1e-9, 3.0]).diverged
 
 
 def test_parameters_that_are_not_finite():
-    """Without rollback this is what the controller sees; the stage is no evidence about parameters."""
+    """The controller sees such parameters without rollback; the stage says nothing about parameters."""
     history = play(lambda *_: 0.1, 12, layers=lambda stage: [np.full(3, np.nan if stage in (2, 8) else stage)])
     assert [bool(stage.notes) for stage in history] == [stage in (2, 8) for stage in range(12)]
     assert "key parameters are not finite" in history[8].notes[0]

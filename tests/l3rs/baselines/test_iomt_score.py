@@ -25,7 +25,7 @@ def test_the_bounds_of_a_stage_by_hand():
 
 
 def test_same_mean_and_spread_but_lower_losses():
-    """The case that the bounds are for: the same Δ in another order."""
+    """This is why there are bounds: the same Δ in another order."""
     early, late = [4, 1, 2, 2], [4, 4, 8, 2]
     assert iomt.stage_score(early, 0.5) > iomt.stage_score(late, 0.5)
 
@@ -36,8 +36,8 @@ def test_same_mean_and_spread_but_lower_losses():
     st.floats(0, 2),
     st.sampled_from([1e-3, 7.0]),
 )
-def test_a_score_is_a_score(losses, alpha, unit):
-    """In [-1, 1] for any losses, negative and zero, and the same in other units."""
+def test_scores_are_bounded_and_independent_of_units(losses, alpha, unit):
+    """They are in [-1, 1] for any losses, also negative and zero, and do not depend on units."""
     found = iomt.stage_score(losses, alpha)
     assert -1 <= found <= 1
     assert iomt.stage_score(np.array(losses) * unit, alpha) == pytest.approx(found, abs=1e-9)  # rounding
@@ -55,8 +55,8 @@ def test_acquisition_by_hand():
         np.testing.assert_allclose(found, 1 / (1 + np.exp(-np.array([0.2 + weight * 0.4, -0.1]))), rtol=1e-12)
 
 
-def test_its_parts():
-    """Equation 5 is without halving, 4 without transferability, DOIT's has α before the deviation."""
+def test_variants_of_the_acquisition():
+    """Equation 5 has no halving, equation 4 no transferability, and DOIT's has α before the deviation."""
 
     def inside(**options):
         e = iomt.acquisition(0.2, 0.4, 35, **options)
@@ -83,8 +83,8 @@ def test_leep_in_loops():
     assert iomt.leep(theta, labels) == pytest.approx(leep_in_loops(theta, labels.tolist()), rel=1e-12)
 
 
-def test_leep_where_it_is_known():
-    """A source class for each label: certain, 0. One source class: the labels' entropy."""
+def test_leep_in_known_cases():
+    """With a source class for each label the labels are certain: 0. With one source class it is the labels' entropy."""
     labels = np.array([0, 1, 1, 2])
     assert iomt.leep(np.eye(4)[labels], labels) == pytest.approx(0, abs=1e-12)  # the 4th is never predicted
     assert iomt.leep(np.ones((4, 1)), labels) == pytest.approx(np.log(0.5) / 2 + np.log(0.25) / 2)
@@ -114,7 +114,7 @@ def test_logme_is_the_largest_evidence(shape):
     assert iomt.logme(F, labels) == pytest.approx(np.mean(best), abs=1e-4)  # the simplex stops at 1e-4
 
 
-def test_logme_prefers_features_that_tell():
+def test_logme_prefers_informative_features():
     rng = np.random.default_rng(2)
     labels = rng.integers(0, 3, 60)
     noise = rng.normal(size=(60, 4))
@@ -127,7 +127,7 @@ def test_logme_prefers_features_that_tell():
     [np.zeros((9, 3)), np.eye(3)[np.arange(9) % 3], np.ones((9, 1))],
     ids=["nothing", "a perfect fit", "a constant"],
 )
-def test_logme_at_its_ends(features):
+def test_logme_of_degenerate_problems(features):
     assert np.isfinite(iomt.logme(features, np.arange(9) % 3))
 
 

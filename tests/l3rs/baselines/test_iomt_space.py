@@ -1,4 +1,4 @@
-"""The optimizers that IOMT chooses from, how their states change hands, and the parameters it looks at."""
+"""The optimizers from which IOMT chooses, how each passes its state to the next, and which parameters it reads."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def counting(learning_rate):
 
 
 def test_moments():
-    """a, b, a, two steps each: kept, a's state goes on where it was; reset, it begins again."""
+    """a, b, a, two steps each: if moments are kept, a's state continues; if they are reset, it starts again."""
     space = {name: iomt.Optimizer(counting, RATE) for name in "ab"}
     for moments, expected in (("keep", [4, 2]), ("reset", [2, 2])):
         tx = iomt.interleave(space, moments)
@@ -41,7 +41,7 @@ def test_moments():
 
 
 def test_hyperparameters_of_any_name():
-    """Two that are not learning rates, of optimizers that have different numbers of them."""
+    """Two that are not learning rates, for optimizers with different numbers of hyper-parameters."""
     space = {
         "adamw": iomt.Optimizer(optax.adamw, {"learning_rate": (0.1,), "b1": (0.5, 0.9), "weight_decay": (0.0, 0.3)}),
         "sgd": iomt.Optimizer(optax.sgd, {"learning_rate": (0.1, 0.2)}),
@@ -81,7 +81,7 @@ def test_dtypes(dtype, moments):
 
 
 @pytest.mark.parametrize("name", list(iomt.SPACE))
-def test_the_space_is_pytorchs(name):
+def test_the_optimizers_equal_pytorchs(name):
     """Gradients from 1 to 1e-6, 20 steps: each optimizer is torch.optim's, with its defaults."""
     torch = pytest.importorskip("torch", reason="the extra `torch` is not installed")
     make = {
@@ -118,7 +118,7 @@ def test_key_parameters():
     assert shapes({"classifier": (7, 7), **deep}) == [(11, 2), (12, 2), (7, 7)]
     assert shapes({"fc": {"kernel": (7, 5)}, **deep}) == [(11, 2), (12, 2), (7, 5)]
     assert shapes({"fc1": {"kernel": (7, 5)}, **deep}) == [(11, 2), (12, 2), (7, 5)]  # the last by path
-    # An encoder's own output is not the classifier, and what is called "head" in attention is no head.
+    # An encoder's own output is not the classifier, and a "head" in attention is not the network's head.
     roberta = {f"layer/{i}/output": {"kernel": (i + 1, 2)} for i in range(12)}
     classifier = {"dense": {"kernel": (5, 5)}, "out_proj": {"kernel": (5, 3)}}
     assert shapes({"roberta": roberta, "classifier": classifier}) == [(12, 2), (5, 5), (5, 3)]

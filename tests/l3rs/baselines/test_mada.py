@@ -1,5 +1,5 @@
-"""MADA: its corners against the optimizers they are, its hyper-gradients against finite differences, and all of it
-against the recurrence in NumPy."""
+"""MADA: its corners against the optimizers that they equal, its hyper-gradients against finite differences, and the
+whole algorithm against the recurrence in NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ from tests.l3rs.baselines.test_avgrad import recurrence as avgrad_recurrence
     [
         (ADAM, optax.adam(0.03, 0.9, 0.95, eps=1e-6)),
         ({**ADAM, "rho": 0.0}, avgrad(0.03, 0.9, 0.95, eps=1e-6)),
-        # optax.yogi starts both moments at 1e-6; MADA, as all else, at 0
+        # optax.yogi starts both moments at 1e-6, MADA at 0
         ({**ADAM, "c": 0.0}, optax.chain(optax.scale_by_yogi(0.9, 0.95, 1e-6, 0.0, 0.0), optax.scale(-0.03))),
         ({**ADAM, "gamma": 0.0}, optax.lion(0.03, 0.95, 0.98, weight_decay=0.0)),
     ],
@@ -110,7 +110,7 @@ def test_adan_corner_against_optax():
     reference = optax.chain(optax.scale_by_adan(0.9, 0.5, 0.95, eps=1e-6, eps_root=0.0), optax.scale(-0.03))
     expected, _ = follow(reference, gradient=along)
     assert error(found[35:], expected[35:]) < 1e-10
-    assert error(found[:5], expected[:5]) > 1e-3  # and before that it shows
+    assert error(found[:5], expected[:5]) > 1e-3  # and before that the difference shows
 
 
 def test_decoupled_weight_decay_is_adamws():
@@ -120,7 +120,7 @@ def test_decoupled_weight_decay_is_adamws():
 
 @pytest.mark.parametrize("kept", [FROZEN, STILL], ids=["frozen", "still"])
 def test_between_the_corners(kept):
-    """All coefficients inside of D, with weight decay and a schedule."""
+    """All coefficients inside D, with weight decay and a schedule."""
     found, states = follow(mada(decaying, **INSIDE, weight_decay=0.1, eps=1e-3, **kept))
     expected = follow_numpy(fixed(INSIDE, decaying_at, weight_decay=0.1, eps=1e-3))
     assert error(found, expected) < EXACT
@@ -132,8 +132,8 @@ def test_between_the_corners(kept):
 
 @pytest.mark.parametrize("q", [INSIDE, NEAR_ADAM], ids=["inside", "near adam"])
 def test_hyper_gradient_is_that_of_the_next_loss(q):
-    """Central differences, in float64, of f_T+1(x_T) in the coefficients of step T alone. Those come
-    from a run that learns nothing; the hyper-gradient is read off one that learns, for one step."""
+    """Central differences, in float64, of f_T+1(x_T) in the coefficients of step T alone. They come from a run that
+    learns nothing; the hyper-gradient comes from a run that learns for one step."""
     last, rate, names = 12, 1e-5, (*COEFFICIENTS, "learning_rate")
     learns = mada(
         0.03,
@@ -170,8 +170,8 @@ def test_hyper_gradient_is_that_of_the_next_loss(q):
 
 
 def test_whole_algorithm():
-    """Every coefficient of 40 steps, beside NumPy's recurrence whose hyper-gradients are finite
-    differences: which gradient meets which update, clipping, projection, the start."""
+    """Every coefficient over 40 steps against NumPy's recurrence, whose hyper-gradients are finite differences: pairs
+    of gradient and update, clipping, projection, the start."""
     start, clip = 5, 0.5
     rates = {"b1": 0.02, "b2": 0.02, "b3": 0.3, "c": 5.0, "rho": 3.0, "gamma": 0.3, "learning_rate": 1e-4}
     tx = mada(
@@ -218,8 +218,8 @@ def test_whole_algorithm():
 
 
 def test_from_a_poor_start_it_ends_below_adam():
-    """An MLP on the scikit-learn digits, 300 steps of 64, from β's that suit neither: the loss on all
-    of the data. Seeds differ in weights and batches."""
+    """An MLP on the scikit-learn digits, 300 steps with batches of 64, from β's that are poor for both: the loss on all
+    data. Seeds differ in weights and batches."""
     images, labels = load_digits(return_X_y=True)
     images, labels = jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels)
 

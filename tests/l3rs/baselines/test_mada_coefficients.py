@@ -39,7 +39,7 @@ from tests.l3rs.baselines.mada_reference import (
     ids=lambda names: "+".join(names) or "none",
 )
 def test_frozen_coefficients_never_move(learned):
-    """Also those outside of D, where a learned one may not be."""
+    """Also those outside D, where a learned one is not allowed."""
     frozen_outside = {"b1": 0.0, "b2": 0.999, "b3": 0.995}
     begin = {name: INSIDE[name] if name in learned else frozen_outside.get(name, INSIDE[name]) for name in INSIDE}
     tx = mada(
@@ -56,7 +56,7 @@ def test_frozen_coefficients_never_move(learned):
 
 @pytest.mark.parametrize("start_step", [0, 5])
 def test_no_hyper_step_before_the_start(start_step):
-    """And none at the first step, which has no update behind it. The first update is the sign of the
+    """There is none at the first step either, which follows no update. The first update is the sign of the
     gradient whatever the coefficients are, so that the second step moves the learning rate alone."""
     names = (*COEFFICIENTS, "learning_rate")
     options = {"learned": names, "hyper_learning_rates": {"learning_rate": 1e-4}, "history": 8}
@@ -101,7 +101,7 @@ def test_published_defaults():
 
 
 def test_learned_learning_rate():
-    """From far too small a rate it grows; from a large one it may fall to zero, but not below."""
+    """A rate that is far too small grows; a large one may fall to zero, but not below."""
     options = {"learned": ("learning_rate",), "start_step": 2, "history": 50}
     up = mada(1e-4, hyper_learning_rates={"learning_rate": 1e-3}, **options)
     rates = mada_history(follow(up)[1][-1])["learning_rate"]
@@ -138,7 +138,7 @@ def _hammer(rows, rates, clip):
     st.floats(1e-3, 1e30),
 )
 def test_coefficients_stay_in_domain(values, rates, clip):
-    """Under any gradients, NaN and infinities among them, and any hyper learning rates."""
+    """With any gradients, also NaN and infinities, and any hyper learning rates."""
     rows = jnp.asarray(values, jnp.float32).reshape(8, 3)
     assert_in_domain(_hammer(rows, jnp.asarray(rates, jnp.float32), jnp.float32(clip)))
 
@@ -162,7 +162,7 @@ def test_gradients_that_are_not_finite_do_not_reach_the_coefficients(bad):
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(states[-1]))
     history = mada_history(states[-1])
     assert len(history["step"]) == 19  # one was left out
-    assert np.all(history["b1"][9:] != history["b1"][8])  # and then it learns on
+    assert np.all(history["b1"][9:] != history["b1"][8])  # and then it continues to learn
 
 
 # State
@@ -208,12 +208,12 @@ def test_hyper_adam_is_mada_that_learns_two():
     assert np.ptp(history["b2"]) > 0
 
 
-def test_a_fixed_run_begins_with_what_was_found():
+def test_a_fixed_run_starts_with_the_coefficients_found():
     _, states = follow(mada(0.03, start_step=5), dtype=np.float32)
     found = mada_coefficients(states[-1])
     _, fixed_states = follow(mada(**found, learned=()), steps=3, dtype=np.float32)
     jax.tree.map(np.testing.assert_array_equal, mada_coefficients(fixed_states[-1]), found)
-    again = mada(**found)  # also where a coefficient came to lie at an edge of D, in float32
+    again = mada(**found)  # also where a coefficient ended at an edge of D, in float32
     jax.tree.map(np.testing.assert_array_equal, mada_coefficients(again.init(jnp.ones(2))), found)
 
 
@@ -246,7 +246,7 @@ def test_coefficients_are_found_in_a_larger_state():
 
 
 def test_traced_coefficients():
-    """A grid of starts in one call is each of them alone; a traced start outside of D is put into it."""
+    """A grid of starts in one call equals each of them alone; a traced start outside D is moved into it."""
     starts = {name: jnp.asarray([value, value * 0.9], jnp.float32) for name, value in INSIDE.items()}
     params, rows = jnp.ones(4), jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)
 
@@ -266,7 +266,7 @@ def test_traced_coefficients():
     assert outside["b2"] == np.float32(0.99)
 
 
-# The user's errors
+# Errors of the user
 
 
 @pytest.mark.parametrize(
@@ -306,4 +306,4 @@ def test_weight_decay_needs_params():
     tx = mada(0.1, weight_decay=0.1)
     with pytest.raises(l3rs.L3RSError, match="weight decay reads the params"):
         tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
-    jax.eval_shape(lambda g: mada(0.1).update(g, mada(0.1).init(g)), jnp.ones(2))  # of no use otherwise
+    jax.eval_shape(lambda g: mada(0.1).update(g, mada(0.1).init(g)), jnp.ones(2))  # otherwise it does not need them

@@ -1,4 +1,4 @@
-"""Padam against its recurrence in NumPy, and against both its ends."""
+"""Padam against its recurrence in NumPy, and against the optimizers that it equals for p = 0 and p = 1/2."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +39,7 @@ def test_recurrence(p):
     assert error(found, follow_numpy(recurrence(lambda _: 0.05, p=p))) < EXACT
 
 
-def test_recurrence_with_a_schedule_and_other_numbers():
+def test_recurrence_with_a_schedule_and_other_arguments():
     found, _ = follow(padam(decaying, 0.5, 0.8, 0.3, eps=1e-3))
     expected = follow_numpy(recurrence(decaying_at, 0.5, 0.8, 0.3, 1e-3))
     assert error(found, expected) < EXACT
@@ -54,7 +54,7 @@ def test_the_maximum_matters():
 
 
 def test_one_half_is_amsgrad():
-    """The paper's, without bias corrections, which is what optax has when told so."""
+    """The AMSGrad of the paper, without bias corrections, which optax can leave out."""
     reference = optax.amsgrad(0.05, 0.9, 0.99, bias_correction_mu=False, bias_correction_nu=False)
     expected, _ = follow(reference)
     found, _ = follow(padam(0.05, 0.9, 0.99, 0.5))

@@ -27,7 +27,7 @@ LOOSE = {"tolerance": 3e-3}  # on the noisy problem the switch comes within 50 s
 
 
 class Algorithm1(Recurrence):
-    """Step by step as printed, with a schedule that goes on after the switch."""
+    """Step by step as published, with a schedule that continues after the switch."""
 
     def __init__(self, rate, b1=0.9, b2=0.999, eps=1e-9, tolerance=1e-9, relative_tolerance=0.0):
         super().__init__()
@@ -79,7 +79,7 @@ def test_a_schedule_goes_on_after_the_switch():
 
 
 def test_before_the_switch_it_is_adam():
-    """Without ε, that is: optax adds it after the bias correction, Algorithm 1 before."""
+    """But for ε, which optax adds after the bias correction, Algorithm 1 before."""
     found, states = follow(swats(0.03, eps=1e-20, **LOOSE))
     last = int(states[-1].switch_step)
     expected, _ = follow(optax.adam(0.03, eps=1e-20), steps=last)
@@ -98,15 +98,15 @@ def test_after_the_switch_it_is_sgd_with_a_new_momentum():
     found, after = follow(resumed)
     expected, _ = follow(reference)
     assert error(found, expected) < EXACT
-    for name in ("sgd", "switch_step", "learning_rate", "average", "adam_rate"):  # settled by the switch
+    for name in ("sgd", "switch_step", "learning_rate", "average", "adam_rate"):  # fixed at the switch
         np.testing.assert_array_equal(getattr(after[-1], name), getattr(before, name))
     np.testing.assert_array_equal(after[-1].nu["a"], before.nu["a"])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_constant_gradient_switches_at_the_second_step(dtype):
-    """Every step of Adam is then α sign g, so γ = α² n / (α Σ|g|), its own average, at once; the
-    paper's tolerance holds it in float32, too. SGD then moves by Λ (1 - β1^k) g."""
+    """Every step of Adam is then α sign g, so γ = α² n / (α Σ|g|), its own average, at once; the paper's tolerance
+    suffices in float32, too. SGD then moves by Λ (1 - β1^k) g."""
     slope = np.linspace(-3, 3, N) + 0.2
 
     def constant(t, x):
@@ -134,7 +134,7 @@ def test_a_negative_rate_never_takes_over():
     assert all(state.learning_rate < 0 and not state.sgd for state in states)
     _, states = follow(tx, steps=2)
     assert not states[0].sgd  # k > 1
-    assert states[1].sgd  # so it is the sign that held it back
+    assert states[1].sgd  # so the sign is what prevented the switch
 
 
 def test_zero_gradients_leave_the_average():
@@ -163,7 +163,7 @@ def test_an_overflowing_rate_is_left_out():
 
 
 def test_pytorch_optimizer():
-    """One tensor, for its products run over one; its ε is also the relative tolerance, beside an
+    """One tensor, because its products run over one tensor; its ε is also the relative tolerance, beside an
     absolute one of 1e-8, and v gets 1e-15."""
     theirs = pytest.importorskip("pytorch_optimizer", reason="the comparison needs pytorch_optimizer")
     torch = pytest.importorskip("torch")

@@ -1,4 +1,4 @@
-"""A small optimizer, and what the tests of checkpoints share."""
+"""A small optimizer, and helpers that the tests of checkpoints share."""
 
 import json
 import os

@@ -41,7 +41,7 @@ def test_manifest_of_something_else(checkpoint, data):
 
 
 @pytest.mark.parametrize("data", [b"[" * 100_000, b"1" * 5_000], ids=["deep", "long number"])
-def test_manifest_that_json_gives_up_on(checkpoint, data):
+def test_manifest_that_the_json_parser_rejects(checkpoint, data):
     (checkpoint / "l3rs.json").write_bytes(data)
     assert "l3rs.json is damaged: " in sentence_of(l3rs.load, checkpoint, 10)
 
@@ -115,7 +115,7 @@ def test_spec_with_values_of_another_type(checkpoint, change):
     [{"mix_bias": "x"}, {"step_gain": None}, {"directions": ["adam", {"name": "adam", "b1": "x"}]}],
     ids=str,
 )
-def test_spec_with_a_word_for_a_number(checkpoint, change):
+def test_spec_with_text_for_a_number(checkpoint, change):
     rewrite(checkpoint, lambda manifest: manifest["spec"].update(change))
     sentence_of(l3rs.load, checkpoint, 10)
 

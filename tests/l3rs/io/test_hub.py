@@ -112,8 +112,8 @@ def test_hub(hub, tmp_path):
     assert len(Hub.asked) == n_asked
 
 
-def test_hub_without_it(hub):
-    """A revision that is not there; nothing in the cache when offline."""
+def test_hub_without_the_checkpoint(hub):
+    """A revision that does not exist; an empty cache when offline."""
     said = hub(f"{USE} print(load_sentence('hf://owner/golden@v9'))")
     assert said.startswith("hf://owner/golden@v9 cannot be downloaded: ")
     said = hub(f"{USE} print(load_sentence('hf://owner/golden'))", HF_HUB_OFFLINE="1")
@@ -121,7 +121,7 @@ def test_hub_without_it(hub):
 
 
 @pytest.mark.parametrize("url", ["hf://golden", "hf://owner/golden/sub", "hf://owner/golden@", "hf://"])
-def test_names_that_the_hub_cannot_have(url):
+def test_names_that_the_hub_does_not_allow(url):
     assert load_sentence(url) == (
         f"{url} is not a name on the Hub; allowed are hf://owner/name and hf://owner/name@revision"
     )

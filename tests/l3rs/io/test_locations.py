@@ -1,4 +1,4 @@
-"""Checkpoints by name and by URL: what arrives is what was saved, or one sentence."""
+"""Checkpoints by name and by URL: either what was saved is loaded, or there is one sentence."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from tests.l3rs.io.common import GOLDEN_1, ROOT, assert_golden, files, load_sent
 
 
 def test_shipped_names(tmp_path, monkeypatch):
-    """From anywhere, whatever is there; each is a checkpoint with a card."""
+    """They are found from any folder, whatever it contains; each is a checkpoint with a card."""
     monkeypatch.chdir(tmp_path)
     assert l3rs.available() == sorted(path.parent.name for path in ROOT.glob("checkpoints/*/l3rs.json"))
     assert "digits-mlp" in l3rs.available()
@@ -53,7 +53,7 @@ def test_universal_fits_a_network_of_any_kind():
         assert 0 < np.abs(update).max() < 1
 
 
-def test_a_folder_goes_before_a_shipped_name(tmp_path, monkeypatch):
+def test_a_folder_takes_precedence_over_a_shipped_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.symlink(GOLDEN_1, "digits-mlp")
     assert_golden("digits-mlp")
@@ -109,7 +109,7 @@ def test_a_wheel_has_the_shipped_optimizers(tmp_path):
 
 @pytest.fixture
 def memory():
-    """A folder of fsspec's store in memory, with the golden checkpoint in it and what does not belong to it."""
+    """A folder of fsspec's store in memory, with the golden checkpoint and unrelated files in it."""
     fsspec = pytest.importorskip("fsspec", reason="fsspec is not installed")
     store = fsspec.filesystem("memory")
     for name, content in files(GOLDEN_1).items():

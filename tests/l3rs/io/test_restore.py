@@ -31,7 +31,7 @@ def test_unusual_values_survive(tmp_path):
 
 
 def test_untrained_optimizer_round_trip(tmp_path):
-    """What `init` makes, as JAX arrays, fits its spec; info is empty; missing parents are made."""
+    """Initial meta-parameters, as JAX arrays, fit their spec; info is empty; missing parents are created."""
     spec = l3rs.Spec.create(PARAMS, hidden=())
     theta = jax.jit(l3rs.init_meta_params, static_argnums=1)(jax.random.key(0), spec)
     path = l3rs.save(str(tmp_path / "new" / "parent" / "it"), theta, spec)
@@ -64,8 +64,8 @@ def test_info(original):
     assert len(found["sha256"]) == 64
 
 
-def test_what_a_killed_save_left_behind_is_not_in_the_way(tmp_path, original):
-    """Killed while it removed the old one, with the new one in place."""
+def test_leftovers_of_a_killed_save_do_no_harm(tmp_path, original):
+    """The save was killed while it removed the old checkpoint, with the new one in place."""
     theta, spec, _ = l3rs.restore(original)
     target = l3rs.save(tmp_path / "it", theta, spec)
     (tmp_path / "it.replaced" / "theta").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Saving a checkpoint: it is written completely, or what was there stays."""
+"""Saving a checkpoint: it is written completely, or the earlier one stays."""
 
 import errno
 import os
@@ -79,7 +79,7 @@ def _fail(*_, **__):
     ("owner", "name"), [(ocp.PyTreeCheckpointer, "save"), (Path, "write_text"), (Path, "rename")], ids=str
 )
 def test_failed_save_leaves_nothing_behind(checkpoint, monkeypatch, owner, name, overwrite):
-    """And, with overwrite=True, the old one where it was."""
+    """With overwrite=True, the old checkpoint stays in place."""
     target = checkpoint if overwrite else checkpoint.parent / "it"
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, _fail)
@@ -90,7 +90,7 @@ def test_failed_save_leaves_nothing_behind(checkpoint, monkeypatch, owner, name,
 
 
 def test_failed_replacement_keeps_the_old_one(checkpoint, monkeypatch):
-    """The old folder is out of the way, and moving the new one in fails."""
+    """The old folder has been moved aside, and moving the new one into place fails."""
     rename, calls = Path.rename, []
 
     def fail_the_second(self, target):

@@ -25,7 +25,7 @@ from tests.l3rs.optimizer.common import (
 
 
 def test_adam_alone_with_fixed_step_is_normalised_adam():
-    """50 steps on a quadratic, beside optax's Adam with each layer's step scaled to 0.01 √n."""
+    """50 steps on a quadratic, against optax's Adam with each layer's step scaled to 0.01 √n."""
     params, target = normal(SHAPES, 0), normal(SHAPES, 1)
     spec = l3rs.Spec.create(params, ("adam",), step_scale=0.01)
     ours, adam = l3rs.learned_optimizer(fixed_theta(spec), spec, 50), optax.scale_by_adam()
@@ -191,7 +191,7 @@ def test_directions_that_cancel_are_not_blown_up(tilt, expected):
 
 
 def test_renaming_layers_permutes_the_updates():
-    """The order of leaves means nothing: a layer is its embedding row."""
+    """The order of leaves does not matter: a layer is identified by its embedding row."""
     old_names, new_names = ("a", "b", "c"), ("z", "m", "c")  # old order a b c; new order c(c) m(b) z(a)
     shapes = {"a": (4, 3), "b": (5,), "c": (2, 2)}
 
@@ -215,7 +215,7 @@ def test_renaming_layers_permutes_the_updates():
         renamed, renamed_state = update(renamed_theta, renamed_spec, rename(grads), renamed_state, rename(params))
         assert_close(renamed, rename(updates))
     np.testing.assert_allclose(renamed_state.step_norm, state.step_norm[::-1], rtol=ROUNDING)
-    # without the permutation of rows it is another optimizer
+    # without the permutation of rows the optimizer differs
     _, state = update(theta, spec, grads, start, params)
     _, other = update(theta, renamed_spec, rename(grads), renamed_start, rename(params))
     assert not np.allclose(other.step_norm, state.step_norm[::-1], rtol=1e-3)
@@ -240,7 +240,7 @@ def one_update(tx, params, grads):
 
 
 def test_unknown_layers_have_the_mean_embedding():
-    """As if the table had a row for them; their size is their own."""
+    """As if the table had such a row; the size feature is that of the layer."""
     params = normal({**SMALL, "new": (7,)}, 0)
     spec = l3rs.Spec.create(normal(SMALL, 0), hidden=(4,))
     theta = random_theta(spec)
@@ -259,7 +259,7 @@ def test_unknown_layers_have_the_mean_embedding():
     )
 
 
-def test_layers_called_otherwise():
+def test_layers_with_other_names():
     """By rename and by order: the numbers of the checkpoint's own names."""
     params, grads = normal(SMALL, 0), normal(SMALL, 1)
     spec = l3rs.Spec.create(params, hidden=(4,))

@@ -31,7 +31,7 @@ def mode(request):
 
 
 def loss_after_two_steps(form):
-    """A function of params and gradients that trains two steps, and returns a loss and all that they made."""
+    """A function of params and gradients that trains two steps, and returns a loss and all results."""
     fields = {"form": form, "step": "initial" if form == 2 else "rms", "embedding": "descriptor", "hidden": (4,)}
     spec = l3rs.Spec.create(PARAMS, ("adam", "momentum", "weight_decay"), **fields)
     tx = l3rs.learned_optimizer(random_theta(spec), spec, 10, guard=True, weight_decay=0.1)

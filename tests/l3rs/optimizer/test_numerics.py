@@ -32,7 +32,7 @@ def test_zero_gradients(adam_sgd):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])  # the square of 1e30 is not finite
 def test_bad_gradient_in_one_layer(adam_sgd, bad):
-    """That layer stays for the step, its gradient counts as zero; the others do as they would."""
+    """That layer does not move in the step, and its gradient counts as zero; the others are not affected."""
     params, tx, update = adam_sgd
     _, state = update(normal(SHAPES, 1), tx.init(params), params, value=1.0)
     grads = normal(SHAPES, 2)
@@ -46,7 +46,7 @@ def test_bad_gradient_in_one_layer(adam_sgd, bad):
     assert np.all(norms(updates["a"]) > 0)
     assert_close(after.directions, expected_state.directions, rtol=0, atol=0)
 
-    updates, after = update(normal(SHAPES, 3), after, params, value=1.0)  # and it goes on
+    updates, after = update(normal(SHAPES, 3), after, params, value=1.0)  # and training continues
     np.testing.assert_allclose(norms(updates), after.step_norm, rtol=ROUNDING)
 
 
@@ -76,7 +76,7 @@ def test_no_gradient_or_loss_makes_a_nan(adam_sgd, numbers, value):
 
 
 def test_direction_too_large_to_square():
-    """The gradient's square is finite, that of the momentum it adds up to is not."""
+    """The gradient's square is finite, that of the momentum that it accumulates to is not."""
     params = {"w": jnp.ones(4)}
     tx = make(params, ("adam", "momentum"))
     update, state = jax.jit(tx.update), tx.init(params)

@@ -19,7 +19,8 @@ def test_chain_and_schedule(adam_sgd):
 
 
 def test_frozen_layers():
-    """`masked` and `partition`: frozen layers stay and cost no state; the rest move as if they were all."""
+    """`masked` and `partition`: frozen layers stay and have no state; the others move as if there were no more
+    layers."""
     params, grads = normal(SMALL, 0), normal(SMALL, 1)
     tx = make(params, ("adam",))
     subset = {"a": params["a"]}
@@ -27,7 +28,7 @@ def test_frozen_layers():
 
     partitioned = optax.partition({"learned": tx, "frozen": optax.set_to_zero()}, {"a": "learned", "b": "frozen"})
     masked = optax.masked(tx, {"a": True, "b": False})
-    for wrapped, left in ((partitioned, jnp.zeros(5)), (masked, grads["b"])):  # masked hands the rest on
+    for wrapped, left in ((partitioned, jnp.zeros(5)), (masked, grads["b"])):  # masked passes the others through
         state = wrapped.init(params)
         assert state_size(state) == state_size(tx.init(subset))
         updates, _ = jax.jit(wrapped.update)(grads, state, params, value=1.0)
@@ -61,7 +62,7 @@ def test_other_extra_arguments_are_ignored(adam_sgd):
 
 
 def test_vmap_over_meta_parameters():
-    """A population at once is its members one by one."""
+    """A population in one call equals its members one by one."""
     params, grads = normal(SMALL, 0), normal(SMALL, 1)
     spec = l3rs.Spec.create(params, hidden=(4,))
 
@@ -77,7 +78,8 @@ def test_vmap_over_meta_parameters():
 
 
 def test_while_loop_with_a_traced_horizon():
-    """The loop of meta-training: the state keeps its types, the horizon compiles nothing; and past it."""
+    """The loop of meta-training: the state keeps its types, another horizon compiles nothing, and steps may go past
+    it."""
     params = normal(SMALL, 0)
     spec = l3rs.Spec.create(params, hidden=(4,), absolute_time=True)
     theta = random_theta(spec)

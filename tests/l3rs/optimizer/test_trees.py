@@ -1,4 +1,4 @@
-"""Trees and losses that are not what an update needs are refused in a sentence that names the leaf."""
+"""Trees and losses that an update cannot use are refused with a sentence that names the leaf."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def refused(params, grads, value=1.0):
     ids=lambda leaf: str(getattr(leaf, "dtype", type(leaf).__name__)),
 )
 def test_leaves_that_are_not_real_arrays(leaf):
-    """Of modules with functions in them, of counters, of complex weights."""
+    """Functions in a module, counters, complex weights."""
     spec = l3rs.Spec.create({"w": jnp.ones(3)}, embedding="descriptor", hidden=(4,))
     tx = l3rs.learned_optimizer(random_theta(spec), spec, 10)
     with pytest.raises(l3rs.L3RSError, match=r"params have .* at 'deep/1'; .*real floating-point"):

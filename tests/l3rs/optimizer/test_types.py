@@ -53,7 +53,7 @@ def test_empty_none_and_scalar_leaves():
 
 
 def test_state_size():
-    """Adam's two moments and next to nothing: 2.01 numbers a parameter."""
+    """Adam's two moments and little else: 2.01 numbers a parameter."""
     shapes = {f"layer_{i}": {"kernel": (100, 99), "bias": (100,)} for i in range(10)}
     params = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16), shapes, is_leaf=lambda x: isinstance(x, tuple)

@@ -1,4 +1,4 @@
-"""What the tests of `l3rs.torch` share: networks in both frameworks, training, comparisons."""
+"""Helpers that the tests of `l3rs.torch` share: networks in both frameworks, training, comparisons."""
 
 from pathlib import Path
 

@@ -63,7 +63,7 @@ def test_total_steps_below_one(total_steps):
         (lambda opt: opt.observe("1"), "^the loss is '1'; it must be a number or a tensor of one$"),
     ],
 )
-def test_losses_that_are_none(call, words):
+def test_invalid_losses(call, words):
     params = parameters()
     opt = L3RS(params.items(), checkpoint(), 10)
     give_gradients(params, 0)
@@ -96,7 +96,7 @@ def test_sparse_gradients_are_refused():
     ],
     ids=["complex", "devices", "meta"],
 )
-def test_parameters_that_cannot_be(params, words):
+def test_unsupported_parameters(params, words):
     with pytest.raises(l3rs.L3RSError, match=words):
         L3RS([torch.nn.Parameter(param) for param in params], checkpoint({"a/b": (4,), "a/c": (5,)}), 10)
 
@@ -150,7 +150,7 @@ def test_labels_of_param_groups():
 
 
 def test_renaming_in_a_param_group():
-    """Only of a group that is added: the first ones are matched together."""
+    """Only for a group that is added later: the first groups are matched together."""
     with pytest.raises(l3rs.L3RSError, match=r"L3RS\(…, rename=…\)"):
         L3RS([{"params": parameters().items(), "rename": {}}], checkpoint(), 10)
 

@@ -196,7 +196,7 @@ def test_sharded_parameters_are_refused(tmp_path):
 
 
 def test_distributed_checkpoint_of_the_state():
-    """torch.distributed.checkpoint keys the state by the parameters' names; nothing of ours is in its way."""
+    """torch.distributed.checkpoint keys the state by the parameters' names; the optimizer's state fits that."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
     model, resumed = Small(), Small()

@@ -48,7 +48,7 @@ def strided(x):
 @pytest.mark.parametrize("layout", ["channels_last", "gaps", "expanded gradient", "transposed gradient"])
 @pytest.mark.parametrize("largest", [0, flat.LARGEST], ids=["pieces", "flat"])
 def test_memory_layouts(layout, largest, monkeypatch):
-    """A layout is no part of the mathematics. Pieces are small: a layer has several."""
+    """The layout does not change the numbers. Pieces are small, so that a layer has several."""
     monkeypatch.setitem(passes.PIECE, "cpu", 16)
     monkeypatch.setattr(flat, "LARGEST", largest)
     plain = parameters(1)["conv.weight"]
@@ -80,7 +80,7 @@ def test_memory_layouts(layout, largest, monkeypatch):
 
 
 def test_channels_last_is_worked_on_in_pieces():
-    """As flat views: nothing of a layer's size is copied."""
+    """It is read as flat views: nothing as large as a layer is copied."""
     x = torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last)
     pieces = list(passes.split((x, x, x), 16))
     assert [piece[0].shape for piece in pieces] == [(16,)] * 6
@@ -113,7 +113,7 @@ def test_default_dtype_and_device_are_left_alone():
 
 
 def test_state_size():
-    """Adam's two moments and next to nothing: 2.01 numbers a parameter."""
+    """Adam's two moments and little else: 2.01 numbers a parameter."""
     shapes = {
         f"layer_{i}/{leaf}": shape for i in range(10) for leaf, shape in (("kernel", (100, 99)), ("bias", (100,)))
     }

@@ -12,7 +12,7 @@ from tests.l3rs.torch.common import NAMES, SHAPES, checkpoint, parameters
 
 
 def paths_of(table, params, rename=None, **rules):
-    """`match` for a table and parameters given as {name: shape}; names that are numbers are none."""
+    """The paths that `match_layers` finds for a table and parameters {name: shape}; numbers stand for no names."""
     spec = l3rs.Spec(tuple(l3rs.Layer(path, shape) for path, shape in table.items()))
     tensors = [torch.empty(shape) for shape in params.values()]
     named = [(name, tensor) for name, tensor in zip(params, tensors, strict=True)]
@@ -25,7 +25,7 @@ def paths_of(table, params, rename=None, **rules):
 
 
 def test_match_by_name():
-    """Whatever the order, with another word for a weight, inside DDP and torch.compile, and only some of them."""
+    """In any order, with another word for a weight, inside DDP and torch.compile, and for a part of the layers."""
     table = {
         "b/10/bias": (4,),
         "b/10/kernel": (3, 4),
@@ -61,7 +61,7 @@ def test_match_shapes_of_any_order():
 
 
 def test_rename():
-    """It goes before the names and before the order; what it names is not given away again."""
+    """It takes precedence over names and order; a layer that it names is not matched again."""
     table = {"a/kernel": (2, 3), "b/kernel": (2, 3), "c/kernel": (2, 3)}
     params = {"x": (3, 2), "y": (3, 2), "z": (3, 2)}
     assert paths_of(table, params, {"x": "b/kernel"}) == ["b/kernel", "a/kernel", "c/kernel"]
@@ -150,7 +150,7 @@ def test_descriptors_need_names():
         assert str(error.value) == ("descriptor embeddings need the layers' names: pass model.named_parameters()")
 
 
-def test_groups_do_not_change_what_a_layer_is_described_by():
+def test_groups_do_not_change_the_descriptors():
     """A split by weight decay, or groups from head to input: the depth is that of the sorted names."""
     shapes = {
         f"block_{i}/{leaf}": (4, 4) if leaf == "kernel" else (4,) for i in range(11) for leaf in ("kernel", "bias")

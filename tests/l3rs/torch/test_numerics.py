@@ -11,7 +11,7 @@ from tests.l3rs.torch.common import ALL, assert_same, checkpoint, give_gradients
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 def test_layer_with_a_bad_gradient_stays(bad):
-    """It stays, bit for bit, and the others do as they would; its moments see zeros."""
+    """It stays unchanged, bit for bit, and the others are not affected; its moments see zeros."""
     params, zeroed = parameters(), parameters()
     opt, reference = (L3RS(each.items(), checkpoint(directions=ALL), 10) for each in (params, zeroed))
     for each, optimizer in ((params, opt), (zeroed, reference)):
@@ -34,7 +34,7 @@ def test_layer_with_a_bad_gradient_stays(bad):
 
 
 def test_direction_too_large_to_square():
-    """The gradient's square is finite, that of the momentum it adds up to is not: the layer stays."""
+    """The gradient's square is finite, that of the momentum that it accumulates to is not: the layer stays."""
     param = torch.nn.Parameter(torch.ones(4))
     opt = L3RS([param], checkpoint({"a/b": (4,)}, ("adam", "momentum")), 10)
     moved = []

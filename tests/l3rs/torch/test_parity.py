@@ -108,7 +108,7 @@ def test_parity_in_small_pieces(monkeypatch, largest):
 
 @pytest.mark.parametrize("largest", [0, flat.LARGEST], ids=str)
 def test_parity_with_numbers_that_are_not_finite(monkeypatch, largest):
-    """A layer with a NaN or a gradient too large to square, a loss of infinity: what JAX does with them."""
+    """A layer with a NaN or a gradient too large to square, a loss of infinity: the results are JAX's."""
 
     def spoil(step, grads, loss):
         if step == 2:

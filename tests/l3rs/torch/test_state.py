@@ -95,7 +95,7 @@ def test_state_dict_of_another_optimizer():
     ids=["directions", "norms", "losses"],
 )
 def test_state_dict_of_another_form(fields, words):
-    """It is refused, and the optimizer goes on as if it had not been tried."""
+    """It is refused, and the optimizer continues as if nothing had been loaded."""
     params = parameters()
     opt = L3RS(params.items(), checkpoint(embedding="descriptor"), 10)
     theirs = parameters()
@@ -150,7 +150,7 @@ def test_state_that_was_moved():
 
 
 class Elsewhere(torch.Tensor):
-    """As a tensor on another device: it has no `numpy` before it has been fetched."""
+    """Behaves as a tensor on another device: it has no `numpy` before it is copied to the CPU."""
 
     @staticmethod
     def __new__(cls, x):
@@ -179,7 +179,7 @@ def test_deepcopy_and_pickle_protocol():
 
 @pytest.mark.parametrize("embedding", ["table", "descriptor"])
 def test_state_of_another_order(embedding):
-    """torch matches states by position; layers of equal shapes would be swapped in silence."""
+    """torch matches states by position; layers of equal shapes would be swapped silently."""
     shapes = {"a/kernel": (3, 3), "b/kernel": (3, 3)}
     made_of = checkpoint(shapes, embedding=embedding)
     params = parameters(shapes=shapes)

@@ -20,7 +20,7 @@ from tests.l3rs.torch.common import (
 
 
 def deltas(lr, **groups_lr):
-    """How far each parameter goes in one step."""
+    """How far each parameter moves in one step."""
     params = parameters()
     before = values(params)
     named = [{"params": [item], "lr": groups_lr.get(item[0].replace(".", "_"), lr)} for item in params.items()]
@@ -54,7 +54,7 @@ def test_lr_schedulers():
 
 
 def test_param_groups_are_one_optimizer():
-    """Groups and their order change nothing; each parameter's layer is said in its group."""
+    """Groups and their order change nothing; each parameter's layer is named in its group."""
     params, grouped = parameters(), parameters()
     train(L3RS(params.items(), checkpoint(), 10), params, 3)
     items = list(grouped.items())
@@ -119,7 +119,7 @@ def test_an_observed_loss_is_what_it_was():
 
 @pytest.mark.parametrize(("losses", "mean"), [([1.0, float("inf"), 3.0], 2.0), ([float("nan")], None)], ids=str)
 def test_losses_that_are_not_finite_do_not_spoil_others(losses, mean):
-    """A step that GradScaler skipped leaves its infinite loss behind."""
+    """A step that GradScaler skips leaves an infinite loss."""
     params = parameters()
     opt = L3RS(params.items(), checkpoint(), 10)
     give_gradients(params, 0)
@@ -208,7 +208,7 @@ def test_add_param_group_that_is_not_known():
         "pass on_unknown='mean' to give it the mean embedding"
     )
     assert len(opt.param_groups) == 1
-    train(opt, params, 1)  # and it goes on
+    train(opt, params, 1)  # and training continues
 
 
 def test_add_param_group_under_another_name():
