@@ -34,7 +34,7 @@ test-slow: $(READY)
 LOWEST := .venv-lowest
 test-lowest: $(LOWEST)/.ready
 	$(LOWEST)/bin/python -m pytest tests/l3rs/io tests/l3rs/test_hostile_checkpoints.py tests/l3rs/test_imports.py \
-		tests/l3rs/test_without_jax.py tests/l3rs/test_optimizer.py tests/l3rs/test_guard.py tests/l3rs/test_layers.py \
+		tests/l3rs/test_without_jax.py tests/l3rs/optimizer tests/l3rs/test_guard.py tests/l3rs/test_layers.py \
 		tests/l3rs/baselines tests/metatrain/test_rollout.py tests/metatrain/test_trainer.py
 
 $(LOWEST)/.ready: pyproject.toml
