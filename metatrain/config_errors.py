@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 _MAX_ERRORS = 5  # in one sentence
-_MAX_REASON = 300  # characters
+_MAX_REASON = 500  # characters
 
 # What pydantic puts into the location of an error beside keys: the members of a union.
 _MEMBERS = re.compile(r"(function-|tuple\[|literal\[|dict\[|constrained-|(bool|int|float|str)$)")

@@ -14,6 +14,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf, grammar_parser
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
+from metatrain.config_errors import reason
+
 MAX_BYTES = 1 << 18  # of a file
 _MAX_VALUES = 20_000
 _MAX_DEPTH = 32
@@ -67,7 +69,7 @@ def read_yaml(text: str, overrides: Sequence[str] = ()) -> DictConfig:
     except YamlError:
         raise
     except (OmegaConfBaseException, ValueError, TypeError) as error:
-        raise YamlError(_one_line(error)) from None
+        raise YamlError(reason(error)) from None
     assert isinstance(config, DictConfig)
     return config
 
@@ -81,7 +83,7 @@ def resolve(config: DictConfig) -> dict[Any, Any]:
     try:
         data = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        raise YamlError(_one_line(error)) from None
+        raise YamlError(reason(error)) from None
     except RecursionError:
         raise YamlError("its interpolations lead in a circle") from None
     assert isinstance(data, dict)
@@ -110,7 +112,7 @@ def _override(override: str) -> DictConfig:
         OmegaConf.update(config, key, parsed)
         return config
     except (OmegaConfBaseException, ValueError, TypeError, IndexError, AttributeError, AssertionError) as error:
-        raise YamlError(f"the override {override[:200]!r}: {_one_line(error)}") from None
+        raise YamlError(f"the override {override[:200]!r}: {reason(error)}") from None
 
 
 def _parse(text: str) -> Any:
@@ -124,7 +126,7 @@ def _parse(text: str) -> Any:
     except YamlError:
         raise
     except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
-        raise YamlError(f"it cannot be read as YAML: {_one_line(error)}") from None
+        raise YamlError(f"it cannot be read as YAML: {reason(error)}") from None
     _check(data)
     return data
 
@@ -176,7 +178,3 @@ def _name(path: Path) -> str:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}…"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500]

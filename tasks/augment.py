@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tasks.base import Aux, Batch, Data, Params, Stats, Task, TaskError
+from tasks.base import Aux, Batch, Data, Params, Stats, Task, TaskError, check_keys
 from tasks.classification import normalized
 
 _MOST_COPIES = 1024
@@ -60,9 +60,7 @@ class Augmentation:
         known = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(options, Mapping):
             raise TaskError(f"{where} is {options!r}; it must be a mapping of {', '.join(known)}")
-        for key in options:
-            if key not in known:
-                raise TaskError(f"{where}.{key} is not a key of an augmentation; allowed are {', '.join(known)}")
+        check_keys(options, known, where, "a key of an augmentation")
         bounds = {"reparametrise": 10.0, "tensor_scale": 10.0, "label_noise": 0.99, "input_scale": 10.0}
         for key, most in bounds.items():
             value = options.get(key)

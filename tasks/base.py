@@ -7,7 +7,7 @@ on inner_train, baselines tuned on inner_valid, the meta-loss computed on outer_
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +24,24 @@ Data = Mapping[str, Any]  # {split: Batch of all its examples}, and whatever els
 
 class TaskError(ValueError):
     """The caller's input is wrong; the message is one sentence: what, where, what is allowed."""
+
+
+def check_keys(options: Iterable[str], allowed: Iterable[str], where: str, role: str) -> None:
+    """Refuse keys that a mapping of a configuration does not have.
+
+    Args:
+      options: the keys found.
+      allowed: the keys that are allowed.
+      where: path of the mapping, such as "task.source".
+      role: what a key stands for, such as "a key of an image set".
+
+    Raises:
+      TaskError: a key is not among the allowed ones.
+    """
+    known = list(allowed)
+    for key in options:
+        if key not in known:
+            raise TaskError(f"{where}.{key} is not {role}; allowed are {', '.join(known)}")
 
 
 class TaskSample(NamedTuple):

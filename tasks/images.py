@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tasks.base import Batch, Data, Params, Stats, Task, TaskError, uniform_batches
+from tasks.base import Batch, Data, Params, Stats, Task, TaskError, check_keys, uniform_batches
 from tasks.classification import RANDOM_POOLS, classification_loss
 from tasks.data.crop_flip import random_crop_flip
 from tasks.data.images import Classes, choose_classes, load_images
@@ -44,10 +44,7 @@ class ImageSet:
     @classmethod
     def parse(cls, options: Mapping[str, Any], where: str) -> ImageSet:
         """Check the keys of a configuration."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in options:
-            if key not in known:
-                raise TaskError(f"{where}.{key} is not a key of an image set; allowed are {', '.join(known)}")
+        check_keys(options, [field.name for field in dataclasses.fields(cls)], where, "a key of an image set")
         given = [key for key in ("tfds", "directory", "folder") if options.get(key)]
         if len(given) != 1:
             raise TaskError(f"{where} needs exactly one of tfds, directory and folder, found {given or 'none'}")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tasks.base import Aux, Batch, Data, Params, Stats, TaskError, size, uniform_batches
+from tasks.base import Aux, Batch, Data, Params, Stats, TaskError, check_keys, size, uniform_batches
 from tasks.data.cache import cached
 from tasks.data.crop_flip import random_crop_flip
 from tasks.models.functional import Model
@@ -98,9 +98,7 @@ class Schedule:
     def parse(cls, options: Mapping[str, Any], where: str) -> Schedule:
         """Check the keys and values of a configuration."""
         known = [field.name for field in dataclasses.fields(cls)]
-        for key in options:
-            if key not in known:
-                raise TaskError(f"{where}.{key} is not a pretraining option; allowed are source, {', '.join(known)}")
+        check_keys(options, ["source", *known], where, "a pretraining option")
         epochs = tuple(options.get("epochs", cls.epochs))
         schedule = cls(**{**options, "epochs": epochs})
         if min(schedule.seeds, schedule.held_out_seeds, schedule.batch_size, len(epochs), *epochs) < 1:

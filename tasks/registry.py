@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from tasks.augment import Augmentation, augmented
-from tasks.base import AnyTask, Aux, Task, TaskError
+from tasks.base import AnyTask, Aux, Task, TaskError, check_keys
 from tasks.digits import digits
 from tasks.features import features
 from tasks.images import images, prepare_images
@@ -85,9 +85,7 @@ def _call(function: Callable[..., Any], name: str, options: Mapping[str, Any]) -
     """Call the function with these options, checked against its signature."""
     allowed = inspect.signature(function).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in allowed.values()):
-        for option in options:
-            if option not in allowed:
-                raise TaskError(f"task.{option} is not an option of task {name!r}; allowed are {', '.join(allowed)}")
+        check_keys(options, allowed, "task", f"an option of task {name!r}")
     kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     needed = [p.name for p in allowed.values() if p.default is p.empty and p.kind in kinds]
     if missing := [option for option in needed if option not in options]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tasks.base import Aux, Batch, Data, Params, Stats, Task, TaskError
+from tasks.base import Aux, Batch, Data, Params, Stats, Task, TaskError, check_keys
 from tasks.classification import RANDOM_POOLS
 from tasks.data.text import TextSource, load_text
 from tasks.models.gpt import gpt
@@ -43,9 +43,7 @@ def text(
     if type(evaluation_windows) is not int or evaluation_windows < 0:
         raise TaskError(f"task.evaluation_windows is {evaluation_windows!r}; it must be an integer ≥ 0")
     options = dict(model or {})
-    for option in options:
-        if option not in _MODEL:
-            raise TaskError(f"task.model.{option} is not an option of the GPT; allowed are {', '.join(_MODEL)}")
+    check_keys(options, _MODEL, "task.model", "an option of the GPT")
     chosen = TextSource.parse(source, "task.source")
     splits, vocabulary = load_text(chosen, context)
     for name, split in splits.items():

@@ -251,15 +251,29 @@ def _named(name: str) -> Baseline:
     if not attribute:
         known = ", ".join((*BASELINES, *INTERLEAVED))
         raise UserError(f"no baseline {name}; allowed are {known} and package.module:function")
+    return _own(name, import_baseline(name, module_name, attribute, "function"))
+
+
+def import_baseline(name: str, module_name: str, attribute: str, kind: str) -> Any:
+    """Import a baseline of the user's.
+
+    Args:
+      name: of the baseline, for messages.
+      module_name, attribute: where it is.
+      kind: what it is, for messages: "function" or "class".
+
+    Raises:
+      MissingBaselineError: its module, or one that it needs, is not installed.
+      UserError: the module raises another error or has no such attribute.
+    """
     try:
-        make = getattr(importlib.import_module(module_name), attribute)
+        return getattr(importlib.import_module(module_name), attribute)
     except ImportError as error:
         raise MissingBaselineError(f"baseline {name} is left out: {error}") from None
     except AttributeError:
-        raise UserError(f"baseline {name}: {module_name} has no function {attribute!r}") from None
+        raise UserError(f"baseline {name}: {module_name} has no {kind} {attribute!r}") from None
     except (Exception, SystemExit) as error:  # whatever the user's module raises
         raise UserError(f"baseline {name}: {module_name} cannot be imported: {first_line(error)}") from None
-    return _own(name, make)
 
 
 def _own(name: str, make: Any) -> Baseline:

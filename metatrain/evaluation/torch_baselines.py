@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from metatrain.config import UserError
 from metatrain.config_errors import one_line
-from metatrain.evaluation.baselines import SCHEDULES, WARMUP, Baseline, MissingBaselineError, Tuned, given_rate
+from metatrain.evaluation.baselines import (
+    SCHEDULES,
+    WARMUP,
+    Baseline,
+    MissingBaselineError,
+    Tuned,
+    given_rate,
+    import_baseline,
+)
 
 # Where the search for the learning rate begins: as for optax's optimizers of the same name.
 TORCH_BASELINES = {
@@ -90,12 +98,7 @@ def _named(name: str) -> Baseline:
     if not attribute:
         known = ", ".join(ALL_TORCH)
         raise UserError(f"no baseline {name} for tasks of PyTorch; allowed are {known} and package.module:Class")
-    try:
-        make = getattr(importlib.import_module(module_name), attribute)
-    except ImportError as error:
-        raise MissingBaselineError(f"baseline {name} is left out: {error}") from None
-    except AttributeError:
-        raise UserError(f"baseline {name}: {module_name} has no class {attribute!r}") from None
+    make = import_baseline(name, module_name, attribute, "class")
     return Baseline(make, getattr(make, "learning_rate", 2.0**-9))
 
 

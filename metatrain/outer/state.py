@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from l3rs.io.orbax_limits import check_arrays, check_files
 from l3rs.io.orbax_store import saving
 from metatrain.config import CodeConfig, UserError
+from metatrain.config_errors import reason
 from metatrain.outer.strategy import State
 
 _log = logging.getLogger("metatrain")
@@ -80,8 +81,7 @@ class StateStore:
             try:
                 progress = self._read(step, like)
             except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
-                reason = " ".join(str(error).split())[:200]
-                _log.warning("checkpoint %s is damaged and is not used: %s", self._folder / str(step), reason)
+                _log.warning("checkpoint %s is damaged and is not used: %s", self._folder / str(step), reason(error))
                 continue
             for newer in steps[: steps.index(step)] if to_resume else ():
                 (self._folder / str(newer)).rename(_free(self._folder.parent / f"damaged-state-{newer}"))

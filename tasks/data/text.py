@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tasks.base import SPLITS, TaskError
+from tasks.base import SPLITS, TaskError, check_keys
 from tasks.data.cache import cached
 from tasks.data.sources import Tfds, prepared, reading
 from tasks.data.tfds_folder import read_metadata
@@ -38,12 +38,9 @@ class TextSource:
     @classmethod
     def parse(cls, options: Mapping[str, Any], where: str) -> TextSource:
         """Check the keys of a configuration."""
-        known = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(options, Mapping):
             raise TaskError(f"{where} is {options!r}; it must be {{file: PATH}} or {{tfds: NAME}}")
-        for key in options:
-            if key not in known:
-                raise TaskError(f"{where}.{key} is not a key of a text; allowed are {', '.join(known)}")
+        check_keys(options, [field.name for field in dataclasses.fields(cls)], where, "a key of a text")
         given = [key for key in ("file", "tfds") if options.get(key)]
         if len(given) != 1:
             raise TaskError(f"{where} needs exactly one of file and tfds, found {given or 'none'}")

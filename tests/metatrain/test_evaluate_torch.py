@@ -124,6 +124,13 @@ def test_refused(name: str, options: dict, sentence: str) -> None:
         find_torch_baseline(name, options)
 
 
+def test_a_module_that_raises_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "raising_optimizers.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"raising_optimizers cannot be imported: .*division by zero"):
+        find_torch_baseline("raising_optimizers:Adam")
+
+
 def test_own_classes_and_missing_packages() -> None:
     assert find_torch_baseline("torch.optim:RAdam").make is torch.optim.RAdam
     found = evaluate(
