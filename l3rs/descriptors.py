@@ -102,14 +102,14 @@ class Role(NamedTuple):
     component: Literal["kernel", "bias", "scale"]
 
 
-def roles(layers: Sequence[Layer], alphabetical: bool = True) -> list[Role]:
+def roles(layers: Sequence[Layer]) -> list[Role]:
     """Roles of a network's layers, from names and shapes.
 
     A module without a kernel (rank ≥ 2) is a norm. In `depth_order`, the last module with a kernel is the output, and
     the first one is the input, together with all that are called stem, embed, patch, pos_, …
     """
     kernels = [layer.path for layer in layers if len(layer.shape) >= 2 and kind(layer.path, len(layer.shape)) != "bias"]
-    modules = [module_of(kernels[i]) for i in depth_order(kernels, alphabetical)]
+    modules = [module_of(kernels[i]) for i in depth_order(kernels)]
     found = []
     for layer in layers:
         module = module_of(layer.path)

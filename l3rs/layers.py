@@ -27,6 +27,8 @@ from l3rs.spec import L3RSError, Layer, Spec, Theta
 MatchBy = Literal["auto", "path", "order"]
 OnUnknown = Literal["error", "mean", "descriptor"]
 
+_SHOWN = 6  # names in a message
+
 
 class Match(NamedTuple):
     """How one network layer maps to the checkpoint's layers."""
@@ -263,6 +265,6 @@ def _called(index: int, name: str | None) -> str:
     return f"layer {index if name is None else repr(name)}"
 
 
-def _abridged(names: Sequence[str], most: int = 6) -> str:
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+def _abridged(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"

@@ -141,7 +141,7 @@ def check_ports(addresses: tuple[str, ...] | None, where: str, token: bool) -> F
     open_to = sorted({address for address in addresses if not is_loopback(address)})
     if not open_to:
         return Finding("ok", "ports", f"Ray on {where} listens on loopback only: no other machine can reach it")
-    shown = f"Ray on {where} listens on {', '.join(open_to)}: whoever can reach that"
+    shown = f"Ray on {where} listens on {', '.join(open_to)}: anyone who can reach that"
     if token:
         return Finding("ok", "ports", f"{shown} needs the token; keep it inside your own network")
     return Finding(

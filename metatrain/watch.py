@@ -18,7 +18,7 @@ from rich.text import Text
 from metatrain.durations import about
 from metatrain.outer.status import Snapshot
 
-_SECONDS = 2.0  # between two looks at the run
+LOOK_SECONDS = 2.0  # between two looks at the run
 _BARS = "▁▂▃▄▅▆▇█"
 _COUNTS = {"lost": "lost", "duplicated": "shards started twice", "requeued": "candidates requeued"}
 _RECENT = 20  # generations of a median
@@ -26,7 +26,7 @@ _LATE = 10.0  # times a recent generation's duration, and at least
 _LATE_SECONDS = 60.0  # so long without a new generation, before the screen points it out
 
 
-def watch(read: Callable[[], Snapshot], console: Console | None = None, seconds: float = _SECONDS) -> None:
+def watch(read: Callable[[], Snapshot], console: Console | None = None) -> None:
     """Show a run until it is not going any more, or until Ctrl-C.
 
     Without a terminal, a line is printed whenever there is something new.
@@ -34,17 +34,16 @@ def watch(read: Callable[[], Snapshot], console: Console | None = None, seconds:
     Args:
       read: reads the run.
       console: where to show it.
-      seconds: between two looks.
     """
     console = console or Console(highlight=False, markup=False)
     snapshot = read()
     try:
         if console.is_terminal:
-            with Live(screen(snapshot), console=console, auto_refresh=False) as live:
+            with Live(screen(snapshot, time.time()), console=console, auto_refresh=False) as live:
                 while snapshot.going:
-                    time.sleep(seconds)
+                    time.sleep(LOOK_SECONDS)
                     snapshot = read()
-                    live.update(screen(snapshot), refresh=True)
+                    live.update(screen(snapshot, time.time()), refresh=True)
         else:
             shown = None
             while True:
@@ -53,20 +52,19 @@ def watch(read: Callable[[], Snapshot], console: Console | None = None, seconds:
                     shown = line
                 if not snapshot.going:
                     return
-                time.sleep(seconds)
+                time.sleep(LOOK_SECONDS)
                 snapshot = read()
     except KeyboardInterrupt:  # the screen ends, the run does not
         return
 
 
-def screen(run: Snapshot, now: float | None = None) -> RenderableType:
+def screen(run: Snapshot, now: float) -> RenderableType:
     """The screen of a moment.
 
     Args:
       run: the run.
-      now: seconds since 1970; this moment by default.
+      now: seconds since 1970.
     """
-    now = time.time() if now is None else now
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="dim", no_wrap=True)
     rows.add_column()

@@ -75,10 +75,10 @@ class Analysis:
         """Mean over seeds of a field of the records, and its interval."""
         return statistics.mean_interval(self.results.values(setting, optimizer, horizon, field))
 
-    def _difference(self, setting: str, baseline: str, horizon: int, field: str = "loss") -> Interval:
-        """L3RS minus the baseline, mean over seeds and paired interval; negative losses are better."""
-        ours = self.results.values(setting, L3RS, horizon, field)
-        return statistics.mean_interval(ours - self.results.values(setting, baseline, horizon, field))
+    def _difference(self, setting: str, baseline: str, horizon: int) -> Interval:
+        """Test loss of L3RS minus the baseline's, mean over seeds and paired interval; negative is better."""
+        ours = self.results.values(setting, L3RS, horizon)
+        return statistics.mean_interval(ours - self.results.values(setting, baseline, horizon))
 
     def relative_difference(self, setting: str, baseline: str, horizon: int) -> float:
         """The difference of mean test losses over the baseline's; NaN where that is 0."""

@@ -73,7 +73,6 @@ class Groups:
       wanted: the number of workers; called now and then.
       log: called with news.
       wait_seconds: without any worker, after which an evaluation ends with an error.
-      clock: seconds.
     """
 
     def __init__(
@@ -85,20 +84,19 @@ class Groups:
         wanted: Callable[[], int],
         log: Callable[[str], None],
         wait_seconds: float = math.inf,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         import ray
 
         package.send_all()
         self._ray, self._worker, self._package, self._execution = ray, worker, package, execution
-        self._chunk, self._wanted, self._log, self._clock = chunk, wanted, log, clock
+        self._chunk, self._wanted, self._log = chunk, wanted, log
         self._groups: dict[Group, None] = {}
         self._answers = Announced()
         self._calls: dict[Any, tuple[Group, str]] = {}  # by reference: who was asked, and for what
         # What lost groups have counted, and what is counted here.
         self._counts = dict.fromkeys(("lost", "duplicated", "requeued", "stale", "rejected"), 0)
         self._health = Health()  # of the aggregators
-        self._wait = WorkerWait(wait_seconds, log, clock())
+        self._wait = WorkerWait(wait_seconds, log, time.monotonic())
         self._look_at = 0.0
 
     def evaluate(self, work: Work, look: Callable[[], bool] = lambda: True) -> tuple[np.ndarray, np.ndarray]:
@@ -106,7 +104,7 @@ class Groups:
         shares = Shares(work.calls.steps)
         losses = np.full(work.calls.members.shape, np.nan, np.float32)
         while not shares.finished:
-            now = self._clock()
+            now = time.monotonic()
             if now >= self._look_at:
                 self._look_at = now + LOOK_SECONDS
                 self._look_after(shares, now)
@@ -114,7 +112,7 @@ class Groups:
                     break
             for group in [group for group in self._groups if not group.busy]:
                 self._hand_out(group, shares, work)
-            for ref, future in self._answers.ready(self._look_at - self._clock()):
+            for ref, future in self._answers.ready(self._look_at - time.monotonic()):
                 self._receive(ref, future, shares, work, losses)
         return losses, shares.answered
 
@@ -199,7 +197,7 @@ class Groups:
         except self._ray.exceptions.RayError as error:
             self._lose(group, shares, first_line(error))
             return
-        group.heard = self._clock()
+        group.heard = time.monotonic()
         if what == "status":
             group.asked = False
         else:
@@ -235,7 +233,7 @@ class Groups:
         del self._groups[group]
         self._health.lost(group)
         if not group.started:
-            self._health.failed_start(self._clock())
+            self._health.failed_start(time.monotonic())
         shares.lose(group)
         for name in self._counts:
             self._counts[name] += group.counts[name]

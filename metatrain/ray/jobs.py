@@ -172,14 +172,14 @@ def submit_job(jobs: Any, **job: Any) -> str:
         time.sleep(1.0)
 
 
-def output(jobs: Any, job_id: str, seconds: float = _START_SECONDS) -> tuple[str, bool]:
+def output(jobs: Any, job_id: str) -> tuple[str, bool]:
     """Wait for a short job; returns what it printed, and whether it succeeded.
 
     Raises:
-      UserError: it takes longer than `seconds`.
+      UserError: it takes too long.
     """
-    deadline = time.monotonic() + seconds
-    with noticed(f"the job {job_id}", f"at most {seconds:.0f} s", lambda text: print(text, file=sys.stderr)):
+    deadline, advice = time.monotonic() + _START_SECONDS, f"at most {_START_SECONDS:.0f} s"
+    with noticed(f"the job {job_id}", advice, lambda text: print(text, file=sys.stderr)):
         while time.monotonic() < deadline:
             status = str(jobs.get_job_status(job_id).value)
             if status not in ("PENDING", "RUNNING"):
@@ -187,7 +187,7 @@ def output(jobs: Any, job_id: str, seconds: float = _START_SECONDS) -> tuple[str
                 printed = [line for line in lines if not line.startswith("Running entrypoint for job")]
                 return "\n".join(printed), status == "SUCCEEDED"
             time.sleep(0.5)
-    raise UserError(f"the job {job_id} has not ended after {seconds:.0f} s; see: ray job logs {job_id}")
+    raise UserError(f"the job {job_id} has not ended after {_START_SECONDS:.0f} s; see: ray job logs {job_id}")
 
 
 def clock_ahead(jobs: Any) -> float | None:
@@ -260,23 +260,22 @@ def logs(jobs: Any, job: Job, follow: bool) -> Iterator[str]:
         loop.close()
 
 
-def stop(jobs: Any, job: Job, seconds: float = _STOP_SECONDS, log: Callable[[str], None] = print) -> Job:
+def stop(jobs: Any, job: Job, log: Callable[[str], None] = print) -> Job:
     """Stop a run and wait until its driver has saved it and ended.
 
     Args:
       jobs: from `client`.
       job: from `find`.
-      seconds: to wait at most.
       log: called with news for the user.
 
     Raises:
-      UserError: it is not running, or does not end within `seconds`.
+      UserError: it is not running, or does not end in time.
     """
     if job.status not in ("PENDING", "RUNNING"):
         raise UserError(f"the run {job.name} is not running: job {job.id} is {job.status.lower()}")
     jobs.stop_job(job.id)
-    deadline = time.monotonic() + seconds
-    advice = f"at most {seconds:.0f} s; see: metatrain logs {job.name}"
+    deadline = time.monotonic() + _STOP_SECONDS
+    advice = f"at most {_STOP_SECONDS} s; see: metatrain logs {job.name}"
     with noticed(f"the driver of {job.name} to save the run and end", advice, log):
         while time.monotonic() < deadline:
             now = find(jobs, job.id)
@@ -284,7 +283,7 @@ def stop(jobs: Any, job: Job, seconds: float = _STOP_SECONDS, log: Callable[[str
                 return now
             time.sleep(0.5)
     raise UserError(
-        f"job {job.id} still runs {seconds:.0f} s after it was told to stop; see: metatrain logs {job.name}"
+        f"job {job.id} still runs {_STOP_SECONDS} s after it was told to stop; see: metatrain logs {job.name}"
     )
 
 

@@ -78,7 +78,6 @@ class Pool:
       health: its health.
       log: called with news of the workers.
       wait_seconds: without any worker, after which an evaluation ends with an error; None: never.
-      clock: seconds; another one for tests.
     """
 
     def __init__(
@@ -87,11 +86,10 @@ class Pool:
         health: Health,
         log: Callable[[str], None],
         wait_seconds: float | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         import ray
 
-        self._fleet, self._health, self._log, self._clock = fleet, health, log, clock
+        self._fleet, self._health, self._log = fleet, health, log
         self._errors = ray.exceptions
         self._answers = Announced()
         self._calls: dict[Any, tuple[Member, _Round, int]] = {}  # by reference: worker, round, shard
@@ -113,10 +111,10 @@ class Pool:
         Raises:
           UserError: no worker can be set up.
         """
-        until = self._clock() + patience
+        until = time.monotonic() + patience
         had_one = False
         while True:
-            now = self._clock()
+            now = time.monotonic()
             self._fleet.give_up_slow_starts(now)
             self._recruit(now)
             if self.workers and not had_one:
@@ -124,7 +122,7 @@ class Pool:
             if now >= until or not self._fleet.missing:
                 return
             for ref, future in self._answers.ready(LOOK_SECONDS / 4):
-                self._set_up(ref, future, self._clock())
+                self._set_up(ref, future, time.monotonic())
 
     def evaluate(self, work: Work, look: Callable[[], bool] = lambda: True) -> tuple[np.ndarray, np.ndarray]:
         """Evaluate the calls of a generation.
@@ -142,7 +140,7 @@ class Pool:
         """
         round_ = self._begin(work)
         while not round_.shards.finished:
-            now = self._clock()
+            now = time.monotonic()
             if now >= self._look_at:
                 self._look_at = now + LOOK_SECONDS
                 self._look_after(round_, now)
@@ -173,7 +171,7 @@ class Pool:
         costs = [float(calls.steps[own.start : own.stop].sum()) for own in ranges]
         losses = np.full(calls.members.shape, np.nan, np.float32)
         limit = self._wait_seconds
-        waits = None if limit is None else Waits(self._fleet, self._health, limit, self._log, self._clock())
+        waits = None if limit is None else Waits(self._fleet, self._health, limit, self._log, time.monotonic())
         return _Round(work, ranges, Shards(costs, self._pace), waits, costs, losses, np.zeros(len(losses), bool))
 
     def _end(self, round_: _Round) -> None:
@@ -206,7 +204,7 @@ class Pool:
                 return  # nothing for it, so nothing for the others
 
     def _hand_out(self, member: Member, round_: _Round) -> None:
-        now, work = self._clock(), round_.work
+        now, work = time.monotonic(), round_.work
         while (shard := round_.shards.take(member, self.workers, now)) is not None:
             if not member.calls:
                 self._health.given_work(member, now)
@@ -223,7 +221,7 @@ class Pool:
             self._idle[member] = None
 
     def _receive(self, ref: Any, future: Any, round_: _Round) -> None:
-        now, self._received = self._clock(), True
+        now, self._received = time.monotonic(), True
         if self._set_up(ref, future, now):
             return
         found = self._calls.pop(ref, None)
@@ -287,7 +285,7 @@ class Pool:
             raise UserError(f"candidates fail on the workers: {reason}") from error
         self._log(f"a candidate failed ({reason}); it is tried again")
         if shard is not None:
-            round_.shards.reject(member, shard, self._clock())
+            round_.shards.reject(member, shard, time.monotonic())
 
     def _look_after(self, round_: _Round, now: float) -> None:
         """Ask for workers that are missing, replace those that hang, and name long waits."""

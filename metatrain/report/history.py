@@ -127,7 +127,7 @@ class History:
         return found
 
 
-def running_median(values: np.ndarray, window: int = WINDOW) -> np.ndarray:
+def running_median(values: np.ndarray, window: int) -> np.ndarray:
     """The median of each value and its neighbours, `window` in all; NaN and infinities are left out."""
     if not len(values):
         return values

@@ -19,6 +19,8 @@ from metatrain.trust import refuse_links
 
 _log = logging.getLogger("metatrain")
 
+DRAW_SECONDS = 60.0  # between two drawings, at least
+
 _COUNTS = {
     "lost": "workers lost",
     "duplicated": "shards started twice, because the first took too long",
@@ -34,12 +36,10 @@ class Live:
 
     Args:
       folder: of the run.
-      every: the least number of seconds between two drawings.
     """
 
-    def __init__(self, folder: Path, every: float = 60.0) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._every = every
         self._next = time.monotonic()
         self._warned = False
 
@@ -47,7 +47,7 @@ class Live:
         """Call this after every generation; it draws when it is time."""
         if time.monotonic() >= self._next:
             self._draw(lambda: write(self._folder))
-            self._next = time.monotonic() + self._every
+            self._next = time.monotonic() + DRAW_SECONDS
 
     def close(self) -> None:
         """Draw the page one last time: the run has ended, finished or not."""

@@ -25,6 +25,7 @@ from metatrain.report.theme import FILE_DPI, MUTED, STYLE, Look, inline_svg
 
 _PANEL = (3.5, 2.4)  # inches
 _MARGINS = (0.115, 0.135, 0.855, 0.77)  # left, bottom, width, height: the same for all, so that panels align
+_TITLE = 46  # characters of a title
 
 
 class Panel(NamedTuple):
@@ -85,8 +86,8 @@ class Plate:
         return folder / f"{self.name}.png"
 
 
-def _cut(title: str, length: int = 46) -> str:
-    return title if len(title) <= length else title[: length - 1] + "…"
+def _cut(title: str) -> str:
+    return title if len(title) <= _TITLE else title[: _TITLE - 1] + "…"
 
 
 def value_axis(ax: Axes, values: Sequence[float], name: str, *, log: bool, share: bool = False) -> None:

@@ -51,7 +51,7 @@ def charts(history: History) -> list[Chart]:
     bands = history.bands()
     if len(bands) > 1:
         series = [
-            _Series(generation[band.members], running_median(loss[band.members]), look)
+            _Series(generation[band.members], running_median(loss[band.members], WINDOW), look)
             for band, look in zip(bands, _BANDS, strict=False)
         ]
         legend = [
@@ -82,7 +82,7 @@ def charts(history: History) -> list[Chart]:
 
 
 def _with_median(x: np.ndarray, y: np.ndarray, look: Look) -> list[_Series]:
-    return [_Series(x, y, look, dots=True), _Series(x, running_median(y), look)]
+    return [_Series(x, y, look, dots=True), _Series(x, running_median(y, WINDOW), look)]
 
 
 def _chart(

@@ -40,5 +40,5 @@ def test_roles_are_read_off_names_and_shapes() -> None:
     found = roles([Layer(path, (3,) * rank) for path, rank in vit.items()])
     assert [role.place for role in found] == ["norm", "hidden", "input", "output", "input"]
     torch = {"conv1.weight": 4, "bn1.weight": 1, "layer1.0.conv1.weight": 4, "fc.weight": 2, "fc.bias": 1}
-    found = roles([Layer(path, (3,) * rank) for path, rank in torch.items()], alphabetical=False)
+    found = roles([Layer(path, (3,) * rank) for path, rank in torch.items()])
     assert [role.place for role in found] == ["input", "norm", "hidden", "output", "output"]

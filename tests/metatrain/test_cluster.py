@@ -45,7 +45,7 @@ def ray_config(workers: int | str = 2, task: dict | None = None, **execution: ob
     )
 
 
-def evaluator(config: Config, say: Callable[[str], None] = print) -> tuple[RayEvaluator, LocalEvaluator, object]:
+def evaluator(config: Config, log: Callable[[str], None] = print) -> tuple[RayEvaluator, LocalEvaluator, object]:
     """The Ray evaluator and the local one of a configuration, and a state of the strategy."""
     task = make_task(*config.task.form())
     spec = l3rs.Spec.create(task.params_shape(), hidden=(4,), embedding_dim=2)
@@ -53,7 +53,7 @@ def evaluator(config: Config, say: Callable[[str], None] = print) -> tuple[RayEv
     strategy = make_strategy(config.outer, theta)
     with mock.patch("jax.local_devices", return_value=jax.devices()[:1]):
         local = LocalEvaluator([task], spec, strategy, config.outer.population, 2, "fused")
-    remote = RayEvaluator([task], spec, config.outer, 2, "fused", config.execution, say)
+    remote = RayEvaluator([task], spec, config.outer, 2, "fused", config.execution, log)
     return remote, local, strategy.init(jax.random.key(0), theta)
 
 

@@ -49,7 +49,7 @@ def test_versions_of_a_cluster_name_the_machine_and_both_values() -> None:
     [
         ((), False, "ok", "no Ray is running"),
         (("127.0.0.1", "::1"), False, "ok", "loopback only"),
-        (("0.0.0.0", "127.0.0.1"), False, "bad", "0.0.0.0: whoever can reach that can run code here"),
+        (("0.0.0.0", "127.0.0.1"), False, "bad", "0.0.0.0: anyone who can reach that can run code here"),
         (("::", "10.0.0.5"), False, "bad", "10.0.0.5, ::"),
         (("0.0.0.0",), True, "ok", "needs the token"),
         (None, False, "note", "does not tell"),

@@ -100,7 +100,7 @@ def test_bands_hold_every_generation_once(tmp_path: Path) -> None:
 def test_a_tick_draws_only_after_an_interval(tmp_path: Path) -> None:
     run_folder(tmp_path, 3)
     page = tmp_path / "report.html"
-    drawn = Live(tmp_path, every=3600)
+    drawn = Live(tmp_path)
     drawn.tick()
     page.unlink()
     drawn.tick()
@@ -109,10 +109,13 @@ def test_a_tick_draws_only_after_an_interval(tmp_path: Path) -> None:
     assert "Stopped after 3" in page.read_text()
 
 
-def test_a_failure_to_draw_is_one_sentence_and_stops_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_to_draw_is_one_sentence_and_stops_no_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_folder(tmp_path, 3)
     (tmp_path / "report.html").mkdir()
-    drawn = Live(tmp_path, every=0)
+    monkeypatch.setattr(live, "DRAW_SECONDS", 0.0)
+    drawn = Live(tmp_path)
     with caplog.at_level(logging.WARNING, "metatrain"):
         drawn.tick()
         drawn.tick()

@@ -123,12 +123,13 @@ def test_a_sparkline_keeps_the_ends_and_their_order() -> None:
     assert list(long) == sorted(long)
 
 
-def test_watch_ends_with_the_run_and_prints_only_what_is_new(folder: Path) -> None:
+def test_watch_ends_with_the_run_and_prints_only_what_is_new(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     going = folder_snapshot(folder, "a", "running", going=True)
     ended = folder_snapshot(folder, "a", "finished", going=False)
     looks = iter([going, going, ended])
     console = Console(file=io.StringIO(), width=100)
-    watch(lambda: next(looks), console, seconds=0.0)
+    monkeypatch.setattr("metatrain.watch.LOOK_SECONDS", 0.0)
+    watch(lambda: next(looks), console)
     printed = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert printed == [going.line(), ended.line()]
 
