@@ -55,7 +55,8 @@ def test_a_node_exports_what_the_dashboard_asks_for(tmp_path: Path) -> None:
     with local_ray(num_cpus=2, _system_config={"metrics_report_interval_ms": 500}) as context:
         import ray
 
-        port = next(node["MetricsExportPort"] for node in ray.nodes() if node["NodeID"] == context.address_info["node_id"])
+        own = context.address_info["node_id"]
+        port = next(node["MetricsExportPort"] for node in ray.nodes() if node["NodeID"] == own)
         task = {"name": small_config().task.name, "seconds": 0.3}
         outer = {"steps": 8, "population": 4}
         run(small_config(task=task, outer=outer, execution={"backend": "ray", "workers": 1}), tmp_path / "run")
