@@ -135,15 +135,12 @@ def ray_nodes(
         nodes.stop()
 
 
-def cluster_command(
-    nodes: Nodes, cwd: Path, timeout: float = 300, **environment: str
-) -> Callable[..., tuple[int, str, str]]:
+def cluster_command(nodes: Nodes, cwd: Path, **environment: str) -> Callable[..., tuple[int, str, str]]:
     """`metatrain` with this cluster's dashboard, in a folder whose modules it can import.
 
     Args:
       nodes: the cluster.
       cwd: the folder.
-      timeout: seconds.
       environment: changes to the cluster's environment; "" removes a variable.
 
     Returns:
@@ -155,7 +152,7 @@ def cluster_command(
     def call(*words: object) -> tuple[int, str, str]:
         done = subprocess.run(
             [sys.executable, "-m", "metatrain.cli", *map(str, words)],
-            capture_output=True, text=True, check=False, cwd=cwd, env=env, timeout=timeout,
+            capture_output=True, text=True, check=False, cwd=cwd, env=env, timeout=300,
         )  # fmt: skip
         return done.returncode, done.stdout, done.stderr
 

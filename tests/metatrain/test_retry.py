@@ -103,7 +103,7 @@ def test_a_driver_that_is_killed_on_a_cluster_resumes_by_itself(tmp_path: Path) 
     config.write_text(dump_config(small_config(task=task, outer=outer, execution={"workers": 1})))
     with ray_nodes(cpus=2, token=False, dashboard=True, loopback=True) as nodes:
         assert listening(nodes) == {"127.0.0.1"}
-        command = cluster_command(nodes, tmp_path, timeout=120, PYTHONPATH=str(ROOT))
+        command = cluster_command(nodes, tmp_path, PYTHONPATH=str(ROOT))
 
         def metatrain(*words: object) -> str:
             code, out, err = command(*words)
