@@ -20,7 +20,7 @@ from metatrain.cli import app
 from metatrain.config import check_config
 from tests.docs.blocks import PAGES, ROOT, Block, blocks
 
-_TOOLS = {"export", "kubectl", "pip", "sbatch"}  # commands that are not ours
+_TOOLS = {"cd", "export", "kubectl", "pip", "sbatch"}  # commands that are not ours
 _SLOW = {"start.md", "index.md", "trust.md"}  # several networks, or updates outside of jax.jit: many small compilations
 
 
