@@ -10,8 +10,10 @@ import pytest
 import l3rs
 from metatrain import cli, specialize
 from metatrain.config import UserError
+from metatrain.inner.network import task_layers
 from metatrain.outer.estimate import Estimate
 from metatrain.specialize import make_plan
+from tasks import TaskError, make_task
 
 
 def measured(step: float, call: float = 0.01) -> Estimate:
@@ -73,3 +75,30 @@ def test_refused(tmp_path: Path) -> None:
         specialize.specialize("tests.metatrain.torch_tasks:tiny", 0, tmp_path)
     with pytest.raises(UserError, match="'noise' is not an option of the task; write key=value"):
         cli.app(["specialize", "tests.metatrain.torch_tasks:tiny", "noise"], standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    ("function", "sentence"),
+    [
+        ("scores", r"the model returns a mapping with scores: float32\[8, 2\]; without loss=…"),
+        ("mappings_alone", r"keyword argument 'x'; without loss=….*a batch is a mapping with x: .*y: "),
+        ("nan_at_once", "the loss of the first step is nan"),
+        ("views", "parameters 0.weight and 1.weight share memory"),
+        ("elsewhere", "parameter 0.weight is on meta, but the task's device is cpu"),
+        ("one_network", r"model\(i\) returns parameter 0.weight of an earlier network again"),
+        ("undeclared", "does not declare that it returns a task"),
+    ],
+)
+def test_a_mistake_in_a_task_is_one_sentence(function: str, sentence: str, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    with pytest.raises(TaskError, match=sentence) as refused:
+        specialize.specialize(f"tests.metatrain.user_tasks:{function}", 30, tmp_path / "run")
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("function", ["logits", "with_mappings", "tied"])
+def test_what_people_have(function: str) -> None:
+    """A model that returns a mapping, examples that are mappings, one parameter at two places."""
+    pytest.importorskip("torch")
+    assert len(task_layers(make_task(f"tests.metatrain.user_tasks:{function}"))) == (5 if function == "tied" else 4)
