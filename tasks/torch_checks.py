@@ -13,6 +13,8 @@ from tasks.base import TaskError
 from tasks.torch import TorchTask, default_loss, describe_batch
 from tasks.torch_training import Training, deterministic
 
+_BATCHES = 4  # L3RS skips a step whose loss is NaN, so that a run would not stop
+
 
 class Checked(NamedTuple):
     """What a step of a task showed."""
@@ -24,7 +26,7 @@ class Checked(NamedTuple):
 
 
 def check_training(task: TorchTask) -> Checked:
-    """Load the model, take the gradients of a step, score outer_valid, and load another init.
+    """Load the model, take the losses of some batches and the gradients of one, score, and load another init.
 
     Raises:
       TaskError: the model cannot be trained, the loss is no finite number with a gradient, or `score` fails.
@@ -33,7 +35,7 @@ def check_training(task: TorchTask) -> Checked:
         training = Training(task)
         init = int(task.pools["meta_train"][0])
         params = training.start(init)
-        loss = _first_loss(training, task)
+        loss = _loss(training, task, 0)
         if not loss.requires_grad:
             raise TaskError(
                 f"task {task.name!r}: the loss does not depend on a parameter that trains; is it detached, or computed "
@@ -45,20 +47,23 @@ def check_training(task: TorchTask) -> Checked:
         meta_loss, metric = training.score("outer_valid")
         if not math.isfinite(meta_loss):
             raise TaskError(f"task {task.name!r}: the loss on outer_valid is {meta_loss} before any training")
+        with torch.no_grad():
+            for step in range(1, _BATCHES):
+                _loss(training, task, step)
         checked = Checked(sum(param.numel() for _, param in params), loss.item(), meta_loss, metric)
         del params, loss  # frees the network
         training.start(int(task.pools["held_out"][0]))
         return checked
 
 
-def _first_loss(training: Training, task: TorchTask) -> Tensor:
+def _loss(training: Training, task: TorchTask, step: int) -> Tensor:
     key = (0, 0)
     outputs: list[Any] = []
     hook = training.model.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
     shown = ""
     try:
-        shown = describe_batch(training.batch(key, 0))
-        loss = training.loss(key, 0)
+        shown = describe_batch(training.batch(key, step))
+        loss = training.loss(key, step)
     except TaskError:
         raise
     except Exception as error:
@@ -70,8 +75,8 @@ def _first_loss(training: Training, task: TorchTask) -> Tensor:
         hook.remove()
     if not torch.isfinite(loss):
         raise TaskError(
-            f"task {task.name!r}: the loss of the first step is {loss.item()}, from a batch that is {shown}; "
-            "check the inputs' scale and the labels"
+            f"task {task.name!r}: the loss of batch {step + 1} is {loss.item()} before any training, and the batch is "
+            f"{shown}; check the inputs' scale and the labels"
         )
     return loss
 

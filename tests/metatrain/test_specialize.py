@@ -82,7 +82,8 @@ def test_refused(tmp_path: Path) -> None:
     [
         ("scores", r"the model returns a mapping with scores: float32\[8, 2\]; without loss=…"),
         ("mappings_alone", r"keyword argument 'x'; without loss=….*a batch is a mapping with x: .*y: "),
-        ("nan_at_once", "the loss of the first step is nan"),
+        ("nan_at_once", "the loss of batch 1 is nan"),
+        ("nan_later", "the loss of batch 3 is nan"),
         ("views", "parameters 0.weight and 1.weight share memory"),
         ("elsewhere", "parameter 0.weight is on meta, but the task's device is cpu"),
         ("one_network", r"model\(i\) returns parameter 0.weight of an earlier network again"),

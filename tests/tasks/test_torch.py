@@ -254,7 +254,7 @@ class _Dicts(torch.utils.data.Dataset):
         ({"model": lambda _: _Returns(False, "scores")}, "the model returns a mapping with scores: float32.*loss=…"),
         ({"loss": lambda m, b: m(b[0])}, "loss returned float32.8, 3.; it must be one number"),
         ({"loss": lambda m, b: m(b[0]).sum().detach()}, "does not depend on a parameter that trains"),
-        ({"loss": lambda m, b: m(b[0]).sum() * math.nan}, "the loss of the first step is nan"),
+        ({"loss": lambda m, b: m(b[0]).sum() * math.nan}, "the loss of batch 1 is nan"),
         ({"train": lambda _: {"x": torch.ones(2)}, "model": lambda _: nn.Linear(6, 3)}, None),
     ],
 )
