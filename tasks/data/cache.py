@@ -9,9 +9,7 @@ builder removes the folder it left.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -22,13 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from filelock import BaseFileLock, FileLock, Timeout
 
 from tasks.base import TaskError
+from tasks.data.lock import builder_lock, unless_locked
 
 _VERSION = 2  # of an entry's layout
 _KEY = "key.json"
-_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}  # a file system without locks says so
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +50,8 @@ def cached(key: Mapping[str, Any], build: Callable[[], Mapping[str, np.ndarray]]
       waits. An entry is built again when the size of one of its files has changed.
 
     Raises:
-      TaskError: the cache folder cannot be written, or the disk is full.
+      TaskError: the cache folder cannot be written, the disk is full, or another process has the entry's lock and
+        gives no sign of life.
     """
     text = json.dumps({"layout": _VERSION, "key": dict(key)}, sort_keys=True)
     entry = cache_dir() / hashlib.sha256(text.encode()).hexdigest()[:24]
@@ -132,52 +130,19 @@ def _scratch(entry: Path) -> Path:
 def _remove_abandoned(folder: Path) -> None:
     """Remove the folders of dead builders: a living builder holds its lock."""
     for scratch in folder.glob(".building-*"):
-        entry = scratch.name.split("-")[1]
-        lock = FileLock(_lock_file(folder, entry), thread_local=False)
-        try:
-            lock.acquire(blocking=False)
-        except (Timeout, NotImplementedError, OSError):
-            continue
-        try:
-            shutil.rmtree(scratch, ignore_errors=True)
-        finally:
-            lock.release()
+        with unless_locked(folder, scratch.name.split("-")[1]) as free:
+            if free:
+                shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _lock(entry: Path) -> Iterator[None]:
-    """Hold the entry's lock, which excludes other processes and threads; wait for it if need be.
-
-    On a file system without locks two processes may build the same entry; the first to finish publishes it.
-    """
-    lock = FileLock(_lock_file(entry.parent, entry.name), thread_local=False)
-    with _writing(entry.parent):
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            _acquire(lock, entry)
-        except (NotImplementedError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
-                raise
-            _log.warning("the file system of %s has no locks (%s); building without one", entry.parent, error)
-    try:
+    """Hold the entry's lock; see `tasks.data.lock.builder_lock`."""
+    with contextlib.ExitStack() as held:
+        with _writing(entry.parent):
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(builder_lock(entry))
         yield
-    finally:
-        lock.release()
-
-
-def _acquire(lock: BaseFileLock, entry: Path) -> None:
-    for wait in itertools.chain((0, 30), itertools.repeat(300)):
-        try:
-            lock.acquire(timeout=wait)
-        except Timeout:
-            level = logging.WARNING if wait else logging.INFO
-            _log.log(level, "another process is building the cache entry %s; waiting for it", entry)
-        else:
-            return
-
-
-def _lock_file(folder: Path, entry: str) -> Path:
-    return folder / f".lock-{entry}"
 
 
 @contextlib.contextmanager

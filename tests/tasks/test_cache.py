@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -237,6 +238,38 @@ def build():
 
 print(cached({"n": 1}, build)["x"].sum())
 """
+
+
+def test_a_builder_that_is_stopped_is_not_waited_for(tmp_path, cache, monkeypatch, caplog):
+    monkeypatch.setattr("tasks.data.lock.NOTICE_SECONDS", 0.5)
+    monkeypatch.setattr("tasks.data.lock.SILENCE_SECONDS", 1.5)
+    process = start(KILLED, tmp_path / "marker", "building")
+    wait_for(tmp_path / "marker", process)
+    process.send_signal(signal.SIGSTOP)
+    with pytest.raises(TaskError, match=rf"process {process.pid} on .* no sign of life for \d+ s; .*L3RS_CACHE"):
+        cached({"n": 1}, dict)
+    assert re.search(rf"waiting for the process {process.pid} .* for \d+ s; .*L3RS_CACHE", caplog.text)
+    process.kill()
+    process.communicate()
+    assert cached({"n": 1}, lambda: {"x": np.ones(1)})["x"] == 1
+    assert not list(cache.glob(".builder-*"))
+
+
+def test_a_slow_builder_is_waited_for(monkeypatch):
+    monkeypatch.setattr("tasks.data.lock.BEAT_SECONDS", 0.1)
+    monkeypatch.setattr("tasks.data.lock.SILENCE_SECONDS", 1.5)
+    building = threading.Event()
+
+    def build():
+        building.set()
+        time.sleep(3)
+        return {"x": np.arange(3)}
+
+    builder = threading.Thread(target=cached, args=({"n": 1}, build))
+    builder.start()
+    building.wait()
+    assert cached({"n": 1}, dict)["x"].tolist() == [0, 1, 2]
+    builder.join()
 
 
 @pytest.mark.parametrize("how", ["no fcntl", "no locks"])
