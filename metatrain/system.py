@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
 
+from l3rs.io.files import remove_leftovers
 from metatrain.config import UserError
 
 
@@ -39,6 +41,8 @@ def check_destination(folder: Path, *files: str) -> None:
     Raises:
       UserError: it cannot.
     """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(folder)):
+        raise UserError(f"{folder} is a URL; this must be a folder of this machine")
     if "\0" in str(folder):
         raise UserError(f"{str(folder)!r} is not a path: it contains a NUL character")
     for parent in (folder, *folder.absolute().parents):
@@ -53,6 +57,8 @@ def check_destination(folder: Path, *files: str) -> None:
             pass
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}") from None
+    remove_leftovers(parent, folder.name)
+    remove_leftovers(folder)
     for file in files:
         if (folder / file).is_dir():
             raise UserError(f"{folder / file} cannot be written: it is a folder")

@@ -23,7 +23,7 @@ import safetensors
 import safetensors.numpy
 
 from l3rs.extras import optax_face
-from l3rs.io.files import first_line, read_regular
+from l3rs.io.files import first_line, read_regular, remove_leftovers
 from l3rs.io.locations import local_folder
 from l3rs.io.manifest import MANIFEST, Manifest, make_manifest, read_manifest
 from l3rs.io.orbax_store import read_orbax, write_orbax
@@ -76,6 +76,7 @@ def save(
     check_theta(theta, spec, "theta")
     text = make_manifest(spec, digest(theta), info or {})
     target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target.parent, target.name)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         new = scratch / "new"

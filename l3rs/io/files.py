@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import stat
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
+
+_LEFT_SECONDS = 3600.0  # a scratch folder that nobody has changed for so long was left by a process that was killed
+_OLD_SECONDS = 86400.0  # the same of a temporary folder
+_RANDOM = r"[a-z0-9_]{8}"  # at the end of the names that `tempfile` makes
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
@@ -33,6 +40,43 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
         os.replace(scratch / "new", target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def remove_leftovers(folder: str | os.PathLike[str], name: str | None = None) -> None:
+    """Remove scratch folders that killed processes left: those of `write_atomically` and `l3rs.save`.
+
+    A folder that has changed within the last hour stays: its process may be alive.
+
+    Args:
+      folder: where they are. It need not exist.
+      name: of the file or folder that was being written; any if not given.
+    """
+    pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.{_RANDOM}", re.DOTALL)
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if pattern.fullmatch(entry.name) and _is_left(entry, _LEFT_SECONDS) and set(os.listdir(entry)) <= {"new"}:
+                shutil.rmtree(entry, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def temporary_folder(prefix: str) -> Iterator[Path]:
+    """A folder in the system's place for temporary files, which is removed in the end.
+
+    Those with this prefix that killed processes of this user left there more than a day ago are removed, too.
+    """
+    with contextlib.suppress(OSError), os.scandir(tempfile.gettempdir()) as entries:
+        for entry in entries:
+            if re.fullmatch(re.escape(prefix) + _RANDOM, entry.name) and _is_left(entry, _OLD_SECONDS):
+                shutil.rmtree(entry, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix) as folder:
+        yield Path(folder)
+
+
+def _is_left(entry: os.DirEntry[str], seconds: float) -> bool:
+    """Whether an entry is a folder of this user's that has not changed for so long."""
+    found = entry.stat(follow_symlinks=False)
+    own = not hasattr(os, "getuid") or found.st_uid == os.getuid()  # Windows has none
+    return stat.S_ISDIR(found.st_mode) and own and time.time() - found.st_mtime > seconds
 
 
 def read_regular(path: str | os.PathLike[str], max_bytes: int, *, follow_links: bool = False) -> bytes:

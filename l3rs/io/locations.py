@@ -6,12 +6,11 @@ import contextlib
 import importlib.resources
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from l3rs.io.files import first_line, is_inner_name
+from l3rs.io.files import first_line, is_inner_name, temporary_folder
 from l3rs.io.manifest import MANIFEST, MAX_MANIFEST_BYTES, read_manifest
 from l3rs.spec import L3RSError
 from l3rs.theta import MAX_VALUES
@@ -47,9 +46,9 @@ def local_folder(location: str | os.PathLike[str]) -> Iterator[Path]:
     if isinstance(name, bytes) or "\0" in name:
         raise L3RSError(f"{name!r} is not the location of a checkpoint")
     if "://" in name:
-        with tempfile.TemporaryDirectory(prefix="l3rs-") as scratch, _naming(name, Path(scratch)):
-            (_from_hub if name.startswith("hf://") else _from_store)(name, Path(scratch))
-            yield Path(scratch)
+        with temporary_folder("l3rs-checkpoint-") as scratch, _naming(name, scratch):
+            (_from_hub if name.startswith("hf://") else _from_store)(name, scratch)
+            yield scratch
     elif _exists(Path(name)) or len(Path(name).parts) != 1:
         yield Path(name)
     elif name in available():

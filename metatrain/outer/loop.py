@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from l3rs.io.files import write_atomically
+from l3rs.io.files import remove_leftovers, write_atomically
 from metatrain.config import CodeConfig, Config, UserError, differences, dump_config, load_config
 from metatrain.inner.devices import use_cpu_only
 from metatrain.inner.population import Evaluator, GenerationSpec
@@ -48,7 +48,6 @@ from metatrain.outer.strategy import mean_ranks
 from metatrain.report.live import Live
 from metatrain.system import check_destination
 from metatrain.trust import refuse_links, require_trust
-from metatrain.waiting import WaitError
 
 _log = logging.getLogger("metatrain")
 
@@ -81,6 +80,8 @@ def run(
       UserError: the folder exists, or holds another run; or the configuration cannot be run here.
       WaitError: a wait for the cluster has reached its bound.
     """
+    if not isinstance(config, Config):
+        raise UserError(f"config is a {type(config).__name__}; it must be a Config, as `load_config` returns")
     _leave_devices(config)
     with run_folder(out if out is not None else Path("runs") / config.name) as folder:
         if resume_run and (folder.path / "config.yaml").is_file():
@@ -96,7 +97,7 @@ def run(
             return _train(folder, setup)
         except (BusyError, FolderGoneError):
             raise
-        except (UserError, WaitError):
+        except Exception:
             # Ended before anything was saved: the new folder must not block the next attempt.
             if not any(step.name.isdigit() for step in (folder.path / "state").glob("*")):
                 shutil.rmtree(folder.path)
@@ -239,6 +240,7 @@ def _train(folder: RunFolder, setup: Setup, rewritten: Config | None = None) -> 
     outer = setup.config.outer
     with run_lock(folder.path, folder.name):
         watch = FolderWatch(folder.path, folder.name)
+        remove_leftovers(folder.path)
         with contextlib.ExitStack() as resources:
             session = _Session(folder, setup, watch, resources)
             if rewritten is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from l3rs.io.orbax_store import saving
 from metatrain.config import CodeConfig, UserError
 from metatrain.config_errors import reason
 from metatrain.outer.strategy import State
+
+_UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax has not finished
 
 _log = logging.getLogger("metatrain")
 
@@ -71,11 +74,14 @@ class StateStore:
 
         Args:
           like: a strategy state of the same structure, or its shapes.
-          to_resume: set aside newer, damaged checkpoints: the run is going to write these steps again.
+          to_resume: set aside newer, damaged checkpoints: the run is going to write these steps again. What killed
+            processes left half-written is removed.
 
         Raises:
           UserError: there are checkpoints, but none can be read.
         """
+        for unfinished in self._folder.glob(f"*{_UNFINISHED}*") if to_resume else ():
+            shutil.rmtree(unfinished, ignore_errors=True)
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:

@@ -18,7 +18,6 @@ import json
 import logging
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from typing import Any
 from l3rs.io.files import is_inner_name, write_atomically
 from l3rs.io.locations import DRIVERS
 from metatrain.config import UserError
+from metatrain.outer.copies import local_copy
 from metatrain.outer.lease import LeaseLostError, lease
 from metatrain.outer.lock import LOCK_FILE
 
@@ -39,6 +39,7 @@ _MAX_DEPTH = 30  # folders in a file's name
 _PIECE = 1 << 20  # bytes that are read at a time
 _MANIFEST = re.compile(r"manifest-(\d{8,15})\.json")
 _LEASE, _MAX_LEASE_BYTES = "lease.json", 4096
+_UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's folders; those of `write_atomically` and `l3rs.save` begin with a dot
 _OBJECT = re.compile(r"objects/[0-9a-f]{32}")
 
 
@@ -81,29 +82,23 @@ def run_folder(location: str | Path, *, to_write: bool = True, must_exist: bool 
 
 def _copied_folder(store: Store, location: str, check_lease: Callable[[], None]) -> Iterator[RunFolder]:
     """The local copy of a run in a store; a generator of one item, for `run_folder`."""
-    scratch = Path(tempfile.mkdtemp(prefix="l3rs-run-"))
-    copied = True
+    with local_copy() as copy:
 
-    def saved(last: bool) -> None:
-        nonlocal copied
-        try:
-            check_lease()
-            store.push(scratch / "run")
-            copied = True
-        except LeaseLostError:
-            raise
-        except Exception as error:  # the drivers' own exceptions have no common base
-            copied = False
-            if last:
-                raise UserError(f"{location} cannot be written: {error}; the run is in {scratch / 'run'}") from None
-            _log.warning("%s cannot be written (%s); trying again at the next checkpoint", location, error)
+        def saved(last: bool) -> None:
+            try:
+                check_lease()
+                store.push(copy.folder)
+                copy.mark(unsaved=False)
+            except LeaseLostError:
+                raise
+            except Exception as error:  # the drivers' own exceptions have no common base
+                copy.mark(unsaved=True)
+                if last:
+                    raise UserError(f"{location} cannot be written: {error}; the run is in {copy.folder}") from None
+                _log.warning("%s cannot be written (%s); trying again at the next checkpoint", location, error)
 
-    try:
-        store.pull(scratch / "run")
-        yield RunFolder(scratch / "run", location, saved)
-    finally:
-        if copied:
-            shutil.rmtree(scratch, ignore_errors=True)
+        store.pull(copy.folder)
+        yield RunFolder(copy.folder, location, saved)
 
 
 class Store:
@@ -227,7 +222,7 @@ class Store:
         self._verified &= kept
         gone = manifests[_KEPT_MANIFESTS:]
         gone += [path for path in self._listed(f"{self._root}/objects") if f"objects/{_last(path)}" not in kept]
-        gone += [path for path in self._listed(self._root) if _last(path).startswith(".manifest-")]
+        gone += [path for path in self._listed(self._root) if _last(path).startswith((".manifest-", f".{_LEASE}."))]
         for path in gone:
             if self._is_local() and Path(path).is_dir() and not Path(path).is_symlink():
                 shutil.rmtree(path)  # of a process that was killed in `write_atomically`
@@ -295,8 +290,9 @@ def _is_entry(name: str, stored: Any) -> bool:
 
 def _is_unfinished(name: str) -> bool:
     """Whether a file of the run is in a folder that is being written and will be renamed."""
-    # Orbax's have "tmp" in their names, those of `write_atomically` and `l3rs.save` begin with a dot.
-    return "tmp" in name or any(part.startswith(".") for part in name.split("/")[:-1])
+    return any(
+        _UNFINISHED in part or part.startswith(".") or part.endswith(".replaced") for part in name.split("/")[:-1]
+    )
 
 
 def object_name(content: bytes) -> str:

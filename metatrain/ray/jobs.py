@@ -18,7 +18,6 @@ import re
 import shlex
 import shutil
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from l3rs.io.files import first_line
+from l3rs.io.files import first_line, temporary_folder
 from metatrain.config import Config, UserError, dump_config
 from metatrain.outer.status import Snapshot, folder_snapshot, logged_snapshot
 from metatrain.ray.connection import has_token, is_loopback, probe, require_token, split_address
@@ -342,8 +341,7 @@ def _package(config: Config) -> Iterator[Path]:
     """A folder with the files that the driver needs and the cluster lacks."""
     for name in ("dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
         logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)  # the level of "ray" does not apply to them
-    with tempfile.TemporaryDirectory(prefix="l3rs-job-") as scratch:
-        folder = Path(scratch)
+    with temporary_folder("l3rs-job-") as folder:
         (folder / "config.yaml").write_text(dump_config(config))
         names = [name for name, _ in config.task.forms() if ":" in name]
         for top in sorted({name.partition(":")[0].partition(".")[0] for name in names} - set(_OURS)):
