@@ -13,7 +13,6 @@ import sys
 if __name__ == "__main__" and sys.path[0] == os.getcwd() != os.path.dirname(os.path.dirname(__file__)):
     del sys.path[0]
 
-import errno
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -24,66 +23,34 @@ import typer
 from rich.text import Text
 
 from metatrain import cluster_commands, compare_command, doctor_command, specialize_command
+from metatrain.exits import exit_code, refuse
 from metatrain.log_lines import LogFormatter, print_line
-from metatrain.terminal import AllowOtherVersion, ConfigFile, Overrides, TrustTask, console, load
-from metatrain.waiting import WaitError
+from metatrain.terminal import AllowOtherVersion, ConfigFile, Overrides, TrustTask, console, load, printable
 
 # What a command needs beyond this it imports when it is called: JAX and Ray take seconds.
 if TYPE_CHECKING:
     from metatrain.outer.loop import Run
 
+# Loggers of libraries. A callback that fails is logged with its traceback, and raised as well.
+_OTHERS = {"absl": logging.ERROR, "jax._src.callback": logging.CRITICAL, "jax._src.debugging": logging.CRITICAL}
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-_NAMES = {errno.ENAMETOOLONG, errno.ELOOP}
-# A folder without write permission, a file in place of a folder: the user can choose another.
-_USER_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, *_NAMES, *_FULL}
-
-
-_UsageError: Any = typer.BadParameter.__base__  # of Click, whether typer brings its own or not
 
 
 def main() -> None:
     """Entry point: turns errors of the user's input into one sentence."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    for name, level in _OTHERS.items():
+        logging.getLogger(name).setLevel(level)
     if any("\0" in word for word in sys.argv):
-        sys.exit(_refuse("an argument contains a NUL character"))
+        sys.exit(refuse("an argument contains a NUL character"))
     try:
         sys.exit(app(standalone_mode=False))  # the code of typer.Exit; a command returns None
-    except _UsageError as error:
-        message = " ".join(error.format_message().split())  # none for a lack of arguments: that has shown the help
-        sys.exit(_refuse(f"{message}; see metatrain --help") if message else 2)
-    except typer.Abort:
-        sys.exit(1)
-    except ValueError as error:
-        if not _is_input_error(error):
+    except Exception as error:
+        code = exit_code(error)
+        if code is None:
             raise
-        sys.exit(_refuse(str(error)))
-    except OSError as error:
-        if error.errno not in _USER_ERRNOS:
-            raise
-        _refuse(f"{error.filename or 'a file'} cannot be written: {error.strerror}")
-        sys.exit(3 if error.errno in _FULL else 2)
-    except WaitError as error:
-        _refuse(str(error))
-        sys.exit(1)
-    except MemoryError as error:
-        _refuse(f"there is not enough memory: {error}")
-        sys.exit(1)
-
-
-def _is_input_error(error: ValueError) -> bool:
-    from l3rs import L3RSError
-    from metatrain.config import UserError
-    from tasks import TaskError
-
-    return isinstance(error, UserError | L3RSError | TaskError)
-
-
-def _refuse(sentence: str) -> int:
-    shown = " ".join(sentence.split()).encode(errors="backslashreplace").decode()  # half a character has no UTF-8
-    print(f"metatrain: {shown}", file=sys.stderr)
-    return 2
+        sys.exit(code)
 
 
 def _print_version(wanted: bool) -> None:
@@ -385,6 +352,7 @@ def inspect(
     trust_task: TrustTask = False,
 ) -> None:
     """Show a checkpoint's origin and layers, or how it maps the layers of a network."""
+    from metatrain.config import UserError
     from metatrain.describe import describe
 
     _use_cores()
@@ -393,8 +361,10 @@ def inspect(
             load(network, (), trust_task)  # finds a task in the current folder
         _print_matches(optimizer, network, {"rename": _renames(rename), "by": match, "on_unknown": on_unknown})
         return
+    if rename or (match, on_unknown) != ("auto", "error"):
+        raise UserError("--rename, --match and --on-unknown say how to map a network's layers: they need --network")
     for line in describe(optimizer):
-        console.print(line)
+        console.print(printable(line))
 
 
 def _print_matches(optimizer: str, network: Path, how: Mapping[str, Any]) -> None:

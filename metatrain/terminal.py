@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,12 @@ TrustTask = Annotated[
         "--trust-task", help="Import tasks and baselines named package.module:function though another user named them."
     ),
 ]
+
+
+def printable(text: str) -> str:
+    """A text from elsewhere without characters that control a terminal, and without halves of characters."""
+    shown = re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda control: repr(control[0])[1:-1], text)
+    return shown.encode(errors="backslashreplace").decode()
 
 
 def load(config: Path, overrides: Sequence[str] | None, trust_task: bool = False) -> Config:

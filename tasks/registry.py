@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib
 import inspect
-import os
-import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,11 +19,11 @@ from tasks.digits import digits
 from tasks.features import features
 from tasks.images import images, prepare_images
 from tasks.text import prepare_text, text
+from tasks.user_code import UserFunction, first_line, user_code
 
 TASKS: dict[str, Callable[..., Task]] = {"digits": digits, "features": features, "images": images, "text": text}
 
 _MAX_NAME = 200  # characters of a task's name
-_MAX_TEXT = 1000  # characters of an error's text that are shown
 
 # Tasks whose data must be downloaded and prepared first.
 PREPARATIONS: dict[str, Callable[..., list[str]]] = {"images": prepare_images, "text": prepare_text}
@@ -36,6 +35,8 @@ def prepare_task(name: str, options: Mapping[str, Any] | None = None) -> list[st
     Raises:
       TaskError: bad options, or a missing extra.
     """
+    if name not in TASKS and ":" not in str(name):
+        raise TaskError(f"unknown task {name!r:.100}; allowed are {', '.join(TASKS)} and package.module:function")
     preparation = PREPARATIONS.get(name)
     return _call(preparation, name, {**(options or {})}) if preparation else []
 
@@ -64,6 +65,8 @@ def make_task(name: str, options: Mapping[str, Any] | None = None) -> Any:
 def build_task(name: str, options: Mapping[str, Any] | None = None) -> AnyTask:
     """Build a task as `make_task`, without the check of its functions."""
     function = _find(name)
+    if not isinstance(options or {}, Mapping):
+        raise TaskError(f"options of task {name!r} are {options!r:.100}; they must be a mapping")
     kept = dict(options or {})
     given = kept.pop("augment", None)
     augmentation = None if given is None else Augmentation.parse(given, "task.augment")
@@ -78,6 +81,10 @@ def build_task(name: str, options: Mapping[str, Any] | None = None) -> AnyTask:
         if augmentation is not None:
             raise TaskError(f"task.augment is for tasks of JAX; {name!r} is a TorchTask, whose dataset can augment")
         return dataclasses.replace(task, recipe=(name, dict(options or {})))  # type: ignore[type-var]
+    if name not in TASKS:
+        task = copy.copy(task)  # its class may have a constructor of its own
+        for field in ("init", "batch", "loss"):
+            object.__setattr__(task, field, UserFunction(name, getattr(task, field)))
     return task if augmentation is None else augmented(task, augmentation)
 
 
@@ -91,14 +98,15 @@ def _call(function: Callable[..., Any], name: str, options: Mapping[str, Any]) -
     if missing := [option for option in needed if option not in options]:
         raise TaskError(f"task {name!r} needs {', '.join(f'task.{option}' for option in missing)}")
     if name not in TASKS:
-        return _guarded(name, "failed:", lambda: function(**options))
+        with user_code(name):
+            return function(**options)
     try:
         return function(**options)
     except TaskError:
         raise
     except (TypeError, ValueError, AttributeError, OverflowError, MemoryError) as error:  # a value of another type
         shown = ", ".join(f"{option}={value!r}" for option, value in options.items())
-        raise TaskError(f"task {name!r} cannot be built from {shown[:500]}: {_first_line(error)}") from error
+        raise TaskError(f"task {name!r} cannot be built from {shown[:500]}: {first_line(error)}") from error
 
 
 def _find(name: str) -> Callable[..., AnyTask]:
@@ -110,7 +118,8 @@ def _find(name: str) -> Callable[..., AnyTask]:
     if not attribute or not module_name or module_name.startswith("."):
         raise TaskError(f"unknown task {name!r}; allowed are {', '.join(TASKS)} and package.module:function")
     try:
-        module = _guarded(name, f"{module_name} cannot be imported:", lambda: importlib.import_module(module_name))
+        with user_code(name, f"{module_name} cannot be imported:"):
+            module = importlib.import_module(module_name)
         function = getattr(module, attribute)
     except AttributeError:
         raise TaskError(f"task {name!r}: {module_name} has no function {attribute!r}") from None
@@ -162,16 +171,14 @@ def _check_functions(name: str, task: AnyTask) -> None:
     from tasks.torch_checks import check_training
 
     assert isinstance(task, TorchTask)
-    _guarded(name, "failed:", lambda: check_training(task))
+    with user_code(name):
+        check_training(task)
 
 
 def _trace(name: str, task: Task) -> None:
-
-    def start() -> tuple[Any, Any, Any]:
+    with user_code(name):
         params, stats = jax.eval_shape(task.init, task.data, jnp.zeros([], jnp.int32))
-        return params, stats, jax.eval_shape(task.batch, task.data, jax.random.key(0))
-
-    params, stats, batch = _guarded(name, "failed:", start)
+        batch = jax.eval_shape(task.batch, task.data, jax.random.key(0))
     if not jax.tree.leaves(params):
         raise TaskError(f"task {name!r}: its init returns no parameters")
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -179,9 +186,9 @@ def _trace(name: str, task: Task) -> None:
             raise TaskError(f"task {name!r}: parameter {jax.tree_util.keystr(path)} is {leaf.dtype}; it must be float")
     for train in (True, False):
         loss = functools.partial(lambda train, p, s, b: task.loss(p, s, b, train), train)
-        _check_loss(
-            name, train, stats, _guarded(name, "failed:", functools.partial(jax.eval_shape, loss, params, stats, batch))
-        )
+        with user_code(name):
+            found = jax.eval_shape(loss, params, stats, batch)
+        _check_loss(name, train, stats, found)
 
 
 def _check_loss(name: str, train: bool, stats: Any, result: Any) -> None:
@@ -211,34 +218,3 @@ def _shapes(tree: Any) -> dict[str, str]:
     """{path: dtype and shape} of a tree's leaves."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
-
-
-def _guarded(name: str, what: str, work: Callable[[], Any]) -> Any:
-    """What `work` returns; whatever a user's code raises becomes one sentence with the place in that code."""
-    try:
-        return work()
-    except TaskError:
-        raise
-    except (Exception, SystemExit) as error:
-        if isinstance(error, SyntaxError):
-            where = f"{error.filename}:{error.lineno}"
-        else:
-            frames = traceback.extract_tb(error.__traceback__)
-            own = [frame for frame in frames if not _is_installed(frame.filename)]
-            where = f"{own[-1].filename}:{own[-1].lineno}" if own else ""
-        kind = type(error).__name__
-        shown = f"{kind}: {text}" if (text := _first_line(error)) else kind
-        raise TaskError(f"task {name!r}: {what} {shown}{f' ({where})' if where else ''}") from error
-
-
-def _is_installed(filename: str) -> bool:
-    """Whether code is Python's, a library's or ours, rather than the user's."""
-    return "site-packages" in filename or filename.startswith(("<frozen", os.path.dirname(__file__) + os.sep))
-
-
-def _first_line(error: BaseException) -> str:
-    try:
-        text = str(error).strip().partition("\n")[0]
-    except Exception:  # of a user's own class
-        return ""
-    return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}…"

@@ -132,6 +132,11 @@ class TorchTask(AnyTask):
         return _rebuild, self.recipe
 
     @property
+    def label(self) -> str:
+        """Its name in messages: that by which `make_task` found it, if it did."""
+        return self.name if self.recipe is None else self.recipe[0]
+
+    @property
     def is_drawn(self) -> bool:
         """Whether `train` is a function, not a dataset.
 

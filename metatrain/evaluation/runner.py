@@ -22,6 +22,7 @@ from metatrain.evaluation.statistics import area_under_curve
 from metatrain.inner.rollout import Score, fused_rollout, stepwise_rollout
 from tasks import Task, TaskSample
 from tasks.base import AnyTask
+from tasks.user_code import callbacks
 
 
 class Conditions(NamedTuple):
@@ -135,11 +136,14 @@ class Runner:
         samples = jax.tree.map(lambda x: x[:seeds], self._samples)
         at = None if points is None else np.asarray(points, np.int32)
         hyper, steps, at = jax.device_put((hyper, np.int32(horizon), at), self._device)
-        if self._on_host:
-            runs = [[self._call(h, self._data, s, steps, (split,), at) for s in _rows(samples)] for h in _rows(hyper)]
-            scores = _stack([_stack(row) for row in runs])[split]
-        else:
-            scores = jax.tree.map(np.asarray, self._call(hyper, self._data, samples, steps, (split,), at)[split])
+        with callbacks(self._conditions.task.name):
+            if self._on_host:
+                runs = [
+                    [self._call(h, self._data, s, steps, (split,), at) for s in _rows(samples)] for h in _rows(hyper)
+                ]
+                scores = _stack([_stack(row) for row in runs])[split]
+            else:
+                scores = jax.tree.map(np.asarray, self._call(hyper, self._data, samples, steps, (split,), at)[split])
         return scores, (time.perf_counter() - began) / math.prod(scores.loss.shape[:2])
 
     def judge(self, hyper: Any, label: str, horizon: int, hparams: dict[str, float]) -> tuple[list[Record], Curve]:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from tasks.base import AnyTask
+from tasks.user_code import callbacks
 
 
 class DeviceRunner:
@@ -28,7 +29,7 @@ class DeviceRunner:
 
     def __init__(self, tasks: Sequence[AnyTask], calls: Sequence[Any], devices: Sequence[jax.Device]) -> None:
         self.devices = tuple(devices)
-        self._calls = calls
+        self._calls, self._names = calls, [task.name for task in tasks]
         self._data = [jax.device_put([task.data for task in tasks], device) for device in self.devices]
         self._draws: Sequence[tuple[int, Any]] = ()
         self._placed: list[Any] = []
@@ -82,7 +83,12 @@ class DeviceRunner:
             self._placed[number] = jax.device_put([arguments for _, arguments in self._draws], device)
         task = self._draws[draw][0]
         call = functools.partial(self._calls[task], *self._placed[number][draw], self._data[number][task])
-        return lambda members: np.asarray(call(jax.device_put(members, device)))
+
+        def losses(members: np.ndarray) -> np.ndarray:
+            with callbacks(self._names[task]):
+                return np.asarray(call(jax.device_put(members, device)))
+
+        return losses
 
 
 def _next(pending: deque[Any]) -> Any:

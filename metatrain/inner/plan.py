@@ -21,6 +21,7 @@ from metatrain.inner.rollout import fused_rollout, learned, stepwise_rollout
 from metatrain.outer.strategy import Strategy
 from tasks import Task, sample
 from tasks.base import AnyTask
+from tasks.user_code import callbacks
 
 _log = logging.getLogger("metatrain")
 
@@ -93,10 +94,11 @@ def _seconds_per_step(task: Task, spec: l3rs.Spec) -> dict[Plan, float]:
     count = _MEMBERS if device.platform == "cpu" else _MEMBERS_ON_ACCELERATORS
     members = jax.tree.map(lambda x: np.stack([x] * count), theta)
     fused = jax.jit(jax.vmap(fused_rollout(task, learned(spec), ("inner_valid",)), (0, None, None, None)))
-    return {
-        "stepwise": time_steps(lambda n: stepwise(theta, data, chosen, jnp.int32(n)), _STEPS, _ROUNDS)[0],
-        "fused": time_steps(lambda n: fused(members, data, chosen, jnp.int32(n)), _STEPS, _ROUNDS)[0] / count,
-    }
+    with callbacks(task.name):
+        return {
+            "stepwise": time_steps(lambda n: stepwise(theta, data, chosen, jnp.int32(n)), _STEPS, _ROUNDS)[0],
+            "fused": time_steps(lambda n: fused(members, data, chosen, jnp.int32(n)), _STEPS, _ROUNDS)[0] / count,
+        }
 
 
 def check_plan(tasks: Sequence[AnyTask], plan: Plan | Literal["auto"]) -> None:

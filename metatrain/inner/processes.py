@@ -205,9 +205,13 @@ def _work(connection: Connection, job: bytes) -> None:
 
     threading.Thread(target=beat, daemon=True).start()
     use_cores(1)  # before the tasks are built: they may compute with JAX
-    tasks, spec, outer = pickle.loads(job)
-    strategy = make_strategy(outer, l3rs.init_meta_params(jax.random.key(0), spec))
-    calls = [candidate_losses(task, spec, strategy, "torch") for task in tasks]
+    try:
+        tasks, spec, outer = pickle.loads(job)
+        strategy = make_strategy(outer, l3rs.init_meta_params(jax.random.key(0), spec))
+        calls = [candidate_losses(task, spec, strategy, "torch") for task in tasks]
+    except Exception as error:
+        send(_sendable(error))
+        return
     while True:
         try:
             (task, arguments), member = connection.recv()

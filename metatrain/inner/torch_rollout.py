@@ -16,6 +16,7 @@ from metatrain.inner.rollout import Rollout, Score
 from tasks import TaskSample
 from tasks.torch import TorchTask
 from tasks.torch_training import Training, deterministic
+from tasks.user_code import user_code
 
 
 class Stepper(Protocol):
@@ -61,9 +62,9 @@ def torch_rollout(task: TorchTask, make: MakeStepper, splits: Sequence[str]) -> 
                 for _ in range(done, until):
                     _, optimizer = next(steps)
                 done = max(done, until)
-                if done == 0:
-                    training.start(int(sample.init))
-                with _handed_over(optimizer):
+                with _handed_over(optimizer), user_code(task.label):
+                    if done == 0:
+                        training.start(int(sample.init))
                     scores.append({split: np.array(training.score(split), np.float32) for split in splits})
         if points is None:
             return {split: Score(*found) for split, found in scores[0].items()}
@@ -97,13 +98,15 @@ def torch_steps(
 def _steps(
     training: Training, make: MakeStepper, hyper: Any, sample: TaskSample, horizon: int
 ) -> Generator[tuple[list[tuple[str, nn.Parameter]], Stepper], None, None]:
-    key = np.asarray(sample.key).tolist()
-    params = training.start(int(sample.init))
+    key, name = np.asarray(sample.key).tolist(), training.task.label
+    with user_code(name):
+        params = training.start(int(sample.init))
     optimizer = make(hyper, params, horizon)
     for step in range(horizon):
         for _, param in params:
             param.grad = None
-        loss = training.loss(key, step)
-        loss.backward()
+        with user_code(name):
+            loss = training.loss(key, step)
+            loss.backward()
         optimizer.step(loss=loss.detach())
         yield params, optimizer

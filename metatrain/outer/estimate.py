@@ -19,6 +19,7 @@ from metatrain.outer.setup import Setup
 from metatrain.ray.shards import cut_shards
 from tasks import sample
 from tasks.base import AnyTask
+from tasks.user_code import callbacks
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128)
 _STEPS, _ROUNDS = 10, 3  # of the measurement
@@ -131,7 +132,8 @@ def estimate(config: Config, log: Callable[[str], None] = lambda _: None) -> Est
         call = candidate_losses(task, setup.spec, setup.strategy, plan)
         placed = jax.device_put((state, spec.key, sample(task, jax.random.key(0)), task.data, shard), device)
         *arguments, data, own_shard = placed
-        return time_steps(lambda steps: call(*arguments, np.int32(steps), data, own_shard), _STEPS, _ROUNDS)
+        with callbacks(task.name):
+            return time_steps(lambda steps: call(*arguments, np.int32(steps), data, own_shard), _STEPS, _ROUNDS)
 
     measured = [measure(number, task) for number, task in enumerate(setup.tasks, 1)]
     per_step, per_call = (float(x) for x in np.mean(measured, axis=0))

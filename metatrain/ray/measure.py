@@ -14,6 +14,7 @@ from metatrain.ray.fleet import Package, live_nodes, refuse_what_never_fits
 from metatrain.ray.share import Share, actor_options, room, take_share, worker_share
 from metatrain.ray.worker import unpack
 from metatrain.waiting import WaitError, noticed
+from tasks import TaskError
 from tasks.base import AnyTask
 
 _TYPE = "accelerator_type:"  # Ray's resource of nodes with a kind of accelerator, e.g. accelerator_type:A100
@@ -135,6 +136,6 @@ class WorkerMeasurements:
                 ) from None
             except self._ray.exceptions.RayError as error:
                 cause = getattr(error, "cause", None) or error
-                if isinstance(cause, UserError):
+                if isinstance(cause, UserError | TaskError):
                     raise cause from None
                 raise UserError(f"a worker failed while its device was measured: {first_line(cause)}") from error

@@ -21,6 +21,7 @@ from metatrain.ray.health import Health
 from metatrain.ray.shards import Shards, cut_shards
 from metatrain.ray.waits import Waits
 from metatrain.ray.worker import unusable
+from tasks import TaskError
 
 LOOK_SECONDS = 1.0  # between two looks at all workers
 
@@ -280,7 +281,8 @@ class Pool:
 
     def _failed(self, member: Member, round_: _Round, shard: int | None, error: Any) -> None:
         """The task's code raised an error; `shard` is None if it was a shard of an earlier round."""
-        reason = first_line(error.cause or error)
+        cause = error.cause or error
+        reason = str(cause) if isinstance(cause, TaskError) else first_line(cause)
         if self._health.error():
             raise UserError(f"candidates fail on the workers: {reason}") from error
         self._log(f"a candidate failed ({reason}); it is tried again")

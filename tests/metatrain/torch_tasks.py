@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from tasks import TaskError
 from tasks.torch import TorchTask
+from tests.metatrain.failing_tasks import counted
 
 TINY = "tests.metatrain.torch_tasks:tiny"
 
@@ -78,3 +80,18 @@ def only_here() -> TorchTask:
     if not ONLY_HERE:
         raise TaskError("there is nothing here")
     return tiny()
+
+
+def failing(part: str, after: int = 1, flag: str = "") -> TorchTask:
+    """The tiny task, of which a function fails when it has been called so often."""
+    own = tiny()
+    if part == "data":
+        draw = counted(
+            lambda generator: [own.train[i] for i in torch.randint(48, (8,), generator=generator)],
+            after,
+            StopIteration(),
+        )
+        return dataclasses.replace(own, train=lambda generator: default_collate(draw(generator)))
+    error = ValueError(f"the {part} is wrong\nhere")
+    function = (lambda *_: (0.1, 0.2)) if part == "score" else getattr(own, part)
+    return dataclasses.replace(own, **{part: counted(function, after, error, flag)})
