@@ -10,6 +10,7 @@ import pytest
 from l3rs import core
 from l3rs.init import init_meta_params
 from l3rs.spec import Spec
+from tests.l3rs import precision
 
 init = jax.jit(init_meta_params, static_argnums=1)  # compiled as one: quicker than op by op
 apply = jax.jit(functools.partial(core.network, xp=jnp), static_argnums=1)
@@ -76,7 +77,7 @@ def test_embedding_rows_differ():
 
 
 def test_init_is_float32_under_x64():
-    with jax.enable_x64(True):
+    with precision.x64():
         theta = jax.eval_shape(lambda: init_meta_params(jax.random.key(0), Spec.create(PARAMS)))
     assert {leaf.dtype for leaf in jax.tree.leaves(theta)} == {jnp.dtype("float32")}
 

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from tests.l3rs import precision
+
 STEPS = 50
 SHAPES = {"a": (4, 3), "b": (5,)}
 N = 17  # parameters, in leaf order
@@ -64,7 +66,7 @@ def ravel(tree):
 
 def follow(tx, steps=STEPS, dtype=np.float64, gradient=gradient):
     """(updates [steps, N], states) of a transformation that trains on the problem."""
-    with jax.enable_x64(dtype == np.float64):
+    with precision.x64(dtype == np.float64):
         params = unravel(START, dtype)
         state, update = tx.init(params), jax.jit(tx.update)
         updates, states = [], []

@@ -12,6 +12,7 @@ import pytest
 import l3rs
 from l3rs import baselines
 from l3rs.baselines import BASELINES
+from tests.l3rs import precision
 from tests.l3rs.baselines.common import ravel
 
 EARLY = {"mada": {"start_step": 2, "history": 3}, "hyper_adam": {"start_step": 2}}  # their learning is under way
@@ -104,7 +105,7 @@ def test_dtypes(name, dtype, x64):
     updates have the parameters' dtypes whatever the gradients have. The arguments are NumPy scalars."""
     if dtype == jnp.float64 and not x64:
         pytest.skip("there is no float64")
-    with jax.enable_x64(x64):
+    with precision.x64(x64):
         params = normal(0, dtype)
         tx = make(name, np.float64(0.02), b1=np.float64(0.8), b2=np.float32(0.9), eps=jnp.float32(1e-6))
         state = tx.init(params)

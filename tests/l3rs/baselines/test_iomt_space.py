@@ -8,6 +8,7 @@ import pytest
 
 import l3rs
 from l3rs.baselines import iomt
+from tests.l3rs import precision
 
 RATE = {"learning_rate": (0.05,)}
 
@@ -70,7 +71,7 @@ def test_dtypes(dtype, moments):
         {"learning_rate": (0.1,), "decay": (0.1, 0.2)},
     )
     space = {**iomt.SPACE, "decayed": decayed}
-    with jax.enable_x64(dtype == jnp.float64):
+    with precision.x64(dtype == jnp.float64):
         params, tx = {"w": jnp.ones(3, dtype)}, iomt.interleave(space, moments)
         choice = iomt.encode(space, iomt.Choice("decayed", {"learning_rate": 0.1, "decay": 0.2}))
         state = tx.init(params)

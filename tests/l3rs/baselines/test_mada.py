@@ -16,6 +16,7 @@ from l3rs.baselines import (
     mada_history,
 )
 from l3rs.baselines.mada import COEFFICIENTS, DOMAIN
+from tests.l3rs import precision
 from tests.l3rs.baselines.common import (
     EXACT,
     START,
@@ -147,7 +148,7 @@ def test_hyper_gradient_is_that_of_the_next_loss(q):
     _, states = follow(learns, steps=last + 1)
     found = {name: (value - mada_coefficients(states[-1])[name]) / rate for name, value in {**q, **ALPHA}.items()}
 
-    with jax.enable_x64(True):
+    with precision.x64():
         fixed_update = jax.jit(
             lambda coefficients, *args: mada(**coefficients, weight_decay=0.1, learned=()).update(*args)
         )

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import l3rs
+from tests.l3rs import precision
 from tests.l3rs.optimizer.common import ROUNDING, assert_close, random_theta
 
 MODES = {
@@ -67,6 +68,6 @@ def test_a_mode_changes_nothing(expected):
 
 def test_init_meta_params_are_float32_with_x64():
     spec = l3rs.Spec.create(PARAMS)
-    with jax.enable_x64(True):
+    with precision.x64():
         theta = l3rs.init_meta_params(jax.random.key(0), spec)
     assert {x.dtype for x in jax.tree.leaves(theta)} == {jnp.dtype("float32")}

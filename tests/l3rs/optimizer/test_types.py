@@ -6,6 +6,7 @@ import numpy as np
 import optax
 
 import l3rs
+from tests.l3rs import precision
 from tests.l3rs.optimizer.common import ROUNDING, SHAPES, all_finite, assert_close, make, normal, norms, state_size
 
 
@@ -30,7 +31,7 @@ def test_low_precision_params():
 def test_float64_params():
     params = normal(SHAPES, 0)
     tx = make(params)
-    with jax.enable_x64(True):
+    with precision.x64():
         wide = jax.tree.map(lambda x: x.astype(jnp.float64), params)
         state = tx.init(wide)
         updates, after = jax.eval_shape(lambda: tx.update(wide, state, wide, value=jnp.float64(1.0)))
