@@ -84,6 +84,14 @@ def check_theta(theta: Theta, spec: Spec, where: str) -> None:
             raise L3RSError(f"{where}: {name} is {dtype}{list(shape)}; its spec needs float32{list(needed[name])}")
 
 
+def multiply_steps(theta: Theta, spec: Spec, factor: float) -> Theta:
+    """Theta whose every λ is `factor` times that of `theta`; the limits of λ stay where they are."""
+    last = f"dense_{len(spec.hidden)}"
+    bias = np.array(theta[last]["bias"], np.float32)
+    bias[len(spec.directions)] += math.log(factor) / spec.step_gain
+    return {**theta, last: {**theta[last], "bias": bias}}
+
+
 def digest(theta: Theta) -> str:
     """SHA-256 of the names and values of theta, in hexadecimal."""
     sha256 = hashlib.sha256()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -23,25 +22,13 @@ from l3rs.io.files import read_regular
 from l3rs.io.manifest import check_spec_limits
 from metatrain import yaml_text
 from metatrain.config_errors import one_sentence
+from metatrain.config_fields import Count, Few, Flag, Name, Positive, Section, SpecFields, Text
 
 Plan = Literal["fused", "stepwise", "torch"]  # how candidates run, see metatrain/inner/rollout.py, torch_rollout.py
 
 
 class UserError(ValueError):
     """The user's input is wrong; the message is one sentence: what, where, what is allowed."""
-
-
-# Upper bounds are far above what anybody can compute: a number beyond them is not meant.
-Count = Annotated[int, Field(strict=True, ge=1, le=10**9)]
-Few = Annotated[int, Field(strict=True, ge=1, le=10**5)]
-Positive = Annotated[float, Field(strict=True, gt=0, le=1e9)]
-Flag = Annotated[bool, Field(strict=True)]
-Text = Annotated[str, Field(max_length=1000)]
-_Name = Annotated[str, Field(max_length=100)]
-
-
-class _Section(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TaskConfig(pydantic.BaseModel):
@@ -66,38 +53,20 @@ class TaskConfig(pydantic.BaseModel):
         return options.pop("name"), options
 
 
-def _spec_fields() -> dict[str, Any]:
-    """{field: (type, default)} of `l3rs.Spec`, apart from the layers, which follow from the task."""
-    types, fields = typing.get_type_hints(Spec), dataclasses.fields(Spec)
-    found = {field.name: (_strict(types[field.name]), field.default) for field in fields if field.name != "layers"}
-    directions = tuple(direction.to_json() for direction in Spec.directions)
-    return {**found, "directions": (tuple[Text | dict[str, Any], ...], directions)}
-
-
-def _strict(kind: Any) -> Any:
-    """The type of a field, without conversions: True is no whole number."""
-    if kind in (int, float, bool):
-        return Annotated[kind, Field(strict=True)]
-    if typing.get_origin(kind) is tuple:
-        return tuple[tuple(item if item is ... else _strict(item) for item in typing.get_args(kind))]  # type: ignore[misc]
-    return kind
-
-
-_SpecFields: Any = pydantic.create_model("_SpecFields", __base__=_Section, **_spec_fields())
-
-
-class OptimizerConfig(_SpecFields):
+class OptimizerConfig(SpecFields):
     """The form of L3RS: the fields of `l3rs.Spec`, with its defaults and its checks; and where meta-training begins.
 
     Attributes:
       start: checkpoint whose form and meta-parameters it begins with; null: new meta-parameters.
+      start_multiplier: factor of that checkpoint's steps, which its form's limit still bounds.
     """
 
     start: Text | None = None
+    start_multiplier: Positive = 1.0
 
     def spec_fields(self) -> dict[str, Any]:
         """The fields of `l3rs.Spec` without the layers."""
-        return self.model_dump(exclude={"start"})
+        return self.model_dump(exclude={"start", "start_multiplier"})
 
     @pydantic.model_validator(mode="after")
     def _checked(self) -> OptimizerConfig:
@@ -116,10 +85,14 @@ class OptimizerConfig(_SpecFields):
             Spec((Layer("layer", (1,)),), directions, **fields)
         except L3RSError as error:
             raise ValueError(str(error).replace("spec.", "")) from None
+        if self.start is None and self.start_multiplier != 1:
+            raise ValueError(
+                f"start_multiplier is {self.start_multiplier}, but there is no start whose steps it multiplies"
+            )
         return self
 
 
-class HorizonConfig(_Section):
+class HorizonConfig(Section):
     """Inner steps of a task sample, drawn log-uniformly from min … max.
 
     Attributes:
@@ -137,7 +110,7 @@ class HorizonConfig(_Section):
         return self
 
 
-class OuterConfig(_Section):
+class OuterConfig(Section):
     """The evolution strategy.
 
     Attributes:
@@ -168,7 +141,7 @@ class OuterConfig(_Section):
         return self
 
 
-class ExecutionConfig(_Section):
+class ExecutionConfig(Section):
     """Where and how candidates are evaluated.
 
     Attributes:
@@ -186,7 +159,7 @@ class ExecutionConfig(_Section):
     backend: Literal["local", "ray"] = "local"
     address: Text | None = None
     workers: Few | Literal["auto"] = "auto"
-    resources_per_worker: dict[Text, Positive] = {"CPU": 1.0}
+    resources_per_worker: dict[Text, Positive] = Field({"CPU": 1.0})
     autoscaling: Flag = False
     wait_minutes: Positive = 60.0
     allow_unauthenticated: Flag = False
@@ -205,7 +178,7 @@ class ExecutionConfig(_Section):
         return self
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     """When a run saves its state.
 
     Attributes:
@@ -217,7 +190,7 @@ class CheckpointConfig(_Section):
     keep: Count = 3
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """How an optimizer is evaluated; the options of `metatrain evaluate` take precedence.
 
     Attributes:
@@ -232,7 +205,7 @@ class EvaluationConfig(_Section):
       guard: L3RS's: fields of `l3rs.Guard`, or true for its defaults.
     """
 
-    settings: dict[_Name, dict[str, Any]] = {}
+    settings: dict[Name, dict[str, Any]] = Field({})
     horizons: tuple[Count, ...] = Field(default=(10, 30, 100), min_length=1, max_length=100)
     seeds: Few = 6
     tuning_seeds: Few | None = None
@@ -262,7 +235,7 @@ class EvaluationConfig(_Section):
         return self
 
 
-class LoggingConfig(_Section):
+class LoggingConfig(Section):
     """What a run writes besides `metrics.jsonl` and its page.
 
     Attributes:
@@ -276,7 +249,7 @@ class LoggingConfig(_Section):
     wandb: Flag = False
 
 
-class MeasuredConfig(_Section):
+class MeasuredConfig(Section):
     """What a run's plan and members per call were chosen by, on one kind of device. The run writes it.
 
     Attributes:
@@ -286,11 +259,11 @@ class MeasuredConfig(_Section):
     """
 
     device: str
-    ms_per_step: dict[str, float] = {}
+    ms_per_step: dict[str, float] = Field({})
     members_that_fit: int | None = None
 
 
-class CodeConfig(_Section):
+class CodeConfig(Section):
     """What a run was started with. The run writes it; it is compared on resume.
 
     Attributes:
@@ -306,7 +279,7 @@ class CodeConfig(_Section):
     device: str
 
 
-class Config(_Section):
+class Config(Section):
     """A meta-training run. Its sections are explained by their classes.
 
     Attributes:
@@ -376,10 +349,10 @@ def check_config(data: dict[Any, Any], where: str = "config") -> Config:
     return check_section(Config, data, where)
 
 
-Section = TypeVar("Section", bound=pydantic.BaseModel)
+AnySection = TypeVar("AnySection", bound=pydantic.BaseModel)
 
 
-def check_section(section: type[Section], data: dict[Any, Any], where: str) -> Section:
+def check_section(section: type[AnySection], data: dict[Any, Any], where: str) -> AnySection:
     """Make one section of a configuration; as `check_config`."""
     try:
         return section.model_validate(data)

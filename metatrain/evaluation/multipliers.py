@@ -27,35 +27,15 @@ def multiplier_grids(
       conditions: of the setting; `tuning_seeds` samples choose the multiplier, all are judged on test.
       device: where the runs take place.
     """
-
-    def make_by_jax(hyper: Any, horizon: jax.Array) -> optax.GradientTransformationExtraArgs:
-        theta, multiplier = hyper
-        return optax.with_extra_args_support(optax.chain(ours.make(theta, horizon), optax.scale(multiplier)))
-
-    def rows(chosen: Sequence[float]) -> Any:
-        theta = jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * len(chosen)), ours.theta)
-        return theta, jnp.asarray(chosen, jnp.float32)
-
-    make: Any = make_by_jax
-    if conditions.plan == "torch":
-        from metatrain.evaluation.torch_runs import torch_multiplied
-
-        make = torch_multiplied(ours)
-    run = Runner(conditions, make, device)
-    found = []
+    run, found = _multiplied(ours, conditions, device), []
     for horizon in conditions.horizons:
-        losses: dict[float, float] = {}
-        for first in range(0, len(multipliers), PER_CALL):
-            some = multipliers[first : first + PER_CALL]
-            scores, _ = run(rows(some), horizon, "inner_valid", conditions.tuning_seeds)
-            losses |= {factor: mean_or_inf(loss) for factor, loss in zip(some, scores.loss, strict=True)}
-        ordered = sorted(losses)
-        # Among equals, as where all diverged, the one nearest to 1.
-        best = min(ordered, key=lambda factor: (losses[factor], abs(math.log(factor))))
-        records, _ = run.judge(rows([best]), L3RS, horizon, {})
+        losses = _losses(run, ours, multipliers, horizon, "inner_valid", conditions.tuning_seeds)
+        best = best_multiplier(losses)
+        records, _ = run.judge(_rows(ours, [best]), L3RS, horizon, {})
         loss, accuracy = (
             sum(values) / len(records) for values in zip(*((r.loss, r.accuracy) for r in records), strict=True)
         )
+        ordered = sorted(losses)
         found.append(
             MultiplierGrid(
                 conditions.setting, horizon, ordered, [losses[factor] for factor in ordered], best, loss, accuracy
@@ -65,3 +45,48 @@ def multiplier_grids(
             f"{conditions.setting}: l3rs, {horizon} steps, best of {len(ordered)} step multipliers: {best:g}"
         )
     return found
+
+
+def meta_losses(
+    ours: LearnedOptimizer, multipliers: Sequence[float], conditions: Conditions, device: jax.Device
+) -> dict[float, float]:
+    """{multiplier: mean outer_valid loss over the samples and horizons}; infinite where one diverged."""
+    run = _multiplied(ours, conditions, device)
+    rows = [_losses(run, ours, multipliers, horizon, "outer_valid", None) for horizon in conditions.horizons]
+    return {factor: sum(row[factor] for row in rows) / len(rows) for factor in multipliers}
+
+
+def best_multiplier(losses: dict[float, float]) -> float:
+    """The multiplier with the lowest loss; among equals, as where all diverged, the one nearest to 1."""
+    return min(sorted(losses), key=lambda factor: (losses[factor], abs(math.log(factor))))
+
+
+def _multiplied(ours: LearnedOptimizer, conditions: Conditions, device: jax.Device) -> Runner:
+    """Runs the learned optimizer with its steps multiplied; its hyper-parameters are those of `_rows`."""
+
+    def make_by_jax(hyper: Any, horizon: jax.Array) -> optax.GradientTransformationExtraArgs:
+        theta, multiplier = hyper
+        return optax.with_extra_args_support(optax.chain(ours.make(theta, horizon), optax.scale(multiplier)))
+
+    make: Any = make_by_jax
+    if conditions.plan == "torch":
+        from metatrain.evaluation.torch_runs import torch_multiplied
+
+        make = torch_multiplied(ours)
+    return Runner(conditions, make, device)
+
+
+def _rows(ours: LearnedOptimizer, multipliers: Sequence[float]) -> Any:
+    theta = jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * len(multipliers)), ours.theta)
+    return theta, jnp.asarray(multipliers, jnp.float32)
+
+
+def _losses(
+    run: Runner, ours: LearnedOptimizer, multipliers: Sequence[float], horizon: int, split: str, seeds: int | None
+) -> dict[float, float]:
+    losses: dict[float, float] = {}
+    for first in range(0, len(multipliers), PER_CALL):
+        some = multipliers[first : first + PER_CALL]
+        scores, _ = run(_rows(ours, some), horizon, split, seeds)
+        losses |= {factor: mean_or_inf(loss) for factor, loss in zip(some, scores.loss, strict=True)}
+    return losses

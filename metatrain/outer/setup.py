@@ -72,7 +72,8 @@ class Setup:
         _check_variants(tasks, spec)
         strategy = make_strategy(config.outer, l3rs.init_meta_params(jax.random.key(0), spec))
         config = _decide(config, tasks, spec, log)
-        start = None if config.optimizer.start is None else start_theta(config.optimizer.start, spec, tasks[0])
+        begin = config.optimizer
+        start = None if begin.start is None else start_theta(begin.start, spec, tasks[0], begin.start_multiplier)
         return cls(config, tasks, spec, strategy, start)
 
     def evaluator(self, log: Callable[[str], None]) -> Evaluator:

@@ -12,6 +12,7 @@ import l3rs
 from l3rs.io.checkpoint import read_spec
 from l3rs.layers import Matching
 from l3rs.spec import Direction, Spec, Theta
+from l3rs.theta import multiply_steps
 from metatrain.config import Config, OptimizerConfig, UserError
 from metatrain.inner.network import embeddings, is_torch
 from tasks.base import AnyTask
@@ -50,13 +51,13 @@ def resolve_start(config: Config) -> Config:
     outer = {k: v for k, v in _OUTER_DEFAULTS.items() if k not in config.outer.model_fields_set}
     return config.model_copy(
         update={
-            "optimizer": OptimizerConfig(start=optimizer.start, **fields),
+            "optimizer": OptimizerConfig(start=optimizer.start, start_multiplier=optimizer.start_multiplier, **fields),
             "outer": config.outer.model_copy(update=outer),
         }
     )
 
 
-def start_theta(start: str, spec: Spec, task: AnyTask) -> Theta:
+def start_theta(start: str, spec: Spec, task: AnyTask, multiplier: float = 1.0) -> Theta:
     """The meta-parameters of a checkpoint, for the layers of a task.
 
     A table begins as the embedding that the checkpoint gives to each layer, so that the optimizer takes the same steps.
@@ -66,6 +67,7 @@ def start_theta(start: str, spec: Spec, task: AnyTask) -> Theta:
       start: the checkpoint.
       spec: the run's spec; its embedding is the checkpoint's, or "table".
       task: whose layers `spec` holds.
+      multiplier: factor of its steps.
 
     Raises:
       L3RSError: not a checkpoint; or which of its layers is which is ambiguous.
@@ -76,7 +78,7 @@ def start_theta(start: str, spec: Spec, task: AnyTask) -> Theta:
         # To the last bit what the inner loop computes: XLA and NumPy add in another order.
         rows: Any = embeddings(theta, own, task, how) if is_torch(task) else _by_xla(theta, own, task, how)
         theta = {**theta, "embedding": np.asarray(rows)}
-    return theta
+    return theta if multiplier == 1 else multiply_steps(theta, spec, multiplier)
 
 
 def _by_xla(theta: Theta, own: Spec, task: AnyTask, how: Matching) -> Any:

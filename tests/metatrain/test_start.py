@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,7 +21,7 @@ from tasks import TaskSample, make_task
 from tests.metatrain.common import REGRESSION, assert_same_theta, metrics, small_config
 from tests.metatrain.test_trainer import stopped_at
 
-_SAMPLE = TaskSample(jax.numpy.int32(3), jax.random.key_data(jax.random.key(4)))
+_SAMPLE = TaskSample(jnp.int32(3), jax.random.key_data(jax.random.key(4)))
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["form1", "form2"])
@@ -80,6 +81,27 @@ def test_generation_0_is_the_checkpoint_in_pytorch(general: str) -> None:
     ]
     np.testing.assert_array_equal(*scores)
     assert len(set(scores[0].tolist())) == 3
+
+
+def test_a_multiplier_of_the_start_multiplies_its_steps(general: str) -> None:
+    setup = Setup.build(small_bare(optimizer={"start": general, "start_multiplier": 0.25}))
+    base, spec, _ = l3rs.restore(general)
+    assert setup.start is not None
+    assert setup.config.optimizer.start_multiplier == 0.25
+    params = setup.tasks[0].init(jnp.int32(0))[0]
+    grads = jax.tree.map(jnp.sin, params)
+
+    def update(theta: Any) -> Any:
+        tx = l3rs.learned_optimizer(theta, spec, 10)
+        return tx.update(grads, tx.init(params), params, value=jnp.float32(1.0))[0]
+
+    for quarter, whole in zip(*map(jax.tree.leaves, (update(setup.start), update(base))), strict=True):
+        np.testing.assert_allclose(quarter, whole / 4, rtol=2e-6)
+
+
+def test_a_multiplier_without_a_start_is_refused() -> None:
+    with pytest.raises(UserError, match=r"optimizer: start_multiplier is 0.5, but there is no start"):
+        small_bare(optimizer={"start_multiplier": 0.5})
 
 
 def test_the_form_and_smaller_defaults_are_written_out(general: str, tmp_path: Path) -> None:
