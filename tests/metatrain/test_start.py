@@ -88,7 +88,8 @@ def test_a_multiplier_of_the_start_multiplies_its_steps(general: str) -> None:
     base, spec, _ = l3rs.restore(general)
     assert setup.start is not None
     assert setup.config.optimizer.start_multiplier == 0.25
-    params = setup.tasks[0].init(jnp.int32(0))[0]
+    task = setup.tasks[0]
+    params = task.init(task.data, jnp.int32(0))[0]
     grads = jax.tree.map(jnp.sin, params)
 
     def update(theta: Any) -> Any:
