@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 import l3rs
+from examples.specialize_resnet20 import ResNet20
 from metatrain.inner.network import make_spec, task_layers
 from metatrain.inner.rollout import learned, stepwise_rollout
 from metatrain.inner.torch_rollout import learned_torch, torch_rollout
@@ -19,7 +20,6 @@ from tasks.torch import TorchTask
 from tasks.torch_data import Images
 from tests.benchmarks.stepwise import resnet
 from tests.benchmarks.timing import in_turn, medians, ratio, use_one_core
-from tests.integrations.test_resnet20 import ResNet20
 
 STEPS = 10  # a timing
 

@@ -37,6 +37,28 @@ def test_a_task_trains_offline(name: str) -> None:
     assert (scores["outer_valid"].accuracy >= 0).all()
 
 
+def test_a_resnet20_with_weights_of_a_file(tmp_path: Path) -> None:
+    from PIL import Image
+    from safetensors.torch import save_file
+
+    from examples.specialize_resnet20 import ResNet20, task
+
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 20, 32, 32, 3), dtype=np.uint8)
+    for label, images in enumerate(pixels):
+        (tmp_path / "images" / str(label)).mkdir(parents=True)
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(tmp_path / "images" / str(label) / f"{i}.png")
+    published = {k: v for k, v in ResNet20().state_dict().items() if "num_batches" not in k}
+    save_file(published, tmp_path / "weights.safetensors")
+    built = task(str(tmp_path / "images"), str(tmp_path / "weights.safetensors"), batch_size=4)
+    model = built.model(0)
+    assert model.linear.weight.shape == (2, 64)
+    np.testing.assert_array_equal(model.layer2[1].conv1.weight.detach(), published["layer2.1.conv1.weight"])
+    save_file({"conv.weight": published["conv1.weight"]}, tmp_path / "other.safetensors")
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        task(str(tmp_path / "images"), str(tmp_path / "other.safetensors"), batch_size=4).model(0)
+
+
 def test_lora_trains_adapters_and_head_alone() -> None:
     pytest.importorskip("transformers", reason="the extra `integrations`")
     from examples.specialize_bert_lora import task

@@ -18,6 +18,7 @@ pytest.importorskip("flax.nnx", reason="flax is not installed")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import l3rs  # noqa: E402
+from examples.specialize_resnet20 import ResNet20  # noqa: E402
 from l3rs.torch import L3RS  # noqa: E402
 from tasks.models import make_model  # noqa: E402
 from tasks.weights import load_weights  # noqa: E402
@@ -27,39 +28,6 @@ PUBLISHED = SHARED / "weights" / "resnet20_cifar10.safetensors"
 
 STEPS, BATCH = 15, 16
 Optimizer = tuple[l3rs.spec.Theta, l3rs.Spec]
-
-
-class Block(torch.nn.Module):
-    def __init__(self, before: int, after: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = torch.nn.Conv2d(before, after, 3, stride, 1, bias=False)
-        self.bn1 = torch.nn.BatchNorm2d(after)
-        self.conv2 = torch.nn.Conv2d(after, after, 3, 1, 1, bias=False)
-        self.bn2 = torch.nn.BatchNorm2d(after)
-        self.pad = (after - before) // 2
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
-        if self.pad:
-            x = torch.nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.pad, self.pad))
-        return torch.relu(x + y)
-
-
-class ResNet20(torch.nn.Module):
-    """akamaster/pytorch_resnet_cifar10, with its names; batch norm is frozen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = torch.nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = torch.nn.BatchNorm2d(16)
-        for stage, (before, after) in enumerate(((16, 16), (16, 32), (32, 64))):
-            blocks = [Block(before if not i else after, after, 2 if stage and not i else 1) for i in range(3)]
-            self.add_module(f"layer{stage + 1}", torch.nn.Sequential(*blocks))
-        self.linear = torch.nn.Linear(64, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.layer3(self.layer2(self.layer1(torch.relu(self.bn1(self.conv1(x))))))
-        return self.linear(x.mean((2, 3)))
 
 
 def batches() -> list[tuple[np.ndarray, np.ndarray]]:
