@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import tasks
 from metatrain.config import CodeConfig
 from metatrain.inner.devices import device_kind
 
+_BETWEEN = " / "  # two kinds of device
 _NAMES = {"l3rs": "l3rs", "jax": "JAX", "source": "the source code"}
 
 
@@ -26,6 +27,12 @@ def changes(before: CodeConfig, now: CodeConfig) -> Mapping[str, str]:
     """{field: sentence} for what differs and may change the bits of a result; without the device."""
     pairs = {field: (getattr(before, field), getattr(now, field)) for field in _NAMES}
     return {field: f"{_NAMES[field]} was {a} and is now {b}" for field, (a, b) in pairs.items() if a != b}
+
+
+def with_devices(code: CodeConfig, kinds: Sequence[str]) -> CodeConfig:
+    """A note of the code, with these kinds added to those of the devices that have computed the run."""
+    known = [kind for kind in code.device.split(_BETWEEN) if kind]
+    return code.model_copy(update={"device": _BETWEEN.join(dict.fromkeys([*known, *kinds]))})
 
 
 @functools.cache

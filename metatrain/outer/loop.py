@@ -32,7 +32,7 @@ from metatrain.config import CodeConfig, Config, UserError, differences, dump_co
 from metatrain.inner.devices import use_cpu_only
 from metatrain.inner.population import Evaluator, GenerationSpec
 from metatrain.log_lines import print_line
-from metatrain.outer.code import changes, current_code
+from metatrain.outer.code import changes, current_code, with_devices
 from metatrain.outer.export import Form, save_optimizer, write_form
 from metatrain.outer.lease import LeaseLostError
 from metatrain.outer.lock import BusyError, FolderGoneError, FolderWatch, run_lock
@@ -91,7 +91,8 @@ def run(
         check_destination(folder.path)
         setup = Setup.build(config.model_copy(update={"code": None}), print_line)
         _refuse_existing(folder)  # another run may have begun meanwhile
-        setup = dataclasses.replace(setup, config=setup.config.model_copy(update={"code": current_code()}))
+        code = _computed_by(config, current_code(), "")
+        setup = dataclasses.replace(setup, config=setup.config.model_copy(update={"code": code}))
         _create(folder, setup.config)
         try:
             return _train(folder, setup)
@@ -181,7 +182,7 @@ def _resume(folder: RunFolder, wanted: Config, allow_other_version: bool) -> Run
             f"{folder.name} holds another run: {'; '.join(different)}; on resume only the sections "
             f"{', '.join(_CHANGEABLE)} may change, and outer.steps may grow"
         )
-    code = _checked_code(folder, saved, allow_other_version)
+    code = _checked_code(folder, saved, wanted, allow_other_version)
     rewritten = saved.model_copy(update={"outer": config.outer, "code": code})
     setup = Setup.build(config.model_copy(update={"code": code}), print_line)
     return _train(folder, setup, None if rewritten == saved else rewritten)
@@ -193,9 +194,14 @@ def _leave_devices(config: Config) -> None:
         use_cpu_only()
 
 
-def _checked_code(folder: RunFolder, saved: Config, allow_other_version: bool) -> CodeConfig:
+def _computed_by(config: Config, code: CodeConfig, devices: str) -> CodeConfig:
+    """The note of the code; on Ray with these devices in place of the driver's, until workers have named theirs."""
+    return code.model_copy(update={"device": devices}) if config.execution.backend == "ray" else code
+
+
+def _checked_code(folder: RunFolder, saved: Config, wanted: Config, allow_other_version: bool) -> CodeConfig:
     """The code that will compute the rest of a run; a warning or an error if other code began it."""
-    now = current_code()
+    now = _computed_by(wanted, current_code(), "" if saved.code is None else saved.code.device)
     if saved.code is None:
         return now
     different = list(changes(saved.code, now).values())
@@ -294,6 +300,7 @@ class _Session:
         self._metrics = Metrics(folder.path, generation, make_sinks(config, folder.path, generation))
         resources.callback(self._metrics.close)
         self._page = Live(folder.path)
+        self._code = config.code
         self._compiled: set[int] = set()  # tasks
         resources.callback(self._page.close)
 
@@ -346,12 +353,27 @@ class _Session:
             self.progress, line = _generation(self._setup, self._evaluator, self.progress, spec, interrupts, self._wait)
             line["compiled"] = bool(new)
             self._watch.check()
+            self._note_devices(line.get("devices", ()))
             self.display.update(self._metrics.write(line))
             self._page.tick()
             if self.progress.failures >= outer.max_failures:
                 return
             if self.progress.generation % every == 0:
                 self._save()
+
+    def _note_devices(self, kinds: Sequence[str]) -> None:
+        """Record the kinds of the workers' devices in the run's configuration; one that was not there is named."""
+        if self._code is None or (noted := with_devices(self._code, kinds)) == self._code:
+            return
+        if self._code.device:
+            self.display.log(
+                f"the run was computed on {self._code.device} and now also on "
+                f"{' / '.join(kind for kind in kinds if kind not in self._code.device)}; the last bits of its result "
+                "may change"
+            )
+        self._code = noted
+        file = self._folder.path / "config.yaml"
+        write_atomically(file, dump_config(load_config(file).model_copy(update={"code": noted})))
 
     def _wait(self, reason: str) -> None:
         """Save before a wait whose end is not known."""

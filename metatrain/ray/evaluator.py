@@ -100,7 +100,8 @@ class RayEvaluator:
 
         `workers`: workers now. Since the start, `lost`: workers lost; `duplicated`: shards started twice;
         `requeued`: members evaluated again because their worker was lost; `stale`: answers that came too
-        late; `rejected`: unusable answers; `waited`: seconds without any worker.
+        late; `rejected`: unusable answers; `devices`: kinds of the workers' devices; `waited`: seconds without any
+        worker.
         """
         return {**self._workers.report(), "waited": round(self._waited, 1)}
 

@@ -51,7 +51,7 @@ class Group:
     actor: Any
     wanted: int
     heard: float
-    counts: dict[str, int]
+    counts: dict[str, Any]
     started: bool = False
     rate: float = 0.0
     asked: bool = False
@@ -124,7 +124,8 @@ class Groups:
     def report(self) -> dict[str, Any]:
         """See `metatrain.ray.evaluator.RayEvaluator.report`."""
         total = {name: n + sum(group.counts[name] for group in self._groups) for name, n in self._counts.items()}
-        return {"workers": self.workers, **total}
+        devices = sorted({kind for group in self._groups for kind in group.counts["devices"]})
+        return {"workers": self.workers, **total, "devices": devices}
 
     def close(self) -> None:
         for group in self._groups:
@@ -159,7 +160,7 @@ class Groups:
         options = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": 2, "scheduling_strategy": "SPREAD"}
         actor: Any = self._ray.remote(Aggregator).options(**options)
         actor = actor.remote(self._worker, package, execution, self._chunk)
-        group = Group(actor, workers, now, dict.fromkeys(["workers", *self._counts], 0))
+        group = Group(actor, workers, now, {**dict.fromkeys(["workers", *self._counts], 0), "devices": []})
         self._groups[group] = None
 
     def _hand_out(self, group: Group, shares: Shares, work: Work) -> None:

@@ -161,7 +161,7 @@ class Pool:
 
     def report(self) -> dict[str, Any]:
         """See `metatrain.ray.evaluator.RayEvaluator.report`."""
-        return {"workers": self.workers, "lost": self._fleet.lost, **self._counts}
+        return {"workers": self.workers, "lost": self._fleet.lost, **self._counts, "devices": sorted(self._devices)}
 
     def close(self) -> None:
         self._fleet.close()

@@ -42,5 +42,5 @@ def assert_same_theta(a: Path, b: Path) -> None:
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The run's metrics without those that depend on the clock or the process."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    varying = {"seconds", "candidate_steps_per_s", "workers", "compiled", "waited"}
+    varying = {"seconds", "candidate_steps_per_s", "workers", "compiled", "waited", "devices"}
     return [{key: value for key, value in line.items() if key not in varying} for line in lines]

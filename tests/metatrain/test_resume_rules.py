@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from metatrain.config import UserError, load_config
+from metatrain.inner.population import LocalEvaluator
 from metatrain.outer import loop as trainer
 from metatrain.outer.code import current_code
 from tests.metatrain.common import assert_same_theta, small_config
@@ -115,3 +116,22 @@ def test_a_run_may_grow_but_not_shrink(tmp_path: Path, capsys: pytest.CaptureFix
         trainer._generation = stop
     assert trainer.resume(other).finished
     assert_same_theta(folder / "optimizer", other / "optimizer")
+
+
+def test_kinds_of_workers_devices_are_recorded_and_a_new_one_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = current_code().device
+
+    def computed_on(*kinds: str) -> None:
+        monkeypatch.setattr(LocalEvaluator, "report", lambda _: {"workers": 1, "devices": list(kinds)})
+
+    folder = tmp_path / "run"
+    computed_on(own)
+    stopped_at(2, folder)
+    assert load_config(folder / "config.yaml").code.device == own
+    assert "and now also on" not in capsys.readouterr().out
+    computed_on("H100", own)
+    trainer.resume(folder)
+    assert load_config(folder / "config.yaml").code.device == f"{own} / H100"
+    assert f"the run was computed on {own} and now also on H100" in capsys.readouterr().out
