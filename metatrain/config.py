@@ -159,7 +159,7 @@ class ExecutionConfig(Section):
     backend: Literal["local", "ray"] = "local"
     address: Text | None = None
     workers: Few | Literal["auto"] = "auto"
-    resources_per_worker: dict[Text, Positive] = Field({"CPU": 1.0})
+    resources_per_worker: dict[Text, Positive] = Field(default={"CPU": 1.0})
     autoscaling: Flag = False
     wait_minutes: Positive = 60.0
     allow_unauthenticated: Flag = False
@@ -205,7 +205,7 @@ class EvaluationConfig(Section):
       guard: L3RS's: fields of `l3rs.Guard`, or true for its defaults.
     """
 
-    settings: dict[Name, dict[str, Any]] = Field({})
+    settings: dict[Name, dict[str, Any]] = Field(default={})
     horizons: tuple[Count, ...] = Field(default=(10, 30, 100), min_length=1, max_length=100)
     seeds: Few = 6
     tuning_seeds: Few | None = None
@@ -259,7 +259,7 @@ class MeasuredConfig(Section):
     """
 
     device: str
-    ms_per_step: dict[str, float] = Field({})
+    ms_per_step: dict[str, float] = Field(default={})
     members_that_fit: int | None = None
 
 
