@@ -27,7 +27,7 @@ from metatrain.evaluation.runner import Conditions
 from metatrain.inner.network import task_layers
 from metatrain.inner.plan import choose_plan
 from metatrain.outer.estimate import Estimate, estimate
-from metatrain.outer.loop import run
+from metatrain.outer.loop import refuse_existing, run
 from metatrain.system import check_destination
 from tasks import make_task, sample
 from tasks.base import AnyTask
@@ -108,6 +108,7 @@ def specialize(
     """
     if not 0 < minutes < math.inf:
         raise UserError(f"--minutes is {minutes}; it must be a number > 0")
+    refuse_existing(out, str(out))
     check_destination(out / "evaluation", "results.json", "report.html")
     built = make_task(task, options)
     layers = task_layers(built)

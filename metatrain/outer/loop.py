@@ -87,10 +87,10 @@ def run(
         if resume_run and (folder.path / "config.yaml").is_file():
             refuse_links(folder.path, folder.name)
             return _resume(folder, resolve_start(config), allow_other_version)
-        _refuse_existing(folder)
+        refuse_existing(folder.path, folder.name)
         check_destination(folder.path)
         setup = Setup.build(config.model_copy(update={"code": None}), print_line)
-        _refuse_existing(folder)  # another run may have begun meanwhile
+        refuse_existing(folder.path, folder.name)  # another run may have begun meanwhile
         code = _computed_by(config, current_code(), "")
         setup = dataclasses.replace(setup, config=setup.config.model_copy(update={"code": code}))
         _create(folder, setup.config)
@@ -105,11 +105,10 @@ def run(
             raise
 
 
-def _refuse_existing(folder: RunFolder) -> None:
-    if folder.path.exists():
-        raise UserError(
-            f"{folder.name} exists; resume it with `metatrain resume {folder.name}` or choose another with --out"
-        )
+def refuse_existing(path: Path, name: str) -> None:
+    """Raise UserError if the folder of a new run exists; `name` is what its user calls it."""
+    if path.exists():
+        raise UserError(f"{name} exists; resume it with `metatrain resume {name}` or choose another with --out")
 
 
 def resume(

@@ -76,6 +76,12 @@ def test_refused(tmp_path: Path) -> None:
         specialize.specialize("tests.metatrain.torch_tasks:tiny", 0, tmp_path)
     with pytest.raises(UserError, match="'noise' is not an option of the task; write key=value"):
         cli.app(["specialize", "tests.metatrain.torch_tasks:tiny", "noise"], standalone_mode=False)
+    with pytest.raises(
+        UserError, match=r"exists; resume it with `metatrain resume .*--out"
+    ):  # before anything is built
+        specialize.specialize("no_such_module:task", 30, tmp_path)
+    with pytest.raises(TaskError, match=r"no_such_module cannot be imported.*No module named 'no_such_module'$"):
+        specialize.specialize("no_such_module:task", 30, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
