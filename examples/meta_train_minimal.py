@@ -143,7 +143,7 @@ def meta_train(task, generations=160, population=32, horizons=(10, 200), seed=0)
 
 
 if __name__ == "__main__":
-    (folder,) = sys.argv[1:]
+    folder = sys.argv[1] if len(sys.argv) == 2 else sys.exit(__doc__)
     task = make_task("digits", {})  # networks pretrained on UCI digits, to be fine-tuned on images of MNIST
     for generation, (theta, losses) in enumerate(meta_train(task)):
         print(f"{generation:3d}: mean meta-loss {losses.mean():.3f}, norm of θ {optax.tree.norm(theta):.1f}")
