@@ -148,6 +148,8 @@ class Tuned(NamedTuple):
         return cls(jnp.asarray(rates, jnp.float32), jnp.full(len(rates), SCHEDULES.index(schedule), jnp.int32))
 
 
+@jax.numpy_dtype_promotion("standard")
+@jax.numpy_rank_promotion("allow")
 def make_baseline(
     baseline: str | Baseline, hyper: Tuned, horizon: int | jax.Array
 ) -> optax.GradientTransformationExtraArgs:
@@ -175,7 +177,13 @@ def make_baseline(
     more = {"total_steps": horizon} if baseline.knows_horizon else {}
     more |= {"peak": hyper.learning_rate} if baseline.knows_peak else {}
     rate = hyper.learning_rate if tuple(baseline.schedules) == ("constant",) else schedule
-    return optax.with_extra_args_support(baseline.make(rate, **more))
+    made = optax.with_extra_args_support(baseline.make(rate, **more))
+    return optax.GradientTransformationExtraArgs(_in_usual_modes(made.init), _in_usual_modes(made.update))
+
+
+def _in_usual_modes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of optax or of a user's, which may broadcast and mix types whatever modes of JAX are set."""
+    return jax.numpy_dtype_promotion("standard")(jax.numpy_rank_promotion("allow")(function))
 
 
 class MissingBaselineError(UserError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -49,15 +50,19 @@ def make_strategy(config: OuterConfig, theta: Theta) -> Strategy:
         algorithm = {"snes": es.SNES, "pgpe": es.PGPE}[config.strategy](config.population, theta, optimizer=optimizer)
         params = algorithm.default_params.replace(std_init=config.sigma)
 
-    # evosax broadcasts, which a user's JAX_NUMPY_RANK_PROMOTION=raise would refuse.
+    # evosax broadcasts and mixes types, which a user's JAX_NUMPY_RANK_PROMOTION=raise and …DTYPE_PROMOTION=strict would
+    # refuse.
+    @jax.numpy_dtype_promotion("standard")
     @jax.numpy_rank_promotion("allow")
     def init(key: jax.Array, mean: Theta) -> State:
         return _strong(algorithm.init(key, mean, params))
 
+    @jax.numpy_dtype_promotion("standard")
     @jax.numpy_rank_promotion("allow")
     def ask(key: jax.Array, state: State) -> Theta:
         return _float32(algorithm.ask(key, state, params)[0])
 
+    @jax.numpy_dtype_promotion("standard")
     @jax.numpy_rank_promotion("allow")
     def tell(key: jax.Array, state: State, fitness: jax.Array) -> State:
         population = ask(key, state)
@@ -65,8 +70,22 @@ def make_strategy(config: OuterConfig, theta: Theta) -> Strategy:
         return _strong(algorithm.tell(key, population, fitness, state, params)[0])
 
     return Strategy(
-        jax.jit(init), jax.jit(ask), jax.jit(tell), jax.jit(lambda state: _float32(algorithm.get_mean(state)))
+        init=_with_infinities(jax.jit(init)),
+        ask=_with_infinities(jax.jit(ask)),
+        tell=_with_infinities(jax.jit(tell)),
+        mean=jax.jit(lambda state: _float32(algorithm.get_mean(state))),
     )
+
+
+def _with_infinities(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of evosax, whose best fitness is infinite at first, under JAX_DEBUG_INFS and JAX_DEBUG_NANS, too."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        with jax.debug_infs(False), jax.debug_nans(False):
+            return function(*args)
+
+    return call
 
 
 def mean_ranks(losses: np.ndarray) -> np.ndarray:
