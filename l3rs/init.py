@@ -11,7 +11,7 @@ import numpy as np
 from l3rs.core import n_outputs
 from l3rs.decide import feature_sizes
 from l3rs.descriptors import n_descriptors
-from l3rs.spec import Spec, Theta
+from l3rs.spec import Spec, Theta, require_spec
 
 _OUTPUT_SCALE = 1e-2  # an output layer near zero: an untrained network follows the biases
 
@@ -28,6 +28,7 @@ def init_meta_params(key: jax.Array, spec: Spec) -> Theta:
       {"embedding": float32 [R, E], "dense_i": {"kernel": [in, out], "bias": [out]}}, where R is the number of
       layers in the table, or of descriptors.
     """
+    require_spec(spec)
     embedding_key, *keys = jax.random.split(key, len(spec.hidden) + 2)
     widths = [sum(feature_sizes(spec)), *spec.hidden, n_outputs(spec)]
     n_rows = len(spec.layers) if spec.embedding == "table" else n_descriptors(spec)

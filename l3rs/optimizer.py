@@ -261,6 +261,11 @@ def _decays(weight_decay: float | jax.Array, mask: Mask | None, params: optax.Pa
     if mask is None:
         return [weight_decay] * n_layers
     chosen = mask(params) if callable(mask) else mask
+    if any(
+        not isinstance(leaf, bool) and getattr(leaf, "dtype", None) != np.dtype(bool)
+        for leaf in jax.tree.leaves(chosen)
+    ):
+        raise L3RSError("mask has leaves that are not bools")
     try:
         whole = jax.tree.map(lambda each, below: jax.tree.map(lambda _: each, below), chosen, params)
     except ValueError:

@@ -45,6 +45,8 @@ class Direction:
             return value
         if isinstance(value, str):
             return cls(value)
+        if not isinstance(value, Mapping):
+            raise L3RSError(f"a direction is {value!r:.100}; it must be a name, or a mapping with a name and options")
         options = dict(value)
         if type(options.get("name")) is not str:
             raise L3RSError(f"a direction needs a name, found {options}")
@@ -108,6 +110,7 @@ class Spec:
     adaptation: float = 0.0
 
     def __post_init__(self) -> None:
+        _check_sequences(self)
         _check_types(self)
         _check_values(self)
         _check_form(self)
@@ -125,6 +128,8 @@ class Spec:
         """
         from l3rs.trees import layers_of  # here: the spec itself needs no JAX
 
+        if not isinstance(directions, list | tuple):
+            raise L3RSError(f"directions is {directions!r:.100}; it must be a list of base optimizers")
         return cls(layers_of(params), tuple(Direction.parse(d) for d in directions), **fields)
 
     def to_json(self) -> dict[str, Any]:
@@ -165,6 +170,18 @@ _FORM_2 = (
     "signal",
     "adaptation",
 )  # fields that form 1 does not store
+
+
+def require_spec(value: object) -> None:
+    """Raise L3RSError unless a value is a spec."""
+    if not isinstance(value, Spec):
+        raise L3RSError(f"spec is a {type(value).__name__}; it must be an l3rs.Spec")
+
+
+def _check_sequences(spec: Spec) -> None:
+    for name in ("hidden", "loss_decays", "norm_decays", "layers", "directions"):
+        if not isinstance(getattr(spec, name), tuple | list):
+            raise L3RSError(f"spec.{name} is {getattr(spec, name)!r:.100}; it must be a tuple")
 
 
 def _check_types(spec: Spec) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from l3rs.core import n_outputs
 from l3rs.decide import feature_sizes
 from l3rs.descriptors import n_descriptors
-from l3rs.spec import L3RSError, Spec, Theta
+from l3rs.spec import L3RSError, Spec, Theta, require_spec
 
 MAX_VALUES = 1 << 24  # float32 values in theta, 64 MiB; a shipped optimizer has about 2,300
 
@@ -73,6 +73,7 @@ def check_theta(theta: Theta, spec: Spec, where: str) -> None:
     Raises:
       L3RSError: something differs.
     """
+    require_spec(spec)
     needed, found = theta_shapes(spec), _leaves(theta)
     if set(found) != {tuple(name.split("/")) for name in needed}:
         names = sorted("/".join(path) for path in found)

@@ -103,6 +103,8 @@ def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def _override(override: str) -> DictConfig:
+    if not isinstance(override, str):
+        raise YamlError(f"{override!r:.200} is not an override; write key=value, e.g. outer.sigma=0.1")
     key, equals, value = override.partition("=")
     if not equals or not key.strip():
         raise YamlError(f"{override[:200]!r} is not an override; write key=value, e.g. outer.sigma=0.1")

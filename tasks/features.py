@@ -26,6 +26,7 @@ from tasks.models.functional import functional
 
 _VERSION = 2  # a change of the features or of the splits is a new version
 _MOST_WIDTH = 1 << 14
+_MOST_CLASSES = 1 << 16
 _MOST_BYTES = 16 << 30  # of a feature file, unpacked
 _LAYOUTS = "x and y; train/x, train/y, test/x and test/y; or x and y of each of " + ", ".join(SPLITS)
 
@@ -154,8 +155,12 @@ def _read(file: Path) -> dict[str, dict[str, np.ndarray]]:
     try:
         if not file.is_file():
             raise TaskError(f"the feature file {file} does not exist or is not a regular file")
+        if file.suffix != ".safetensors" and not zipfile.is_zipfile(file):
+            raise TaskError(f"the feature file {file} is not a readable .npz or .safetensors file")
         with file.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except TaskError:
+        raise
     except (OSError, ValueError) as error:
         raise TaskError(f"the feature file {file} cannot be read ({error})") from error
     return _nested(cached({"features": _VERSION, "sha256": digest}, lambda: _flat(_split(file, _arrays(file)))))
@@ -199,19 +204,26 @@ def _same_width(file: Path, pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[
 
 def _checked(file: Path, arrays: Mapping[str, np.ndarray], prefix: str) -> tuple[np.ndarray, np.ndarray]:
     x, y = arrays[f"{prefix}x"], arrays[f"{prefix}y"]
-    if x.ndim != 2 or not np.issubdtype(x.dtype, np.floating) or not np.isfinite(x).all():
+    if x.ndim != 2 or not x.shape[1] or not np.issubdtype(x.dtype, np.floating) or not _is_finite(x):
         raise TaskError(
-            f"the feature file {file}: {prefix}x is {x.dtype} {list(x.shape)}; it must be finite floats [n, width]"
+            f"the feature file {file}: {prefix}x is {x.dtype} {list(x.shape)}; it must be finite "
+            "floats [n, width], also in float32"
         )
     if (
         y.shape != x.shape[:1]
         or not np.issubdtype(y.dtype, np.integer)
-        or (y.size and not 0 <= y.min() <= y.max() < 1e6)
+        or (y.size and not 0 <= y.min() <= y.max() < _MOST_CLASSES)
     ):
         raise TaskError(
-            f"the feature file {file}: {prefix}y is {y.dtype} {list(y.shape)}; it must be classes from 0, [n]"
+            f"the feature file {file}: {prefix}y is {y.dtype} {list(y.shape)}; it must be "
+            f"classes from 0 to {_MOST_CLASSES - 1}, [n]"
         )
     return x.astype(np.float32), y.astype(np.int32)
+
+
+def _is_finite(x: np.ndarray) -> bool:
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(x.astype(np.float32)).all())
 
 
 def _flat(splits: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

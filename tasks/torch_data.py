@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tasks.base import TaskError
+from tasks.data.files import check_file
 from tasks.data.images import IMAGENET_MEAN, IMAGENET_STD, Classes, load_images
 from tasks.data.sources import ImageFolder, Source, Tfds
 from tasks.data.splits import FRACTIONS, stratified
 
 _NAMES = {"train": "inner_train", "inner_valid": "inner_valid", "outer_valid": "outer_valid", "test": "test"}
+_MOST_CLASSES = 10_000  # of a text file
 _MEAN, _STD = torch.from_numpy(IMAGENET_MEAN), torch.from_numpy(IMAGENET_STD)
 
 
@@ -89,16 +91,24 @@ def text_splits(
     """
     rows = _read(file, [*text, label])
     names = sorted({row[label] for row in rows})
+    if not 2 <= len(names) <= _MOST_CLASSES:
+        raise TaskError(
+            f"text file {file}: column {label!r} has {len(names)} different values; it must have 2 to {_MOST_CLASSES}"
+        )
     numbers = {name: i for i, name in enumerate(names)}
     labels = np.array([numbers[row[label]] for row in rows])
     fields = dict(tokenize(*([row[column] for row in rows] for column in text)))
     every = {name: torch.as_tensor(np.asarray(values)) for name, values in fields.items()}
+    if short := [name for name, values in every.items() if values.ndim < 1 or len(values) != len(rows)]:
+        raise TaskError(f"text file {file}: tokenize returns no {short[0]!r} of length {len(rows)}, one for each text")
     every["labels"] = torch.from_numpy(labels)
     parts = stratified(labels, FRACTIONS)
     splits = {
         name: [{field: values[i] for field, values in every.items()} for i in parts[own]]
         for name, own in _NAMES.items()
     }
+    if empty := [name for name, data in splits.items() if not data]:
+        raise TaskError(f"text file {file} has {len(rows)} examples, too few: none is left for {empty[0]}")
     return splits, len(names)
 
 
@@ -111,12 +121,18 @@ def _source(images: str) -> Source:
 
 def _read(file: str, columns: Sequence[str]) -> list[dict[str, str]]:
     path = Path(file).expanduser()
-    how: dict[str, Any] = {} if path.suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    how: dict[str, Any] = {"strict": True} if path.suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     try:
-        with path.open(encoding="utf-8", newline="") as opened:
-            rows = list(csv.DictReader(opened, **how))
-    except (OSError, UnicodeError) as error:
+        check_file(path, f"text file {file}")
+        with path.open(encoding="utf-8-sig", newline="") as opened:
+            reader = csv.DictReader(opened, **how)
+            rows, header = list(reader), list(reader.fieldnames or ())
+    except (OSError, ValueError, csv.Error) as error:
+        if isinstance(error, TaskError):
+            raise
         raise TaskError(f"text file {file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if double := [column for column in columns if header.count(column) > 1]:
+        raise TaskError(f"text file {file} has two columns {double[0]!r}")
     found = list(rows[0]) if rows else []
     if missing := [column for column in columns if column not in found]:
         wanted, has = (", ".join(map(repr, names)) or "nothing" for names in (missing, found))

@@ -41,6 +41,8 @@ def make_manifest(spec: Spec, sha256: str, info: Mapping[str, Any]) -> str:
       TypeError, ValueError: JSON cannot hold `info`.
       L3RSError: it is larger than a manifest may be.
     """
+    if not isinstance(info, Mapping):
+        raise L3RSError(f"info is a {type(info).__name__}; it must be a mapping")
     content: dict[str, Any] = {
         "format": FORMAT_VERSION,
         "features": spec.form,

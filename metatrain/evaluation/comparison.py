@@ -42,6 +42,7 @@ from metatrain.evaluation.records import (
     Results,
     SwitchHistory,
 )
+from metatrain.evaluation.results_file import meta_training_facts
 from metatrain.evaluation.runner import Conditions, Runner, held_out_samples, learned_maker, maker
 from metatrain.evaluation.tuning import edge_notes, search
 from metatrain.inner.network import is_torch, task_layers, task_matches
@@ -51,8 +52,6 @@ from tasks.base import AnyTask
 from tasks.registry import is_torch_task
 
 _log = logging.getLogger("metatrain")
-
-_META_TRAINING = ("horizon", "generations", "candidate_steps", "seconds")  # of a checkpoint's information
 
 
 def evaluate(
@@ -76,6 +75,8 @@ def evaluate(
       UserError, L3RSError, TaskError: bad input; an optimizer that fits the model of no setting; nothing to
         compare.
     """
+    if not isinstance(config, Config):
+        raise UserError(f"config is a {type(config).__name__}; it must be a Config, as `load_config` returns")
     began = time.perf_counter()
     how = _options(config.evaluation, options)
     config = config.model_copy(update={"evaluation": how})
@@ -120,7 +121,7 @@ def evaluate(
         costs=costs,
         multipliers=all_parts.multipliers,
         notes=notes,
-        meta_training={key: info[key] for key in _META_TRAINING if key in info},
+        meta_training=meta_training_facts(info),
         environment={**environment(), "evaluation_seconds": round(time.perf_counter() - began, 1)},
         config=portable(as_written(config)),
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ _MAX_DEPTH = 20
 _MAX_NAMES = 300  # settings, optimizers, horizons or seeds that differ
 _MAX_TEXT = 10_000  # characters
 _MAX_NUMBER = 10**15
+_CONTROL = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f]")  # in a terminal they do what they like
 _NAN = ("loss", "accuracy", "auc")  # fields of a record in which null stands for NaN
 
 
@@ -43,7 +45,7 @@ def read_results(file: str | Path, results: type[Any], parts: Sequence[str]) -> 
             data[name] = [_with_nan(part) for part in data.get(name, ())]
         found = pydantic.TypeAdapter(results).validate_python(data)
         _check_names(found)
-        return found
+        return dataclasses.replace(found, meta_training=meta_training_facts(found.meta_training))
     except FileNotFoundError:
         raise UserError(f"{file} cannot be read: there is no such file") from None
     except OSError as error:
@@ -56,6 +58,30 @@ def read_results(file: str | Path, results: type[Any], parts: Sequence[str]) -> 
         raise UserError(f"{file} is not a results.json: it is nested too deeply") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is not a results.json: {first_line(error)}") from None
+
+
+def meta_training_facts(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's information says about its meta-training, as far as it has the right types.
+
+    Args:
+      info: anything that JSON can hold.
+
+    Returns:
+      horizon, {"min": int, "max": int}; generations and candidate_steps, int; seconds, float.
+    """
+    found: dict[str, Any] = {}
+    horizon = info.get("horizon")
+    if isinstance(horizon, dict) and all(_is_count(horizon.get(key)) for key in ("min", "max")):
+        found["horizon"] = {key: horizon[key] for key in ("min", "max")}
+    found |= {key: info[key] for key in ("generations", "candidate_steps") if _is_count(info.get(key))}
+    seconds = info.get("seconds")
+    if isinstance(seconds, int | float) and 0 <= seconds <= _MAX_NUMBER:
+        found["seconds"] = seconds
+    return found
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_NUMBER
 
 
 def _with_nan(fields: dict[str, Any]) -> dict[str, Any]:
@@ -76,6 +102,8 @@ def _check_values(data: Any) -> None:
             if len(value) > _MAX_TEXT:
                 raise ValueError(f"it has a text of {len(value)} characters; at most {_MAX_TEXT} are allowed")
             value.encode()  # half a character cannot be written to a page
+            if control := _CONTROL.search(value):
+                raise ValueError(f"it has a text with the control character {control[0]!r}")
         elif isinstance(value, int) and abs(value) > _MAX_NUMBER:
             raise ValueError(f"it has a number of {value.bit_length()} bits; at most {_MAX_NUMBER} is allowed")
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -22,6 +23,8 @@ _VERSION = 1  # increase it when the choice of images or their pixels change
 # Of ImageNet's training images, of colours in [0, 1]; published weights expect inputs normalized with them.
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
+_MOST_PIXELS = 1 << 26  # of an image; a JPEG is decoded at a fraction of its size
+_MOST_SIZE = 4096  # pixels that images may be resized to
 
 _log = logging.getLogger(__name__)
 
@@ -84,8 +87,8 @@ def load_images(
     Raises:
       TaskError: no data, an unknown class, a corrupt image, or too few images for four splits.
     """
-    if size < 1:
-        raise TaskError(f"size is {size}; it must be ≥ 1")
+    if type(size) is not int or not 1 <= size <= _MOST_SIZE:
+        raise TaskError(f"size is {size!r}; it must be an integer from 1 to {_MOST_SIZE}")
     if on_corrupt not in ("error", "skip"):
         raise TaskError(f"on_corrupt is {on_corrupt!r}; allowed are error and skip")
     catalog = source.open()
@@ -117,6 +120,8 @@ def decode(data: bytes, size: int) -> np.ndarray:
     image: Image.Image
     with Image.open(io.BytesIO(data)) as image:
         image.draft(None, (2 * size, 2 * size))  # decodes a large JPEG at 1/2, 1/4 or 1/8 of its size
+        if (pixels := math.prod(image.size)) > _MOST_PIXELS:
+            raise ValueError(f"it has {pixels} pixels; {_MOST_PIXELS} is the most allowed")
         image.load()
         side = min(image.size)
         left, top = ((length - side) // 2 for length in image.size)

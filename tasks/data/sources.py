@@ -29,6 +29,7 @@ from tasks.data.tfds_folder import read_metadata
 _LABELS_VERSION = 1  # increase it when the way labels are read changes
 TEST_NAMES = ("test", "validation", "valid", "val")  # the first of these that exists becomes test
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+_MOST_IMAGE_BYTES = 256 << 20  # of an image file
 _CHUNK = 1024  # records in flight
 _MOST_CLASSES = 10_000_000
 
@@ -186,7 +187,10 @@ class ImageFolder:
         listing = [(str(file.relative_to(root)), *stamp) for found in files.values() for file, stamp, _ in found]
 
         def read(split: str, row: int) -> tuple[str, bytes]:
-            file = files[split][row][0]
+            file, (n_bytes, _), _ = files[split][row]
+            if n_bytes > _MOST_IMAGE_BYTES:
+                reason = f"it has {n_bytes} bytes; {_MOST_IMAGE_BYTES} is the most allowed"
+                raise UnreadableImageError(str(file.relative_to(root)), reason)
             try:
                 return str(file.relative_to(root)), file.read_bytes()
             except OSError as error:

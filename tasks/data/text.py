@@ -12,6 +12,7 @@ import numpy as np
 
 from tasks.base import SPLITS, TaskError, check_keys
 from tasks.data.cache import cached
+from tasks.data.files import check_file
 from tasks.data.sources import Tfds, prepared, reading
 from tasks.data.tfds_folder import read_metadata
 
@@ -59,8 +60,7 @@ class TextSource:
         if self.file is not None:
             path = Path(self.file).expanduser()
             try:
-                if path.exists() and not path.is_file():
-                    raise TaskError(f"the text {self.file} is not a regular file")
+                check_file(path, f"the text {self.file}")
                 return path.read_bytes().decode()
             except OSError as error:
                 raise TaskError(f"the text {self.file} cannot be read ({error.strerror})") from None
@@ -70,7 +70,10 @@ class TextSource:
 
     def prepare(self) -> str:
         """Download and prepare the text if it is missing; returns its location."""
-        return str(self.file if self.tfds is None else prepared(Tfds(self.tfds, self.data_dir)))
+        if self.tfds is not None:
+            return str(prepared(Tfds(self.tfds, self.data_dir)))
+        self.read()
+        return str(self.file)
 
 
 def _tfds_text(folder: Path) -> str:

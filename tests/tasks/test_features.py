@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -154,3 +155,33 @@ def test_bad_input_is_one_sentence(options: dict, facts: list[str]) -> None:
         make_task("features", {"width": 16, **options})
     assert all(fact in str(error.value) for fact in facts), error.value
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "fact"),
+    [
+        (np.full((60, 2), 1e300), np.arange(60) % 3, "also in float32"),
+        (np.ones((60, 0), np.float32), np.arange(60) % 3, "[60, 0]"),
+        (np.ones((60, 2), np.float32), np.arange(60) * 2000, "0 to 65535"),
+        (np.ones((60, 2), np.float32), np.arange(60) - 1, "0 to 65535"),
+        (np.ones((60, 2), np.float32), np.arange(60).astype("datetime64[s]"), "datetime64"),
+    ],
+    ids=["beyond float32", "no width", "many classes", "negative", "times"],
+)
+def test_values_that_are_refused(x: np.ndarray, y: np.ndarray, fact: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=x, y=y)
+    with pytest.raises(TaskError) as error:
+        make_task("features", {"file": str(tmp_path / "a.npz")})
+    assert fact in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["text", "empty", "large", "pipe"])
+def test_files_that_are_no_archive_are_not_read(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.npz"
+    if kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file.write_text("x = 1" if kind == "text" else "")
+        os.truncate(file, 1 << 40 if kind == "large" else file.stat().st_size)
+    with pytest.raises(TaskError, match=r"a\.npz (is not a readable \.npz|does not exist or is not a regular)"):
+        make_task("features", {"file": str(file)})

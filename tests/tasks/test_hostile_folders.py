@@ -2,6 +2,8 @@
 
 import logging
 import os
+import struct
+import zlib
 
 import pytest
 
@@ -107,3 +109,25 @@ def test_a_tfds_default_config_is_not_a_path(tmp_path):
     (tmp_path / "data" / "set" / ".config" / "metadata.json").write_text('{"default_config_name": "../../outside"}')
     with pytest.raises(TaskError, match="not prepared"):
         load_images(Tfds("set", data_dir=tmp_path / "data"), size=4)
+
+
+def png(width: int, height: int) -> bytes:
+    """A picture that states its size and is black."""
+    rows = zlib.compress(bytes(height * (3 * width + 1)) if width * height < 1 << 28 else b"", 9)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", rows), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fact"), [("large", "8589934592 bytes"), ("packed", "81000000 pixels"), ("enormous", "bad.png")]
+)
+def test_an_image_states_its_size_before_it_is_read(kind: str, fact: str, tmp_path) -> None:
+    source = write_folder(tmp_path / "set", dict.fromkeys(COLOURS, 10))
+    file = tmp_path / "set" / "red" / "bad.png"
+    file.write_bytes({"large": b"", "packed": png(9000, 9000), "enormous": png(60_000, 60_000)}[kind])
+    if kind == "large":
+        os.truncate(file, 8 << 30)
+    with pytest.raises(TaskError, match=r"red/bad\.png \(.*") as error:
+        load_images(source, size=4)
+    assert fact in str(error.value)

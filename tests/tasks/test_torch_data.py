@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from tasks import make_task  # noqa: E402
 from tasks.base import TaskError  # noqa: E402
 from tasks.torch import TorchTask  # noqa: E402
 from tasks.torch_data import image_splits, text_splits  # noqa: E402
@@ -68,11 +70,17 @@ def test_a_text_file_with_two_columns(name: str, separator: str, tmp_path: Path)
         ("kind\ttext\n1\ta", "no column 'label'; its header has 'kind', 'text'"),
         ("label\ttext\n1\ta\n2", "line 3 has too few columns"),
         ("label\ttext\n", "no column"),
+        ("label\tlabel\ttext\n1\t2\ta", "two columns 'label'"),
+        ("label\ttext\n" + "1\ta\n" * 50, "'label' has 1 different values; it must have 2"),
+        ("label\ttext\n" + "".join(f"{i}\ta\n" for i in range(10_001)), "has 10001 different values"),
+        ("label\ttext\n1\ta\n2\tb\n", "2 examples, too few"),
+        ("label\ttext\n1\t" + "a" * 200_000, "cannot be read: field larger"),
+        (b"label\ttext\n1\t\xe4\n", "cannot be read: 'utf-8'"),
     ],
 )
-def test_refused_text_files(text: str | None, sentence: str, tmp_path: Path) -> None:
+def test_refused_text_files(text: str | bytes | None, sentence: str, tmp_path: Path) -> None:
     if text is not None:
-        (tmp_path / "a.tsv").write_text(text)
+        (tmp_path / "a.tsv").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(TaskError, match=sentence):
         text_splits(str(tmp_path / "a.tsv"), words)
 
@@ -80,3 +88,47 @@ def test_refused_text_files(text: str | None, sentence: str, tmp_path: Path) -> 
 def test_images_that_do_not_exist_are_named() -> None:
     with pytest.raises(TaskError, match="no_such_images"):
         image_splits("no_such_images")
+
+
+ROWS = "label\ttext\n" + "".join(f"{i % 2}\tab{i}\n" for i in range(60))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_column(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text(ROWS, encoding="utf-8-sig")
+    assert text_splits(str(tmp_path / "a.tsv"), words)[1] == 2
+
+
+def test_a_quote_that_is_not_closed_swallows_no_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(ROWS.replace("\t", ",").replace("ab7", '"ab7'))
+    with pytest.raises(TaskError, match=r"a\.csv cannot be read: unexpected end"):
+        text_splits(str(tmp_path / "a.csv"), words)
+
+
+def test_a_tokenizer_that_returns_too_little_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text(ROWS)
+    with pytest.raises(TaskError, match="no 'ids' of length 60"):
+        text_splits(str(tmp_path / "a.tsv"), lambda _: {"ids": [1, 2]})
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "large"])
+def test_text_files_that_are_not_files_of_text(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.tsv"
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        file.touch()
+        os.truncate(file, 8 << 30)
+    with pytest.raises(TaskError, match="8589934592 bytes" if kind == "large" else "not a regular file"):
+        text_splits(str(file), words)
+    with pytest.raises(TaskError, match="8589934592 bytes" if kind == "large" else "not a regular file"):
+        make_task("text", {"source": {"file": str(file)}})
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, "8", True, 1 << 20])
+def test_sizes_of_images(size: object, tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match=r"size is .*an integer from 1 to 4096"):
+        image_splits(str(tmp_path), size)
