@@ -1,5 +1,7 @@
 """Padam against its recurrence in NumPy, and against the optimizers that it equals for p = 0 and p = 1/2."""
 
+import inspect
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -55,6 +57,8 @@ def test_the_maximum_matters():
 
 def test_one_half_is_amsgrad():
     """The AMSGrad of the paper, without bias corrections, which optax can leave out."""
+    if "bias_correction_mu" not in inspect.signature(optax.amsgrad).parameters:
+        pytest.skip("this optax cannot leave out the corrections")
     reference = optax.amsgrad(0.05, 0.9, 0.99, bias_correction_mu=False, bias_correction_nu=False)
     expected, _ = follow(reference)
     found, _ = follow(padam(0.05, 0.9, 0.99, 0.5))
