@@ -225,9 +225,11 @@ class Store:
         gone += [path for path in self._listed(self._root) if _last(path).startswith((".manifest-", f".{_LEASE}."))]
         for path in gone:
             if self._is_local() and Path(path).is_dir() and not Path(path).is_symlink():
-                shutil.rmtree(path)  # of a process that was killed in `write_atomically`
+                # Of a process that was killed in `write_atomically`, or of the heartbeat, which removes it itself.
+                shutil.rmtree(path, ignore_errors=True)
             else:
-                self._fs.rm_file(path)
+                with contextlib.suppress(FileNotFoundError):
+                    self._fs.rm_file(path)
 
     def _manifests(self) -> list[str]:
         """Paths of the manifests, the newest first."""

@@ -186,6 +186,20 @@ def test_what_a_killed_process_left_half_written_stops_nothing_and_is_removed(tm
     assert [path.name for path in (tmp_path / "copy").rglob("*")] == ["config.yaml"]
 
 
+def test_a_heartbeat_that_ends_during_the_clean_up_does_not_fail_the_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("name: a\n")
+    store = Store((tmp_path / "store").as_uri())
+    listed = store._listed
+    monkeypatch.setattr(store, "_listed", lambda folder: [*listed(folder), f"{folder}/.lease.json.gone1234"])
+    store.push(tmp_path / "run")
+    monkeypatch.undo()
+    store.pull(tmp_path / "copy")
+    assert (tmp_path / "copy" / "config.yaml").read_text() == "name: a\n"
+
+
 def _newest_manifest(store: Path) -> int:
     return max((int(file.stem[9:]) for file in store.glob("manifest-*")), default=0)
 
