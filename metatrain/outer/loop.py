@@ -366,9 +366,7 @@ class _Session:
             return
         if self._code.device:
             self.display.log(
-                f"the run was computed on {self._code.device} and now also on "
-                f"{' / '.join(kind for kind in kinds if kind not in self._code.device)}; the last bits of its result "
-                "may change"
+                f"the run has been computed on different devices, {noted.device}; the last bits of its result may change"
             )
         self._code = noted
         file = self._folder.path / "config.yaml"
