@@ -366,7 +366,7 @@ class _Session:
             return
         if self._code.device:
             self.display.log(
-                f"the run has been computed on different devices, {noted.device}; the last bits of its result may change"
+                f"the run was computed on different devices, {noted.device}; the last bits of its result may change"
             )
         self._code = noted
         file = self._folder.path / "config.yaml"
