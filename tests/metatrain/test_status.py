@@ -143,6 +143,8 @@ def test_watch_in_a_terminal_ends_with_ctrl_c_and_exit_code_0(folder: Path) -> N
         env = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
         process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True)
         os.close(theirs)
+        limit = threading.Timer(120, process.kill)  # ends the reading, too
+        limit.start()
         shown = b""
         while b"Ctrl-C" not in shown:
             shown += os.read(ours, 4096)
@@ -151,6 +153,7 @@ def test_watch_in_a_terminal_ends_with_ctrl_c_and_exit_code_0(folder: Path) -> N
             while os.read(ours, 4096):  # a terminal that nobody reads blocks its writer
                 pass
         assert process.wait(60) == 0
+        limit.cancel()
         os.close(ours)
     assert b"4/6" in shown
 
