@@ -88,7 +88,9 @@ def run_lock(folder: Path, name: str) -> Iterator[None]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process holds the lock of a run in this folder."""
+    """Whether a process holds the lock of a run in this folder, in which nothing is written."""
+    if not (folder / LOCK_FILE).exists():
+        return False
     lock = filelock.FileLock(folder / LOCK_FILE)
     try:
         with warnings.catch_warnings():

@@ -168,3 +168,11 @@ def test_a_wait_is_named_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
     time.sleep(0.2)
     assert len(said) == 1
+
+
+def test_a_look_at_a_run_writes_nothing(folder: Path) -> None:
+    (folder / ".lock").unlink(missing_ok=True)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert not is_locked(folder)
+    local_snapshot(folder, "a")
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
