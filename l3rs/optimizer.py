@@ -6,9 +6,8 @@ What belongs to JAX is here: the directions of the parameters' size, their inner
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +19,7 @@ from l3rs import core, first_steps, scale_free
 from l3rs.decide import decide, n_norms
 from l3rs.guard import Guard, GuardState, init_guard, make_guard, report
 from l3rs.layers import Match, MatchBy, Matching, NetworkFacts, OnUnknown, network_facts
+from l3rs.modes import usual_promotion
 from l3rs.spec import L3RSError, Layer, Spec, Theta
 from l3rs.theta import check_theta
 from l3rs.transforms import BaseOptimizer, Lazy, make_directions
@@ -110,7 +110,7 @@ def learned_optimizer(
     if not isinstance(weight_decay, jax.core.Tracer) and not _is_decay(weight_decay):
         raise L3RSError(f"weight_decay is {weight_decay!r}; it must be a number ≥ 0")
 
-    @_own_modes()
+    @usual_promotion()
     def init_fn(params: optax.Params) -> L3RSState:
         n_layers = len(match_params(spec, params, how))
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
@@ -125,7 +125,7 @@ def learned_optimizer(
             layers=scale_free.init_layers(n_layers, len(bases), jnp) if spec.form == 2 else None,
         )
 
-    @_own_modes()
+    @usual_promotion()
     def update_fn(
         updates: optax.Updates,
         state: L3RSState,
@@ -284,13 +284,6 @@ def _warn_of_first_steps(
     found = first_steps.too_long(np.asarray(decision.step_norm), np.asarray(measured.parameter_norm), is_matrix)
     if found is not None:
         warnings.warn(found, stacklevel=4)
-
-
-@contextlib.contextmanager
-def _own_modes() -> Iterator[None]:
-    """Promotion of ranks and dtypes as the code here means it, whatever the caller's program allows in its own."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def _squared_norm(x: jax.Array) -> jax.Array:

@@ -340,6 +340,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def require_config(value: object) -> None:
+    """Raise UserError unless a value is a configuration."""
+    if not isinstance(value, Config):
+        raise UserError(f"config is a {type(value).__name__}; it must be a Config, as `load_config` returns")
+
+
 def check_config(data: dict[Any, Any], where: str = "config") -> Config:
     """Make a `Config` from plain dictionaries.
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+ORBAX_UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax has not finished
 _LEFT_SECONDS = 3600.0  # a scratch folder that nobody has changed for so long was left by a process that was killed
 _OLD_SECONDS = 86400.0  # the same of a temporary folder
 _RANDOM = r"[a-z0-9_]{8}"  # at the end of the names that `tempfile` makes
@@ -54,7 +55,7 @@ def remove_leftovers(folder: str | os.PathLike[str], name: str | None = None) ->
     pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.{_RANDOM}", re.DOTALL)
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
-            if pattern.fullmatch(entry.name) and _is_left(entry, _LEFT_SECONDS) and set(os.listdir(entry)) <= {"new"}:
+            if pattern.fullmatch(entry.name) and is_left(entry, _LEFT_SECONDS) and set(os.listdir(entry)) <= {"new"}:
                 shutil.rmtree(entry, ignore_errors=True)
 
 
@@ -66,14 +67,18 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
     """
     with contextlib.suppress(OSError), os.scandir(tempfile.gettempdir()) as entries:
         for entry in entries:
-            if re.fullmatch(re.escape(prefix) + _RANDOM, entry.name) and _is_left(entry, _OLD_SECONDS):
+            if re.fullmatch(re.escape(prefix) + _RANDOM, entry.name) and is_left(entry, _OLD_SECONDS):
                 shutil.rmtree(entry, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=prefix) as folder:
         yield Path(folder)
 
 
-def _is_left(entry: os.DirEntry[str], seconds: float) -> bool:
-    """Whether an entry is a folder of this user's that has not changed for so long."""
+def is_left(entry: os.DirEntry[str] | Path, seconds: float) -> bool:
+    """Whether an entry is a folder of this user's that has not changed for so long.
+
+    Raises:
+      OSError: it cannot be looked at.
+    """
     found = entry.stat(follow_symlinks=False)
     own = not hasattr(os, "getuid") or found.st_uid == os.getuid()  # Windows has none
     return stat.S_ISDIR(found.st_mode) and own and time.time() - found.st_mtime > seconds

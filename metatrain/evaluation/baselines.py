@@ -18,6 +18,7 @@ import optax.contrib
 from l3rs.baselines import BASELINES as OWN
 from l3rs.baselines import iomt
 from l3rs.io.files import first_line
+from l3rs.modes import usual_promotion
 from metatrain.config import UserError
 from metatrain.config_errors import one_line
 
@@ -148,8 +149,7 @@ class Tuned(NamedTuple):
         return cls(jnp.asarray(rates, jnp.float32), jnp.full(len(rates), SCHEDULES.index(schedule), jnp.int32))
 
 
-@jax.numpy_dtype_promotion("standard")
-@jax.numpy_rank_promotion("allow")
+@usual_promotion()
 def make_baseline(
     baseline: str | Baseline, hyper: Tuned, horizon: int | jax.Array
 ) -> optax.GradientTransformationExtraArgs:
@@ -178,12 +178,7 @@ def make_baseline(
     more |= {"peak": hyper.learning_rate} if baseline.knows_peak else {}
     rate = hyper.learning_rate if tuple(baseline.schedules) == ("constant",) else schedule
     made = optax.with_extra_args_support(baseline.make(rate, **more))
-    return optax.GradientTransformationExtraArgs(_in_usual_modes(made.init), _in_usual_modes(made.update))
-
-
-def _in_usual_modes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of optax or of a user's, which may broadcast and mix types whatever modes of JAX are set."""
-    return jax.numpy_dtype_promotion("standard")(jax.numpy_rank_promotion("allow")(function))
+    return optax.GradientTransformationExtraArgs(usual_promotion()(made.init), usual_promotion()(made.update))
 
 
 class MissingBaselineError(UserError):

@@ -21,7 +21,7 @@ import jax
 import l3rs
 from l3rs import L3RSError
 from l3rs.layers import Matching
-from metatrain.config import Config, EvaluationConfig, UserError, as_written, check_section, portable
+from metatrain.config import Config, EvaluationConfig, UserError, as_written, check_section, portable, require_config
 from metatrain.evaluation.analysis import speedups
 from metatrain.evaluation.baselines import Baseline, Interleaved, Tuned, chosen_baselines
 from metatrain.evaluation.costs import measure_costs
@@ -75,8 +75,7 @@ def evaluate(
       UserError, L3RSError, TaskError: bad input; an optimizer that fits the model of no setting; nothing to
         compare.
     """
-    if not isinstance(config, Config):
-        raise UserError(f"config is a {type(config).__name__}; it must be a Config, as `load_config` returns")
+    require_config(config)
     began = time.perf_counter()
     how = _options(config.evaluation, options)
     config = config.model_copy(update={"evaluation": how})

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-import stat
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
+
+from l3rs.io.files import is_left
 
 _PREFIX = "l3rs-run-"
 _OWNER = ".owner"  # locked as long as the process lives that made the copy
@@ -64,9 +63,7 @@ def local_copy() -> Iterator[LocalCopy]:
 def _remove_if_left(scratch: Path) -> None:
     """Remove a copy whose process is dead, unless it holds what its store lacks."""
     with contextlib.suppress(OSError, NotImplementedError):
-        found = scratch.lstat()
-        own = not hasattr(os, "getuid") or found.st_uid == os.getuid()  # Windows has none
-        if not (own and stat.S_ISDIR(found.st_mode) and time.time() - found.st_mtime > _NEW_SECONDS):
+        if not is_left(scratch, _NEW_SECONDS):
             return
         if (scratch / _UNSAVED).exists() or not (scratch / _OWNER).exists():
             return

@@ -28,7 +28,7 @@ import numpy as np
 import optax
 
 from l3rs.io.files import remove_leftovers, write_atomically
-from metatrain.config import CodeConfig, Config, UserError, differences, dump_config, load_config
+from metatrain.config import CodeConfig, Config, UserError, differences, dump_config, load_config, require_config
 from metatrain.inner.devices import use_cpu_only
 from metatrain.inner.population import Evaluator, GenerationSpec
 from metatrain.log_lines import print_line
@@ -80,8 +80,7 @@ def run(
       UserError: the folder exists, or holds another run; or the configuration cannot be run here.
       WaitError: a wait for the cluster has reached its bound.
     """
-    if not isinstance(config, Config):
-        raise UserError(f"config is a {type(config).__name__}; it must be a Config, as `load_config` returns")
+    require_config(config)
     _leave_devices(config)
     with run_folder(out if out is not None else Path("runs") / config.name) as folder:
         if resume_run and (folder.path / "config.yaml").is_file():

@@ -13,13 +13,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from l3rs.io.files import ORBAX_UNFINISHED
 from l3rs.io.orbax_limits import check_arrays, check_files
 from l3rs.io.orbax_store import saving
 from metatrain.config import CodeConfig, UserError
 from metatrain.config_errors import reason
 from metatrain.outer.strategy import State
-
-_UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax has not finished
 
 _log = logging.getLogger("metatrain")
 
@@ -80,7 +79,7 @@ class StateStore:
         Raises:
           UserError: there are checkpoints, but none can be read.
         """
-        for unfinished in self._folder.glob(f"*{_UNFINISHED}*") if to_resume else ():
+        for unfinished in self._folder.glob(f"*{ORBAX_UNFINISHED}*") if to_resume else ():
             shutil.rmtree(unfinished, ignore_errors=True)
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from l3rs.io.files import is_inner_name, write_atomically
+from l3rs.io.files import ORBAX_UNFINISHED, is_inner_name, write_atomically
 from l3rs.io.locations import DRIVERS
 from metatrain.config import UserError
 from metatrain.outer.copies import local_copy
@@ -39,7 +39,6 @@ _MAX_DEPTH = 30  # folders in a file's name
 _PIECE = 1 << 20  # bytes that are read at a time
 _MANIFEST = re.compile(r"manifest-(\d{8,15})\.json")
 _LEASE, _MAX_LEASE_BYTES = "lease.json", 4096
-_UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's folders; those of `write_atomically` and `l3rs.save` begin with a dot
 _OBJECT = re.compile(r"objects/[0-9a-f]{32}")
 
 
@@ -292,8 +291,9 @@ def _is_entry(name: str, stored: Any) -> bool:
 
 def _is_unfinished(name: str) -> bool:
     """Whether a file of the run is in a folder that is being written and will be renamed."""
+    # Those of `write_atomically` and `l3rs.save` begin with a dot.
     return any(
-        _UNFINISHED in part or part.startswith(".") or part.endswith(".replaced") for part in name.split("/")[:-1]
+        ORBAX_UNFINISHED in part or part.startswith(".") or part.endswith(".replaced") for part in name.split("/")[:-1]
     )
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from l3rs.modes import usual_promotion
 from l3rs.spec import Theta
 from metatrain.config import OuterConfig
 
@@ -52,18 +53,15 @@ def make_strategy(config: OuterConfig, theta: Theta) -> Strategy:
 
     # evosax broadcasts and mixes types, which a user's JAX_NUMPY_RANK_PROMOTION=raise and …DTYPE_PROMOTION=strict would
     # refuse.
-    @jax.numpy_dtype_promotion("standard")
-    @jax.numpy_rank_promotion("allow")
+    @usual_promotion()
     def init(key: jax.Array, mean: Theta) -> State:
         return _strong(algorithm.init(key, mean, params))
 
-    @jax.numpy_dtype_promotion("standard")
-    @jax.numpy_rank_promotion("allow")
+    @usual_promotion()
     def ask(key: jax.Array, state: State) -> Theta:
         return _float32(algorithm.ask(key, state, params)[0])
 
-    @jax.numpy_dtype_promotion("standard")
-    @jax.numpy_rank_promotion("allow")
+    @usual_promotion()
     def tell(key: jax.Array, state: State, fitness: jax.Array) -> State:
         population = ask(key, state)
         fitness = jnp.where(jnp.isfinite(fitness), fitness, jnp.nan)
