@@ -49,12 +49,12 @@ class ResNet20(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-def task(images: str, weights: str = "", batch_size: int = 64) -> TorchTask:
+def task(images: str, weights: str = "", batch_size: int = 32) -> TorchTask:
     """Fine-tune all layers and a new head, batch norm in training mode."""
     splits, classes = image_splits(images, 32)
 
     def start(_: int) -> nn.Module:  # PyTorch's generator is seeded with it: a new head for each seed
-        network = ResNet20(classes)
+        network = ResNet20(classes).to(memory_format=torch.channels_last)  # a step takes a quarter less on a CPU
         known = load_file(weights) if weights else {}
         body = {name: value for name, value in known.items() if not name.startswith("linear")}
         network.load_state_dict(network.state_dict() | body)

@@ -101,6 +101,18 @@ class Role(NamedTuple):
     place: Literal["input", "hidden", "output", "norm"]
     component: Literal["kernel", "bias", "scale"]
 
+    @property
+    def name(self) -> str:
+        """Such as output_kernel."""
+        return f"{self.place}_{self.component}"
+
+
+ROLE_NAMES = tuple(
+    Role(place, component).name
+    for place in ("input", "hidden", "output", "norm")
+    for component in ("kernel", "bias", "scale")
+)
+
 
 def roles(layers: Sequence[Layer]) -> list[Role]:
     """Roles of a network's layers, from names and shapes.

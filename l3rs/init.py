@@ -26,7 +26,7 @@ def init_meta_params(key: jax.Array, spec: Spec) -> Theta:
 
     Returns:
       {"embedding": float32 [R, E], "dense_i": {"kernel": [in, out], "bias": [out]}}, where R is the number of
-      layers in the table, or of descriptors.
+      layers in the table, or of descriptors. With a `layer_gain` the embedding has a further column, of zeros.
     """
     require_spec(spec)
     embedding_key, *keys = jax.random.split(key, len(spec.hidden) + 2)
@@ -34,6 +34,8 @@ def init_meta_params(key: jax.Array, spec: Spec) -> Theta:
     n_rows = len(spec.layers) if spec.embedding == "table" else n_descriptors(spec)
     rows = jax.random.normal(embedding_key, (n_rows, spec.embedding_dim), jnp.float32)
     theta: Theta = {"embedding": 0.5 * rows}
+    if spec.layer_gain:
+        theta["embedding"] = jnp.concatenate([theta["embedding"], jnp.zeros((n_rows, 1), jnp.float32)], axis=1)
     for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
         scale = _OUTPUT_SCALE if i == len(spec.hidden) else 1.0
         kernel = jax.random.normal(keys[i], (fan_in, fan_out), jnp.float32) * np.float32(scale / np.sqrt(fan_in))

@@ -199,8 +199,14 @@ class NetworkFacts(NamedTuple):
     """What is known of a network's layers before training. L layers."""
 
     embedding: Any  # float32 [L, E], a layer's embedding
+    log_factor: Any  # float32 [L], of its λ, see `Spec.layer_gain`; None without one
     natural_rms: np.ndarray  # float32 [L], see `descriptors.natural_rms`
     n_matrices: int
+
+    def of(self, rows: np.ndarray) -> NetworkFacts:
+        """Of some of the layers; the number of matrices stays that of the network."""
+        log_factor = None if self.log_factor is None else self.log_factor[rows]
+        return NetworkFacts(self.embedding[rows], log_factor, self.natural_rms[rows], self.n_matrices)
 
 
 def network_facts(
@@ -215,12 +221,17 @@ def network_facts(
       layers: the network's layers in the checkpoint's (Flax's) layout.
       convention: of the network's framework.
     """
-    embedding = _embed(theta, spec, matches, layers, convention)
-    return NetworkFacts(embedding, natural_rms(layers), n_matrices(layers))
+    rows = embedding_rows(theta, spec, matches, layers, convention)
+    facts = NetworkFacts(rows, None, natural_rms(layers), n_matrices(layers))
+    if not spec.layer_gain:
+        return facts
+    return facts._replace(embedding=rows[:, :-1], log_factor=np.float32(spec.layer_gain) * rows[:, -1])
 
 
-def _embed(theta: Theta, spec: Spec, matches: Sequence[Match], layers: Sequence[Layer], convention: Convention) -> Any:
-    """Embeddings of a network's layers, float32 [L, E]."""
+def embedding_rows(
+    theta: Theta, spec: Spec, matches: Sequence[Match], layers: Sequence[Layer], convention: Convention = JAX
+) -> Any:
+    """A row of theta["embedding"] for each of a network's layers, or the weighted sum of its rows, float32 [L, ·]."""
     rows = [match.row for match in matches]
     if spec.embedding == "table" and rows == list(range(len(spec.layers))):
         return theta["embedding"]

@@ -4,9 +4,10 @@ Per layer l with n_l parameters, directions d_p, and outputs (μ, out, a) of the
 
     b_l  = RMS of the layer when training began, or its natural size if it began at zero
     s_p  = how much signal a direction carries, in [0, 1]; 0 for weight decay
-    λ_l  = step_scale · √n_l · b_l · √(100 / (T M)) · exp(min(step_gain · out, step_limit) + A_l) · s_l
+    λ_l  = step_scale · √n_l · b_l · √(100 / (T M)) · exp(min(step_gain · out, step_limit) + A_l + C_l) · s_l
     s_l  = Σ_p μ_p s_p / Σ_p μ_p, without weight decay
     A_l  = the sum of adaptation · tanh(a) over all steps so far, in ±5
+    C_l  = layer_gain · c, with c learned for the layer's row of the embedding
     Δθ_l = -λ_l · unit( Σ_p μ_p unit(d_p) )
 
 with T the horizon and M the number of matrices that train. Multiplying a layer's parameters by c > 0 and its gradients
@@ -157,7 +158,8 @@ def decide(
     base = np.float32(spec.step_scale / depth) * measured.root_n * layers.size
     if spec.horizon_scaling:
         base = base * xp.sqrt(USUAL_HORIZON / total_steps.astype(xp.float32))
-    step_norm = base * xp.exp(log_step + adaptation) * _signal(mix, signals, spec, kinds, xp)
+    log_factor = log_step + adaptation if facts.log_factor is None else log_step + adaptation + facts.log_factor
+    step_norm = base * xp.exp(log_factor) * _signal(mix, signals, spec, kinds, xp)
     decision = Decision(core.mixture_coefficients(mix, step_norm, cosines, scale, xp), mix, step_norm)
     layers = layers._replace(mix=mix, log_step=log_step, adaptation=adaptation)
     return decision, memory._replace(layers=layers)

@@ -14,6 +14,9 @@ FEATURE_VERSION = 2  # a change of any feature's formula, in core.py, scale_free
 STEP_LOG_LIMIT = 10.0  # λ stays within a factor e^±10 of its base; in form 2 within e^step_limit
 
 
+_LAYER_GAIN_LIMIT = 100.0
+
+
 class L3RSError(ValueError):
     """The caller's input is wrong. The message is one sentence: what is wrong, where, and what is allowed."""
 
@@ -84,6 +87,8 @@ class Spec:
       horizon_scaling: divide λ by the root of the horizon, as theory has it for a constant learning rate.
       signal: shorten a step as its gradient loses signal; without it only a gradient of zero stops it.
       adaptation: how far a layer's log λ may move in a step for good; 0 for not at all.
+      layer_gain: multiply a layer's λ by exp(layer_gain · c), with c learned for each row of the embedding, as a column
+        of its own: what suits a kind of layer, or each layer of one network, whatever the MLP says; 0 for none.
 
     Raises:
       L3RSError: a field has a value that is not allowed.
@@ -108,6 +113,7 @@ class Spec:
     horizon_scaling: bool = True
     signal: bool = True
     adaptation: float = 0.0
+    layer_gain: float = 0.0
 
     def __post_init__(self) -> None:
         _check_sequences(self)
@@ -151,7 +157,7 @@ class Spec:
           L3RSError: the fields are not those of a spec, or one has a value that is not allowed.
         """
         known = {f.name for f in dataclasses.fields(cls)}
-        if set(data) | {"embedding", "step_limit", *(() if "form" in data else _FORM_2)} != known:
+        if set(data) | {"embedding", "step_limit", "layer_gain", *(() if "form" in data else _FORM_2)} != known:
             raise L3RSError(f"spec has fields {sorted(data)}; expected are {sorted(known)}")
         # Before there was a limit, it was that of form 1.
         stored = {"step_limit": STEP_LOG_LIMIT, **data} if "form" in data else data
@@ -169,6 +175,7 @@ _FORM_2 = (
     "horizon_scaling",
     "signal",
     "adaptation",
+    "layer_gain",
 )  # fields that form 1 does not store
 
 
@@ -188,7 +195,7 @@ def _check_types(spec: Spec) -> None:
     for name, values in (("hidden", spec.hidden), ("embedding_dim", (spec.embedding_dim,))):
         if any(type(value) is not int or value < 1 for value in values):
             raise L3RSError(f"spec.{name} is {getattr(spec, name)!r}; it must hold whole numbers ≥ 1")
-    for name in ("step_scale", "step_gain", "mix_bias", "step_limit", "natural_size", "adaptation"):
+    for name in ("step_scale", "step_gain", "mix_bias", "step_limit", "natural_size", "adaptation", "layer_gain"):
         if type(getattr(spec, name)) not in (int, float) or not math.isfinite(getattr(spec, name)):
             raise L3RSError(f"spec.{name} is {getattr(spec, name)!r}; it must be a finite number")
     for name in ("absolute_time", "depth_scaling", "horizon_scaling", "signal"):
@@ -230,3 +237,5 @@ def _check_form(spec: Spec) -> None:
             raise L3RSError(f"spec.{name} is {getattr(spec, name)}; it must be > 0")
     if not 0 <= spec.adaptation <= 1:
         raise L3RSError(f"spec.adaptation is {spec.adaptation}; it must lie in [0, 1]")
+    if not 0 <= spec.layer_gain <= _LAYER_GAIN_LIMIT:
+        raise L3RSError(f"spec.layer_gain is {spec.layer_gain}; it must lie in [0, {_LAYER_GAIN_LIMIT:g}]")

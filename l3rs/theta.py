@@ -19,7 +19,7 @@ import numpy as np
 
 from l3rs.core import n_outputs
 from l3rs.decide import feature_sizes
-from l3rs.descriptors import n_descriptors
+from l3rs.descriptors import n_descriptors, roles
 from l3rs.spec import L3RSError, Spec, Theta, require_spec
 
 MAX_VALUES = 1 << 24  # float32 values in theta, 64 MiB; a shipped optimizer has about 2,300
@@ -28,14 +28,15 @@ MAX_VALUES = 1 << 24  # float32 values in theta, 64 MiB; a shipped optimizer has
 def theta_shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
     """The shape of every array of theta, by its flat name, in the order of the layers.
 
-    `embedding` has a row for each layer of the spec's table, or for each descriptor of a layer.
+    `embedding` has a row for each layer of the spec's table, or for each descriptor of a layer; with a `layer_gain` its
+    last column is not seen by the MLP, but multiplies λ.
 
     Raises:
       L3RSError: they hold more than `MAX_VALUES` values.
     """
     widths = [sum(feature_sizes(spec)), *spec.hidden, n_outputs(spec)]
     n_rows = len(spec.layers) if spec.embedding == "table" else n_descriptors(spec)
-    shapes: dict[str, tuple[int, ...]] = {"embedding": (n_rows, spec.embedding_dim)}
+    shapes: dict[str, tuple[int, ...]] = {"embedding": (n_rows, spec.embedding_dim + (spec.layer_gain > 0))}
     for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
         shapes[f"dense_{i}/kernel"] = (fan_in, fan_out)
         shapes[f"dense_{i}/bias"] = (fan_out,)
@@ -85,12 +86,26 @@ def check_theta(theta: Theta, spec: Spec, where: str) -> None:
             raise L3RSError(f"{where}: {name} is {dtype}{list(shape)}; its spec needs float32{list(needed[name])}")
 
 
-def multiply_steps(theta: Theta, spec: Spec, factor: float) -> Theta:
-    """Theta whose every λ is `factor` times that of `theta`; the limits of λ stay where they are."""
+def multiply_steps(theta: Theta, spec: Spec, factor: float, by_role: Mapping[str, float] | None = None) -> Theta:
+    """Theta whose every λ is `factor` times that of `theta`; the limits of λ stay where they are.
+
+    Args:
+      theta: meta-parameters.
+      spec: what they belong to; with a table and a `layer_gain` if there are factors by role.
+      factor: of all layers.
+      by_role: {`Role.name`: further factor} of the table's layers.
+    """
     last = f"dense_{len(spec.hidden)}"
-    bias = np.array(theta[last]["bias"], np.float32)
-    bias[len(spec.directions)] += math.log(factor) / spec.step_gain
-    return {**theta, last: {**theta[last], "bias": bias}}
+    if factor != 1:
+        bias = np.array(theta[last]["bias"], np.float32)
+        bias[len(spec.directions)] += math.log(factor) / spec.step_gain
+        theta = {**theta, last: {**theta[last], "bias": bias}}
+    if by_role:
+        rows = np.array(theta["embedding"], np.float32)
+        logs = [math.log(by_role.get(role.name, 1.0)) for role in roles(spec.layers)]
+        rows[:, -1] += np.array(logs, np.float32) / np.float32(spec.layer_gain)
+        theta = {**theta, "embedding": rows}
+    return theta
 
 
 def digest(theta: Theta) -> str:

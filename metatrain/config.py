@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from pydantic import Field, PrivateAttr
 
 from l3rs import Direction, Guard, L3RSError, Layer, Spec
+from l3rs.descriptors import ROLE_NAMES
 from l3rs.directions import direction_options
 from l3rs.io.files import read_regular
 from l3rs.io.manifest import check_spec_limits
@@ -59,14 +60,21 @@ class OptimizerConfig(SpecFields):
     Attributes:
       start: checkpoint whose form and meta-parameters it begins with; null: new meta-parameters.
       start_multiplier: factor of that checkpoint's steps, which its form's limit still bounds.
+      start_by_role: further factors of the steps of layers by their role, such as {output_kernel: 4}; with a table and
+        a layer_gain.
     """
 
     start: Text | None = None
     start_multiplier: Positive = 1.0
+    start_by_role: dict[str, Positive] = Field(default_factory=dict)
+
+    def start_fields(self) -> dict[str, Any]:
+        """What says where meta-training begins."""
+        return self.model_dump(include={"start", "start_multiplier", "start_by_role"})
 
     def spec_fields(self) -> dict[str, Any]:
         """The fields of `l3rs.Spec` without the layers."""
-        return self.model_dump(exclude={"start", "start_multiplier"})
+        return self.model_dump(exclude={"start", "start_multiplier", "start_by_role"})
 
     @pydantic.model_validator(mode="after")
     def _checked(self) -> OptimizerConfig:
@@ -85,10 +93,13 @@ class OptimizerConfig(SpecFields):
             Spec((Layer("layer", (1,)),), directions, **fields)
         except L3RSError as error:
             raise ValueError(str(error).replace("spec.", "")) from None
-        if self.start is None and self.start_multiplier != 1:
-            raise ValueError(
-                f"start_multiplier is {self.start_multiplier}, but there is no start whose steps it multiplies"
-            )
+        for name in ("start_multiplier", "start_by_role") if self.start is None else ():
+            if name in self.model_fields_set and getattr(self, name) not in (1, {}):
+                raise ValueError(f"{name} is {getattr(self, name)}, but there is no start whose steps it multiplies")
+        if unknown := sorted(set(self.start_by_role) - set(ROLE_NAMES)):
+            raise ValueError(f"start_by_role has {unknown[0]!r:.100}; allowed are {', '.join(ROLE_NAMES)}")
+        if self.start_by_role and (self.embedding != "table" or not self.layer_gain):
+            raise ValueError("start_by_role needs embedding: table and a layer_gain, whose column it sets")
         return self
 
 

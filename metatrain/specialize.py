@@ -1,6 +1,6 @@
 """An optimizer for one task in a given time.
 
-Check the task, plan, find how far the steps of a checkpoint should go, meta-train from there, evaluate, judge.
+Check the task, plan, find by which factors the steps of a checkpoint suit it, meta-train from there, evaluate, judge.
 """
 
 from __future__ import annotations
@@ -8,28 +8,28 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+import l3rs
+from l3rs.descriptors import roles
 from metatrain import report
 from metatrain.config import Config, UserError, check_config
 from metatrain.evaluation.analysis import Analysis
 from metatrain.evaluation.comparison import evaluate
-from metatrain.evaluation.learned import restore_optimizer
-from metatrain.evaluation.multipliers import best_multiplier, meta_losses
 from metatrain.evaluation.payback import paybacks
 from metatrain.evaluation.records import L3RS
-from metatrain.evaluation.runner import Conditions
-from metatrain.inner.network import task_layers
-from metatrain.inner.plan import choose_plan
+from metatrain.inner.network import is_torch, task_layers
+from metatrain.inner.processes import local_processes
 from metatrain.outer.estimate import Estimate, estimate
 from metatrain.outer.loop import refuse_existing, run
-from metatrain.system import check_destination
-from tasks import make_task, sample
+from metatrain.outer.setup import Setup
+from metatrain.start_search import MULTIPLIERS, ROLE_FACTORS, SAMPLES, StartFactors, find_factors
+from metatrain.system import check_destination, usable_cpus
+from tasks import make_task
 from tasks.base import AnyTask
 
 BASELINES = ("adamw", "sgdm")
@@ -38,10 +38,11 @@ _TRAINING_SHARE = 0.6  # of the time; the rest is the evaluation's
 _SHORTEST = 10  # steps of the shortest horizon
 _LONGEST = (200, 100, 50, 30, 20)  # steps of the longest horizon, in the order of preference
 _POPULATIONS = (16, 8)
-_GENERATIONS = (24, 2000)  # fewer teach too little beyond the multiplier of the steps, more are not needed
+_CANDIDATES = 384  # of all generations: fewer teach too little beyond the factors of the steps
+_MOST_GENERATIONS = 2000
+_LAYER_GAIN = 10.0  # evolution moves a layer's log λ by as much as the noise of the MLP does
+_NO_FACTORS = StartFactors()
 _SEEDS = (6, 4, 3, 2)
-_MULTIPLIERS = (0.25, 0.5, 1.0, 2.0)  # of the checkpoint's steps
-_MULTIPLIER_SAMPLES = 2  # inits and batches on which they are compared
 _GRID = 12  # learning rates of a baseline's grid
 _CURVE_POINTS = 6
 
@@ -53,7 +54,7 @@ class Plan:
     Attributes:
       generations, population, longest: of meta-training; horizons go from 10 to `longest`.
       seeds: of the evaluation.
-      training_seconds: expected, with the search for the multiplier of the start's steps.
+      training_seconds: expected, with the search for the factors of the start's steps.
       evaluation_seconds: expected.
     """
 
@@ -64,15 +65,15 @@ class Plan:
     training_seconds: float
     evaluation_seconds: float
 
-    @property
-    def tuning_seeds(self) -> int:
-        """Of the evaluation: how many of the seeds tune the baselines. Tuning is most of its cost."""
-        return max(self.seeds // 2, 1)
 
-    @property
-    def horizons(self) -> list[int]:
-        """Of the evaluation, and of the search for the multiplier."""
-        return sorted({max(self.longest // 3, _SHORTEST), self.longest})
+def horizons_of(longest: int) -> list[int]:
+    """Of the evaluation, and of the search for the factors of the start's steps."""
+    return sorted({max(longest // 3, _SHORTEST), longest})
+
+
+def tuning_seeds_of(seeds: int) -> int:
+    """Of the evaluation: how many of the seeds tune the baselines. Tuning is most of its cost."""
+    return max(seeds // 2, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,20 +114,19 @@ def specialize(
     built = make_task(task, options)
     layers = task_layers(built)
     log(f"{built.name}: {len(layers)} layers with {sum(layer.size for layer in layers):,} parameters that train")
-    config = _config(task, options, start, _TRIAL)
-    measured = estimate(config)
+    measured = estimate(_config(task, options, start, _TRIAL))
     log(
         f"measured: {1e3 * measured.seconds_per_step:,.3g} ms a step, and {measured.seconds_per_call:,.3g} s for the "
         "meta-loss of a candidate"
     )
-    plan = make_plan(measured, 60 * minutes, len(jax.local_devices()))
+    plan = make_plan(Work.of(measured, built, layers), 60 * minutes)
     log(
         f"plan: {plan.generations} generations of {plan.population} candidates over {_SHORTEST} to {plan.longest} "
         f"steps, {plan.training_seconds / 60:,.1f} min; evaluation with {plan.seeds} seeds, "
         f"{plan.evaluation_seconds / 60:,.1f} min"
     )
-    multiplier = _start_multiplier(built, start, plan, log)
-    config = _config(task, options, start, plan, multiplier)
+    factors = find_factors(Setup.build(_config(task, options, start, plan)), horizons_of(plan.longest), log)
+    config = _config(task, options, start, plan, factors)
     done = run(config, out)
     if done.optimizer is None:
         raise UserError(f"{out} was interrupted; resume it with: metatrain resume {out}")
@@ -141,45 +141,30 @@ def specialize(
 _TRIAL = Plan(generations=1, population=2, longest=_SHORTEST, seeds=2, training_seconds=0, evaluation_seconds=0)
 
 
-def _start_multiplier(task: AnyTask, start: str, plan: Plan, log: Callable[[str], None]) -> float:
-    """The factor of the checkpoint's steps with the lowest meta-loss. Evolution would take long to find it."""
-    ours, _ = restore_optimizer(start, guard=False)
-    assert ours is not None
-    keys = jax.random.split(jax.random.key(0), _MULTIPLIER_SAMPLES)
-    conditions = Conditions(
-        setting=task.name,
-        task=task,
-        samples=jax.tree.map(lambda *each: jnp.stack(each), *(sample(task, key) for key in keys)),
-        horizons=plan.horizons,
-        tuning_seeds=_MULTIPLIER_SAMPLES,
-        points=1,
-        plan=choose_plan([task], ours.spec),
-        trainers=None,
-        log=log,
-    )
-    losses = meta_losses(ours, _MULTIPLIERS, conditions, jax.local_devices()[0])
-    best = best_multiplier(losses)
-    found = ", ".join(f"{loss:.4g} at {factor:g}" for factor, loss in losses.items())
-    log(f"meta-loss of {start} by the factor of its steps: {found}; meta-training begins with {best:g}")
-    return best
-
-
-def _config(task: str, options: Mapping[str, Any] | None, start: str, plan: Plan, multiplier: float = 1.0) -> Config:
+def _config(
+    task: str, options: Mapping[str, Any] | None, start: str, plan: Plan, factors: StartFactors = _NO_FACTORS
+) -> Config:
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", task.rpartition(":")[2]).strip("-.") or "task"
     return check_config(
         {
             "name": name,
             "task": {"name": task, **(options or {})},
-            "optimizer": {"start": start, "start_multiplier": multiplier, "embedding": "table"},
+            "optimizer": {
+                "start": start,
+                "start_multiplier": factors.multiplier,
+                "start_by_role": dict(factors.by_role),
+                "embedding": "table",
+                "layer_gain": _LAYER_GAIN,
+            },
             "outer": {
                 "steps": plan.generations,
                 "population": plan.population,
                 "horizon": {"min": _SHORTEST, "max": plan.longest},
             },
             "evaluation": {
-                "horizons": plan.horizons,
+                "horizons": horizons_of(plan.longest),
                 "seeds": plan.seeds,
-                "tuning_seeds": plan.tuning_seeds,
+                "tuning_seeds": tuning_seeds_of(plan.seeds),
                 "baselines": list(BASELINES),
                 "curve_points": _CURVE_POINTS,
             },
@@ -188,55 +173,87 @@ def _config(task: str, options: Mapping[str, Any] | None, start: str, plan: Plan
     )
 
 
-def make_plan(measured: Estimate, seconds: float, workers: int) -> Plan:
+def make_plan(work: Work, seconds: float) -> Plan:
     """The longest horizon and the largest population that fit into the time.
 
     Args:
-      measured: seconds of a candidate's step and of its meta-loss.
+      work: what the parts take.
       seconds: for meta-training and evaluation.
-      workers: processes or devices that compute side by side.
 
     Raises:
       UserError: not even the smallest plan fits.
     """
-    step, call = measured.seconds_per_step, measured.seconds_per_call / measured.members_per_call
     budget = _TRAINING_SHARE * seconds
     for longest in _LONGEST:
-        search = _search_seconds(longest, step, call)
-        mean_horizon = (longest - _SHORTEST) / math.log(longest / _SHORTEST)
+        search = work.search(longest)
         for population in _POPULATIONS:
-            generation = math.ceil(population / workers) * (call + mean_horizon * step)
-            generations = min(int((budget - search) / generation), _GENERATIONS[1])
-            if generations < _GENERATIONS[0]:
+            generation = work.generation(longest, population)
+            generations = min(int((budget - search) / generation), _MOST_GENERATIONS)
+            if generations * population < _CANDIDATES:
                 continue
-            found = [(n, _evaluation_seconds(longest, n, step, call)) for n in _SEEDS]
-            fitting = [each for each in found if each[1] <= seconds - budget]
+            fitting = [n for n in _SEEDS if work.evaluation(longest, n) <= seconds - budget]
             if fitting:
                 training = search + generations * generation
-                return Plan(generations, population, longest, fitting[0][0], training, fitting[0][1])
+                return Plan(
+                    generations, population, longest, fitting[0], training, work.evaluation(longest, fitting[0])
+                )
     least = max(
-        (search + _GENERATIONS[0] * generation) / _TRAINING_SHARE,
-        _evaluation_seconds(_LONGEST[-1], _SEEDS[-1], step, call) / (1 - _TRAINING_SHARE),
+        (search + _CANDIDATES / population * generation) / _TRAINING_SHARE,
+        work.evaluation(longest, _SEEDS[-1]) / (1 - _TRAINING_SHARE),
     )
     raise UserError(
         f"--minutes is {seconds / 60:g}; this task needs at least {math.ceil(least / 60):,}: "
-        f"{_GENERATIONS[0]} generations of {_POPULATIONS[-1]} candidates, and the evaluation"
+        f"{_CANDIDATES} candidates over up to {longest} steps, and the evaluation"
     )
 
 
-def _search_seconds(longest: int, step: float, call: float) -> float:
-    """Expected of the search for the multiplier of the start's steps."""
-    plan = Plan(0, 0, longest, 0, 0, 0)
-    return len(_MULTIPLIERS) * _MULTIPLIER_SAMPLES * sum(step * horizon + call for horizon in plan.horizons)
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Seconds that the parts of a specialisation take.
 
+    Attributes:
+      step, call: of a candidate's step, and of its meta-loss.
+      candidates: how many train side by side in a generation.
+      runs: how many train side by side in the search and in the evaluation.
+      roles: how many roles the network's layers have.
+    """
 
-def _evaluation_seconds(longest: int, seeds: int, step: float, call: float) -> float:
-    """Expected of an evaluation without neighbours: grids of both baselines with two schedules, and final runs."""
-    plan = Plan(0, 0, longest, seeds, 0, 0)
-    kinds = 2 * len(BASELINES)
-    tuning = kinds * _GRID * plan.tuning_seeds * sum(step * horizon + call for horizon in plan.horizons)
-    judging = (kinds + 1) * seeds * sum(step * horizon + _CURVE_POINTS * call for horizon in plan.horizons)
-    return tuning + judging
+    step: float
+    call: float
+    candidates: int = 1
+    runs: int = 1
+    roles: int = 1
+
+    @classmethod
+    def of(cls, measured: Estimate, task: AnyTask, layers: Sequence[l3rs.Layer]) -> Work:
+        """What was measured of a task, on the cores of this machine."""
+        processes = local_processes([task], "auto", usable_cpus()) if is_torch(task) else len(jax.local_devices())
+        return cls(
+            step=measured.seconds_per_step,
+            call=measured.seconds_per_call / measured.members_per_call,
+            candidates=processes,
+            runs=processes if is_torch(task) else 1,
+            roles=len({role.name for role in roles(layers)}),
+        )
+
+    def generation(self, longest: int, population: int) -> float:
+        mean_horizon = (longest - _SHORTEST) / math.log(longest / _SHORTEST)
+        return math.ceil(population / self.candidates) * (self.call + mean_horizon * self.step)
+
+    def search(self, longest: int) -> float:
+        """For the factors of the start's steps."""
+        choices = len(MULTIPLIERS) + (len(ROLE_FACTORS) * self.roles if self.roles > 1 else 0)
+        return choices * SAMPLES * self._run(longest, 1) / self.runs
+
+    def evaluation(self, longest: int, seeds: int) -> float:
+        """Grids of both baselines with two schedules, and final runs; no grid grows."""
+        kinds, tuning_seeds = 2 * len(BASELINES), tuning_seeds_of(seeds)
+        tuning = kinds * _GRID * tuning_seeds * self._run(longest, 1)
+        return (tuning + (kinds + 1) * seeds * self._run(longest, _CURVE_POINTS)) / self.runs
+
+    def _run(self, longest: int, scores: int) -> float:
+        """A training run for each horizon of the evaluation."""
+        return sum(self.step * horizon + scores * self.call for horizon in horizons_of(longest))
 
 
 def sentence(analysis: Analysis) -> str:

@@ -86,7 +86,7 @@ class TorchTask(AnyTask):
     loss: Callable[[nn.Module, Batch], Tensor] = default_loss
     score: Callable[[nn.Module, Any], tuple[Any, Any]] | None = None
     batch_size: int = 32
-    eval_batch_size: int = 256
+    eval_batch_size: int = 128
     collate_fn: Callable[[list[Any]], Batch] = default_collate
     autocast: torch.dtype | None = None
     device: str = "cpu"

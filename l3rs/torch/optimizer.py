@@ -297,10 +297,7 @@ class L3RS(torch.optim.Optimizer):
                 if not state:
                     state |= self._new_state(param)
             rows = np.array([self._rows[param] for param in params])
-            facts = self._facts._replace(
-                embedding=self._facts.embedding[rows], natural_rms=self._facts.natural_rms[rows]
-            )
-            made_of = (params, states, facts, self.spec, self._directions, self._moments())
+            made_of = (params, states, self._facts.of(rows), self.spec, self._directions, self._moments())
             self._active = ActiveLayers(*made_of, before=self._active)
         return self._active
 

@@ -43,7 +43,7 @@ from metatrain.evaluation.records import (
     SwitchHistory,
 )
 from metatrain.evaluation.results_file import meta_training_facts
-from metatrain.evaluation.runner import Conditions, Runner, held_out_samples, learned_maker, maker
+from metatrain.evaluation.runner import Conditions, Runner, held_out_samples, learned_maker, maker, torch_runs_of
 from metatrain.evaluation.tuning import edge_notes, search
 from metatrain.inner.network import is_torch, task_layers, task_matches
 from metatrain.inner.plan import check_plan, choose_plan
@@ -101,9 +101,10 @@ def evaluate(
         except L3RSError as error:
             refused.append(f"{label} is left out: {error}")
             continue
-        conditions = _conditions(label, task, ours, config, log)
-        for part in _on_devices(_jobs(ours, rivals, how.multipliers, conditions), conditions):
-            all_parts.add(part)
+        with torch_runs_of(task, config.execution, log) as torch_runs:
+            conditions = _conditions(label, task, ours, config, log)._replace(torch_runs=torch_runs)
+            for part in _on_devices(_jobs(ours, rivals, how.multipliers, conditions), conditions):
+                all_parts.add(part)
         costs = costs or measure_costs(ours, rivals, conditions)
     if not all_parts.records:
         raise L3RSError(f"{optimizer} fits the model of no setting; {refused[0]}")

@@ -47,15 +47,6 @@ def multiplier_grids(
     return found
 
 
-def meta_losses(
-    ours: LearnedOptimizer, multipliers: Sequence[float], conditions: Conditions, device: jax.Device
-) -> dict[float, float]:
-    """{multiplier: mean outer_valid loss over the samples and horizons}; infinite where one diverged."""
-    run = _multiplied(ours, conditions, device)
-    rows = [_losses(run, ours, multipliers, horizon, "outer_valid", None) for horizon in conditions.horizons]
-    return {factor: sum(row[factor] for row in rows) / len(rows) for factor in multipliers}
-
-
 def best_multiplier(losses: dict[float, float]) -> float:
     """The multiplier with the lowest loss; among equals, as where all diverged, the one nearest to 1."""
     return min(sorted(losses), key=lambda factor: (losses[factor], abs(math.log(factor))))
@@ -82,7 +73,7 @@ def _rows(ours: LearnedOptimizer, multipliers: Sequence[float]) -> Any:
 
 
 def _losses(
-    run: Runner, ours: LearnedOptimizer, multipliers: Sequence[float], horizon: int, split: str, seeds: int | None
+    run: Runner, ours: LearnedOptimizer, multipliers: Sequence[float], horizon: int, split: str, seeds: int
 ) -> dict[float, float]:
     losses: dict[float, float] = {}
     for first in range(0, len(multipliers), PER_CALL):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,16 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from l3rs.baselines import iomt
-from metatrain.config import Plan
+from metatrain.config import ExecutionConfig, Plan
 from metatrain.evaluation.baselines import Baseline, Interleaved, make_baseline
 from metatrain.evaluation.interleaved import Trainers, interleaved_rollout
 from metatrain.evaluation.learned import LearnedOptimizer
 from metatrain.evaluation.records import Curve, Record
 from metatrain.evaluation.statistics import area_under_curve
+from metatrain.inner.processes import Processes, local_processes
 from metatrain.inner.rollout import Score, fused_rollout, stepwise_rollout
+from metatrain.system import usable_cpus
 from tasks import Task, TaskSample
 from tasks.base import AnyTask
 from tasks.user_code import callbacks
+
+# [(optimizer, hyper-parameters, sample, horizon, splits, points)] -> [(scores, seconds)]; see `torch_runs.rollouts`
+TorchRuns = Callable[[Sequence[Any]], Sequence[tuple[dict[str, Score], float]]]
 
 
 class Conditions(NamedTuple):
@@ -37,6 +43,29 @@ class Conditions(NamedTuple):
     plan: Plan
     trainers: Trainers | None  # of IOMT; None for a task of PyTorch
     log: Callable[[str], None]
+    torch_runs: TorchRuns | None = None  # where a task of PyTorch trains, this process or others
+
+
+@contextlib.contextmanager
+def torch_runs_of(task: AnyTask, execution: ExecutionConfig, log: Callable[[str], None]) -> Iterator[TorchRuns | None]:
+    """Where the training runs of a task of PyTorch take place: in processes of this machine; None for a task of JAX."""
+    if isinstance(task, Task):
+        yield None
+        return
+    from metatrain.evaluation.torch_runs import rollouts
+    from tasks.torch import TorchTask
+
+    assert isinstance(task, TorchTask)
+    count = local_processes([task], execution.workers if execution.backend == "local" else "auto", usable_cpus())
+    if count == 1 or task.recipe is None:
+        one = rollouts(task)
+        yield lambda messages: [one(message) for message in messages]
+        return
+    processes = Processes(rollouts, (task,), count, log)
+    try:
+        yield processes.map
+    finally:
+        processes.close()
 
 
 def held_out_samples(task: AnyTask, seed: int, count: int) -> TaskSample:
@@ -88,16 +117,11 @@ class Runner:
         self._on_host = conditions.plan != "fused" or self._interleaved is not None
         self._device = device
         self._data, self._samples = jax.device_put((conditions.task.data, conditions.samples), device)
-        self._call = self._rollout(make)
+        self._make = make
+        self._call = None if conditions.plan == "torch" else self._rollout(make)
 
     def _rollout(self, make: Any) -> Callable[..., Any]:
         task, plan = self._conditions.task, self._conditions.plan
-        if plan == "torch":
-            from metatrain.inner.torch_rollout import torch_rollout
-            from tasks.torch import TorchTask
-
-            assert isinstance(task, TorchTask)
-            return torch_rollout(task, make, ())
         assert isinstance(task, Task)
         if isinstance(make, Interleaved):
             assert self._conditions.trainers is not None
@@ -135,6 +159,8 @@ class Runner:
         self.stages.clear()
         samples = jax.tree.map(lambda x: x[:seeds], self._samples)
         at = None if points is None else np.asarray(points, np.int32)
+        if self._call is None:
+            return self._by_torch(hyper, samples, horizon, split, at)
         hyper, steps, at = jax.device_put((hyper, np.int32(horizon), at), self._device)
         with callbacks(self._conditions.task.name):
             if self._on_host:
@@ -145,6 +171,19 @@ class Runner:
             else:
                 scores = jax.tree.map(np.asarray, self._call(hyper, self._data, samples, steps, (split,), at)[split])
         return scores, (time.perf_counter() - began) / math.prod(scores.loss.shape[:2])
+
+    def _by_torch(
+        self, hyper: Any, samples: TaskSample, horizon: int, split: str, points: np.ndarray | None
+    ) -> tuple[Score, float]:
+        assert self._conditions.torch_runs is not None
+        hyper_rows, sample_rows = (_rows(jax.tree.map(np.asarray, tree)) for tree in (hyper, samples))
+        found = self._conditions.torch_runs(
+            [(self._make, h, s, horizon, (split,), points) for h in hyper_rows for s in sample_rows]
+        )
+        scores = [run[split] for run, _ in found]
+        shape = (len(hyper_rows), len(sample_rows))
+        both = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), _stack(scores))
+        return both, sum(seconds for _, seconds in found) / len(found)
 
     def judge(self, hyper: Any, label: str, horizon: int, hparams: dict[str, float]) -> tuple[list[Record], Curve]:
         """Run one hyper-parameter, leading axis [1], on all samples, and judge it on test along the way."""

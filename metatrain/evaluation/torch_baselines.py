@@ -5,6 +5,7 @@ They are those of `torch.optim`, and some of the package pytorch-optimizer where
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -113,14 +114,20 @@ def _of_package(name: str) -> Baseline:
             f"baseline {name} is left out: the installed pytorch-optimizer has no {class_name}; upgrade it"
         ) from None
     schedules = ("constant",) if name == "schedule_free" else SCHEDULES
-    return Baseline(_muon(own) if name == "muon" else own, rate, schedules)
+    return Baseline(_Muon(own) if name == "muon" else own, rate, schedules)
 
 
-def _muon(own: Any) -> Any:
+@dataclasses.dataclass(frozen=True)
+class _Muon:
     """Muon for tensors of two or more axes, and its own AdamW, whose learning rate follows, for the others."""
 
-    @functools.wraps(own)
-    def make(params: Iterable[nn.Parameter], lr: float, **options: Any) -> torch.optim.Optimizer:
+    own: Any
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.own)
+
+    def __call__(self, params: Iterable[nn.Parameter], lr: float, **options: Any) -> torch.optim.Optimizer:
         every = list(params)
         groups = [
             {"params": [p for p in every if p.ndim >= 2], "lr": lr, "use_muon": True},
@@ -130,9 +137,7 @@ def _muon(own: Any) -> Any:
                 "use_muon": False,
             },
         ]
-        return own([group for group in groups if group["params"]], **options)
-
-    return make
+        return self.own([group for group in groups if group["params"]], **options)
 
 
 class Scheduled:

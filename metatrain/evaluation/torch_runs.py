@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,31 +17,53 @@ from metatrain.evaluation.learned import LearnedOptimizer
 from metatrain.evaluation.records import L3RS, Cost, DecisionPath
 from metatrain.evaluation.runner import Conditions, four_digits
 from metatrain.evaluation.torch_baselines import Scheduled, make_torch_baseline
-from metatrain.inner.torch_rollout import MakeStepper, learned_torch, torch_steps
+from metatrain.inner.rollout import Score
+from metatrain.inner.torch_rollout import LearnedTorch, MakeStepper, torch_rollout, torch_steps
 from tasks.torch import TorchTask
+from tasks.torch_training import Training
 
 _TIMED_STEPS = 10
 
 
 def torch_learned(ours: LearnedOptimizer) -> MakeStepper:
     """The learned optimizer, as a function of its meta-parameters."""
-    return learned_torch(ours.spec, ours.guard)
+    return LearnedTorch(ours.spec, ours.guard)
 
 
 def torch_multiplied(ours: LearnedOptimizer) -> MakeStepper:
     """The learned optimizer with its steps multiplied, as a function of (meta-parameters, multiplier)."""
+    return functools.partial(_multiplied, ours.spec, ours.guard)
 
-    def make(hyper: Any, params: list[tuple[str, nn.Parameter]], horizon: int) -> l3rs.torch.L3RS:
-        theta, multiplier = hyper
-        theta = jax.tree.map(np.asarray, theta)
-        return l3rs.torch.L3RS(params, (theta, ours.spec), horizon, lr=float(multiplier), guard=ours.guard)
 
-    return make
+def _multiplied(
+    spec: l3rs.Spec, guard: Any, hyper: Any, params: list[tuple[str, nn.Parameter]], horizon: int
+) -> l3rs.torch.L3RS:
+    theta, multiplier = hyper
+    return l3rs.torch.L3RS(params, (jax.tree.map(np.asarray, theta), spec), horizon, lr=float(multiplier), guard=guard)
 
 
 def torch_maker(baseline: Baseline) -> MakeStepper:
     """A baseline, as a function of its hyper-parameters."""
     return functools.partial(make_torch_baseline, baseline)
+
+
+Rollouts = Callable[[Any], tuple[dict[str, Score], float]]
+
+
+def rollouts(task: TorchTask) -> Rollouts:
+    """The training runs of a task: (optimizer, hyper-parameters, sample, horizon, splits, points) -> (scores, seconds).
+
+    See `torch_rollout`. A process of `metatrain.inner.processes` calls it.
+    """
+    training = Training(task)
+
+    def run(message: Any) -> tuple[dict[str, Score], float]:
+        make, hyper, sample, horizon, splits, points = message
+        began = time.perf_counter()
+        scores = torch_rollout(training, make, splits)(hyper, {}, sample, horizon, splits, points)
+        return scores, time.perf_counter() - began
+
+    return run
 
 
 def torch_decisions(ours: LearnedOptimizer, conditions: Conditions, horizon: int) -> DecisionPath:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import l3rs
-from l3rs.layers import JAX, Convention, Match, Matching, match_network, network_facts
+from l3rs.layers import JAX, Convention, Match, Matching, embedding_rows, match_network
 from l3rs.spec import Layer, Spec, Theta
 from l3rs.trees import layers_of
 from tasks import Task
@@ -58,6 +58,5 @@ def convention(task: AnyTask) -> Convention:
 
 
 def embeddings(theta: Theta, spec: Spec, task: AnyTask, how: Matching) -> Any:
-    """The embedding of each of a task's layers, float32 [L, E]; errors as of `task_matches`."""
-    matches = task_matches(spec, task, how)
-    return network_facts(theta, spec, matches, task_layers(task), convention(task)).embedding
+    """The row of theta["embedding"] of each of a task's layers, float32 [L, ·]; errors as of `task_matches`."""
+    return embedding_rows(theta, spec, task_matches(spec, task, how), task_layers(task), convention(task))

@@ -154,11 +154,12 @@ def candidate_losses(task: AnyTask, spec: l3rs.Spec, strategy: Strategy, plan: P
         return losses
 
     if plan == "torch":
-        from metatrain.inner.torch_rollout import learned_torch, torch_rollout
+        from metatrain.inner.torch_rollout import LearnedTorch, torch_rollout
         from tasks.torch import TorchTask
+        from tasks.torch_training import Training
 
         assert isinstance(task, TorchTask)
-        return one_by_one(torch_rollout(task, learned_torch(spec), ("outer_valid",)))
+        return one_by_one(torch_rollout(Training(task), LearnedTorch(spec), ("outer_valid",)))
     assert isinstance(task, Task)
     candidate, own = learned(spec), task
     if plan == "stepwise":

@@ -1,7 +1,7 @@
-"""Evaluation of a generation in processes of this machine, for PyTorch, whose settings belong to a process.
+"""Work in processes of this machine, for PyTorch, whose settings and generators belong to a process.
 
-A process builds the tasks for itself and regenerates its members from (strategy state, key). A process that dies or
-hangs is replaced, and its members are evaluated again. While a process lives, a thread of it sends heartbeats.
+A process that dies or hangs is replaced, and what it computed is computed again. While a process lives, a thread of it
+sends heartbeats.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 import l3rs
-from metatrain.config import ExecutionConfig, OuterConfig, UserError
+from metatrain.config import OuterConfig, UserError
 from metatrain.inner.devices import use_cores
 from metatrain.inner.population import GenerationSpec, candidate_losses, generation_chunks, host_arguments
 from metatrain.outer.strategy import State, make_strategy
@@ -37,13 +37,14 @@ _START_SECONDS = 300.0  # until its first one: it imports JAX and PyTorch
 _LOOK_SECONDS = 1.0  # between two looks for processes that hang
 
 
-def local_processes(execution: ExecutionConfig, population: int) -> int:
-    """How many processes evaluate on this machine."""
-    wanted = usable_cpus() if execution.workers == "auto" else execution.workers
-    return min(wanted, population)
+def local_processes(tasks: Sequence[AnyTask], workers: int | Literal["auto"], most: int) -> int:
+    """How many processes compute on this machine, for at most `most` calls at a time.
 
-
-_Work = tuple[int, int]  # number of a draw, and of a member
+    If not given, one for every core; but one alone where PyTorch computes on an accelerator, whose memory they share.
+    """
+    if workers == "auto":
+        workers = usable_cpus() if all(getattr(task, "device", "cpu") == "cpu" for task in tasks) else 1
+    return min(workers, most)
 
 
 @dataclasses.dataclass
@@ -60,68 +61,74 @@ class _Process:
         self.started = True
 
 
-class ProcessEvaluator:
-    """Evaluates in processes of one thread each; see `metatrain.inner.population.Evaluator`.
+class Processes:
+    """Processes of one thread each that call a function.
 
     Args:
-      tasks, spec, outer: the candidates and what they train. Tasks are built again in every process.
-      processes: how many.
+      build: makes the function in each process; of a module, so that it can be sent.
+      arguments: of `build`.
+      count: how many processes.
       log: called with news of the processes.
+
+    Attributes:
+      lost: how many processes had to be replaced.
     """
 
     def __init__(
         self,
-        tasks: Sequence[AnyTask],
-        spec: l3rs.Spec,
-        outer: OuterConfig,
-        processes: int,
+        build: Callable[..., Callable[[Any], Any]],
+        arguments: tuple[Any, ...],
+        count: int,
         log: Callable[[str], None],
     ) -> None:
-        self._job = pickle.dumps((list(tasks), spec, outer))
-        self._population, self._log = outer.population, log
+        self._job, self._log = pickle.dumps((build, arguments)), log
         self._context = multiprocessing.get_context("spawn")
-        self._deaths = self._lost = 0
+        self.lost = self._deaths = 0
         self._workers: dict[Connection, _Process] = {}
         self._looked = time.monotonic()
         try:
-            for _ in range(processes):
+            for _ in range(count):
                 self._start()
         except BaseException:
             self.close()
             raise
 
-    def evaluate(self, state: State, spec: GenerationSpec, waiting: Callable[[str], None] | None = None) -> np.ndarray:
-        del waiting  # a process that dies is replaced at once
-        shared = host_arguments(state, spec)
-        losses = np.full((len(spec.draws), self._population), np.nan, np.float32)
-        chunks = generation_chunks(spec.draws, self._population, 1)
-        pending = deque((index, int(member)) for index, [member] in chunks)
-        running: dict[Connection, _Work] = {}
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def map(self, messages: Sequence[Any]) -> list[Any]:
+        """The function's answer to each message; the first ones are handed out first.
+
+        Raises:
+          ValueError, RuntimeError: what the function raised.
+          UserError: process after process died.
+        """
+        answers: list[Any] = [None] * len(messages)
+        pending = deque(range(len(messages)))
+        running: dict[Connection, int] = {}
         while pending or running:
             for connection in [c for c in self._workers if c not in running]:
                 if pending:
-                    index, member = running[connection] = pending.popleft()
-                    self._send(connection, (shared[index], member))
+                    running[connection] = pending.popleft()
+                    self._send(connection, messages[running[connection]])
             ready: list[Any] = wait(list(self._workers), _LOOK_SECONDS)
             for connection in ready:
                 try:
-                    answer = self._receive(connection)
+                    sign = self._receive(connection)
                 except (EOFError, OSError):
                     self._requeue(connection, running, pending)
                     continue
-                if answer is None:
+                if sign is None:
                     continue
                 self._deaths = 0
+                [answer] = sign
                 if isinstance(answer, BaseException):
                     raise answer
-                losses[running.pop(connection)] = answer
+                answers[running.pop(connection)] = answer
             for connection in self._hung():
                 self._workers[connection].process.kill()
                 self._requeue(connection, running, pending)
-        return losses
-
-    def report(self) -> dict[str, Any]:
-        return {"workers": len(self._workers), "lost": self._lost}
+        return answers
 
     def close(self) -> None:
         for connection, worker in self._workers.items():
@@ -132,13 +139,13 @@ class ProcessEvaluator:
         self._workers = {}
 
     def _receive(self, connection: Connection) -> Any:
-        """A member's meta-loss, or the error that it raised; None for a heartbeat."""
-        answer = connection.recv()
+        """A list of an answer or of the error in its place; None for a heartbeat."""
+        sign = connection.recv()
         self._workers[connection].hear(time.monotonic())
-        return answer
+        return sign
 
-    def _requeue(self, connection: Connection, running: dict[Connection, _Work], pending: deque[_Work]) -> None:
-        """Replace a process that is gone, and evaluate its member again."""
+    def _requeue(self, connection: Connection, running: dict[Connection, int], pending: deque[int]) -> None:
+        """Replace a process that is gone, and give its work to another."""
         if connection in running:
             pending.appendleft(running.pop(connection))
         self._replace(connection)
@@ -178,15 +185,67 @@ class ProcessEvaluator:
         process.join()
         connection.close()
         self._deaths += 1
-        self._lost += 1
+        self.lost += 1
         if self._deaths >= _DEATHS:
             raise UserError(f"{self._deaths} processes died in a row, the last with exit code {process.exitcode}")
-        self._log(f"a process was lost (exit code {process.exitcode}); its candidate is evaluated again")
+        self._log(f"a process was lost (exit code {process.exitcode}); what it computed is computed again")
         self._start()
 
 
+class ProcessEvaluator:
+    """Evaluates in processes; see `metatrain.inner.population.Evaluator`.
+
+    A process builds the tasks for itself and regenerates its members from (strategy state, key).
+
+    Args:
+      tasks, spec, outer: the candidates and what they train. Tasks are built again in every process.
+      processes: how many.
+      log: called with news of the processes.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[AnyTask],
+        spec: l3rs.Spec,
+        outer: OuterConfig,
+        processes: int,
+        log: Callable[[str], None],
+    ) -> None:
+        self._population = outer.population
+        self._processes = Processes(_candidates, (list(tasks), spec, outer), processes, log)
+
+    def evaluate(self, state: State, spec: GenerationSpec, waiting: Callable[[str], None] | None = None) -> np.ndarray:
+        del waiting  # a process that dies is replaced at once
+        shared = host_arguments(state, spec)
+        losses = np.full((len(spec.draws), self._population), np.nan, np.float32)
+        work = [(index, int(member)) for index, [member] in generation_chunks(spec.draws, self._population, 1)]
+        found = self._processes.map([(shared[index], member) for index, member in work])
+        for place, loss in zip(work, found, strict=True):
+            losses[place] = loss
+        return losses
+
+    def report(self) -> dict[str, Any]:
+        return {"workers": len(self._processes), "lost": self._processes.lost}
+
+    def close(self) -> None:
+        self._processes.close()
+
+
+def _candidates(tasks: Sequence[AnyTask], spec: l3rs.Spec, outer: OuterConfig) -> Callable[[Any], np.float32]:
+    """(what all members of a draw share, member) -> its meta-loss."""
+    strategy = make_strategy(outer, l3rs.init_meta_params(jax.random.key(0), spec))
+    calls = [candidate_losses(task, spec, strategy, "torch") for task in tasks]
+
+    def loss(message: Any) -> np.float32:
+        (task, arguments), member = message
+        found: np.ndarray = calls[task](*jax.device_put(arguments), tasks[task].data, np.array([member], np.int32))
+        return found[0]
+
+    return loss
+
+
 def _work(connection: Connection, job: bytes) -> None:
-    """The loop of a process: (what all members share, member) -> its meta-loss, or the error that it raised.
+    """The loop of a process: it answers every message by a list of an answer, or of the error in its place.
 
     In between it sends None: it is alive.
     """
@@ -206,23 +265,21 @@ def _work(connection: Connection, job: bytes) -> None:
     threading.Thread(target=beat, daemon=True).start()
     use_cores(1)  # before the tasks are built: they may compute with JAX
     try:
-        tasks, spec, outer = pickle.loads(job)
-        strategy = make_strategy(outer, l3rs.init_meta_params(jax.random.key(0), spec))
-        calls = [candidate_losses(task, spec, strategy, "torch") for task in tasks]
+        build, arguments = pickle.loads(job)
+        call = build(*arguments)
     except Exception as error:
-        send(_sendable(error))
+        send([_sendable(error)])
         return
     while True:
         try:
-            (task, arguments), member = connection.recv()
+            message = connection.recv()
         except EOFError:  # the parent is gone
             return
         try:
-            members = np.array([member], np.int32)
-            answer: Any = calls[task](*jax.device_put(arguments), tasks[task].data, members)[0]
+            answer = call(message)
         except Exception as error:
             answer = _sendable(error)
-        send(answer)
+        send([answer])
 
 
 def _sendable(error: Exception) -> Exception:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -29,22 +30,24 @@ class Stepper(Protocol):
 MakeStepper = Callable[[Any, list[tuple[str, nn.Parameter]], int], Stepper]
 
 
-def learned_torch(spec: l3rs.Spec, guard: bool | l3rs.Guard = False) -> MakeStepper:
-    """L3RS of the form `spec`, as a function of its meta-parameters."""
+@dataclasses.dataclass(frozen=True)
+class LearnedTorch:
+    """L3RS of the form `spec`, as a function of its meta-parameters. It can be sent to other processes."""
 
-    def make(theta: Any, params: list[tuple[str, nn.Parameter]], horizon: int) -> L3RS:
-        return L3RS(params, (jax.tree.map(np.asarray, theta), spec), horizon, guard=guard)
+    spec: l3rs.Spec
+    guard: bool | l3rs.Guard = False
 
-    return make
+    def __call__(self, theta: Any, params: list[tuple[str, nn.Parameter]], horizon: int) -> L3RS:
+        return L3RS(params, (jax.tree.map(np.asarray, theta), self.spec), horizon, guard=self.guard)
 
 
-def torch_rollout(task: TorchTask, make: MakeStepper, splits: Sequence[str]) -> Rollout:
+def torch_rollout(training: Training, make: MakeStepper, splits: Sequence[str]) -> Rollout:
     """The inner loop over a PyTorch model. Arguments and results are those of `stepwise_rollout`.
 
     The model of an init is loaded once and put back in place for every run. PyTorch's generators and settings belong to
     the process: one rollout at a time.
     """
-    training = Training(task)
+    task = training.task
 
     def rollout(
         hyper: Any,

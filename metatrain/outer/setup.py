@@ -73,7 +73,7 @@ class Setup:
         strategy = make_strategy(config.outer, l3rs.init_meta_params(jax.random.key(0), spec))
         config = _decide(config, tasks, spec, log)
         begin = config.optimizer
-        start = None if begin.start is None else start_theta(begin.start, spec, tasks[0], begin.start_multiplier)
+        start = None if begin.start is None else start_theta(begin, spec, tasks[0])
         return cls(config, tasks, spec, strategy, start)
 
     def evaluator(self, log: Callable[[str], None]) -> Evaluator:
@@ -86,7 +86,7 @@ class Setup:
             from metatrain.ray.evaluator import RayEvaluator  # Ray's dependencies take a while to import
 
             return RayEvaluator(self.tasks, self.spec, outer, members, plan, execution, log)
-        if plan == "torch" and (processes := local_processes(execution, outer.population)) > 1:
+        if plan == "torch" and (processes := local_processes(self.tasks, execution.workers, outer.population)) > 1:
             return ProcessEvaluator(self.tasks, self.spec, outer, processes, log)
         return LocalEvaluator(self.tasks, self.spec, self.strategy, outer.population, members, plan)
 

@@ -41,8 +41,8 @@ def resolve_start(config: Config) -> Config:
         asked, found = getattr(optimizer, name), fields[name]
         if name == "directions":
             asked, found = (tuple(map(Direction.parse, each)) for each in (asked, found))
-        if name == "embedding" and (found, asked) == ("descriptor", "table"):
-            fields["embedding"] = "table"
+        if (name, found, asked) == ("embedding", "descriptor", "table") or (name, found) == ("layer_gain", 0):
+            fields[name] = asked
         elif asked != found:
             raise UserError(
                 f"optimizer.{name} is {getattr(optimizer, name)!r}, but optimizer.start={optimizer.start} has "
@@ -51,34 +51,36 @@ def resolve_start(config: Config) -> Config:
     outer = {k: v for k, v in _OUTER_DEFAULTS.items() if k not in config.outer.model_fields_set}
     return config.model_copy(
         update={
-            "optimizer": OptimizerConfig(start=optimizer.start, start_multiplier=optimizer.start_multiplier, **fields),
+            "optimizer": OptimizerConfig(**optimizer.start_fields(), **fields),
             "outer": config.outer.model_copy(update=outer),
         }
     )
 
 
-def start_theta(start: str, spec: Spec, task: AnyTask, multiplier: float = 1.0) -> Theta:
+def start_theta(begin: OptimizerConfig, spec: Spec, task: AnyTask) -> Theta:
     """The meta-parameters of a checkpoint, for the layers of a task.
 
     A table begins as the embedding that the checkpoint gives to each layer, so that the optimizer takes the same steps.
-    A layer that is not in a checkpoint's table gets the mean of it.
+    A layer that is not in a checkpoint's table gets the mean of it. A `layer_gain` begins without effect.
 
     Args:
-      start: the checkpoint.
-      spec: the run's spec; its embedding is the checkpoint's, or "table".
+      begin: its `start` is the checkpoint, with factors of its steps.
+      spec: the run's spec; its embedding is the checkpoint's, or "table"; its `layer_gain` may be new.
       task: whose layers `spec` holds.
-      multiplier: factor of its steps.
 
     Raises:
       L3RSError: not a checkpoint; or which of its layers is which is ambiguous.
     """
-    theta, own, _ = l3rs.restore(start)
+    assert begin.start is not None
+    theta, own, _ = l3rs.restore(begin.start)
     if spec.embedding == "table":
         how = Matching(by="auto", on_unknown="mean") if own.embedding == "table" else Matching()
         # To the last bit what the inner loop computes: XLA and NumPy add in another order.
         rows: Any = embeddings(theta, own, task, how) if is_torch(task) else _by_xla(theta, own, task, how)
         theta = {**theta, "embedding": np.asarray(rows)}
-    return theta if multiplier == 1 else multiply_steps(theta, spec, multiplier)
+    if spec.layer_gain and not own.layer_gain:
+        theta = {**theta, "embedding": np.pad(theta["embedding"], ((0, 0), (0, 1)))}
+    return multiply_steps(theta, spec, begin.start_multiplier, begin.start_by_role)
 
 
 def _by_xla(theta: Theta, own: Spec, task: AnyTask, how: Matching) -> Any:

@@ -13,11 +13,12 @@ import l3rs
 from examples.specialize_resnet20 import ResNet20
 from metatrain.inner.network import make_spec, task_layers
 from metatrain.inner.rollout import learned, stepwise_rollout
-from metatrain.inner.torch_rollout import learned_torch, torch_rollout
+from metatrain.inner.torch_rollout import LearnedTorch, torch_rollout
 from tasks import sample
 from tasks.base import AnyTask
 from tasks.torch import TorchTask
 from tasks.torch_data import Images
+from tasks.torch_training import Training
 from tests.benchmarks.stepwise import resnet
 from tests.benchmarks.timing import in_turn, medians, ratio, use_one_core
 
@@ -45,7 +46,7 @@ def main() -> None:
     jax_task, torch_task = resnet("resnet20", "batch"), in_torch()
     (jax_spec, jax_theta), (torch_spec, torch_theta) = of(jax_task), of(torch_task)
     stepwise = stepwise_rollout(jax_task, learned(jax_spec), ("test",))
-    own = torch_rollout(torch_task, learned_torch(torch_spec), ("test",))
+    own = torch_rollout(Training(torch_task), LearnedTorch(torch_spec), ("test",))
     data, chosen = jax.device_put((jax_task.data, sample(jax_task, jax.random.key(0))))
     calls = {
         "JAX": lambda: stepwise(jax_theta, data, chosen, np.int32(STEPS)),

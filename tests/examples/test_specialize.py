@@ -14,8 +14,9 @@ pytest.importorskip("torch")
 
 import l3rs
 from metatrain.inner.network import make_spec, task_layers
-from metatrain.inner.torch_rollout import learned_torch, torch_rollout
+from metatrain.inner.torch_rollout import LearnedTorch, torch_rollout
 from tasks import TaskSample, make_task
+from tasks.torch_training import Training
 
 ROOT = Path(__file__).parents[2]
 _SAMPLE = TaskSample(jax.numpy.int32(3), jax.random.key_data(jax.random.key(4)))
@@ -30,7 +31,7 @@ def test_a_task_trains_offline(name: str) -> None:
     task = make_task(f"examples.{name}:task", options)
     spec = make_spec(task_layers(task), {})
     theta = jax.tree.map(np.asarray, l3rs.init_meta_params(jax.random.key(0), spec))
-    scores = torch_rollout(task, learned_torch(spec), ())(theta, {}, _SAMPLE, 20, ("outer_valid",), [0, 20])
+    scores = torch_rollout(Training(task), LearnedTorch(spec), ())(theta, {}, _SAMPLE, 20, ("outer_valid",), [0, 20])
     before, after = scores["outer_valid"].loss
     assert math.isfinite(after)
     assert after < before

@@ -337,6 +337,7 @@ FORM_2 = {
     "horizon_scaling": False,
     "signal": False,
     "adaptation": 0.1,
+    "layer_gain": 5.0,
 }
 
 

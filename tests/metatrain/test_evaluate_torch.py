@@ -31,6 +31,7 @@ from metatrain.evaluation.torch_baselines import (  # noqa: E402
 from metatrain.inner.network import make_spec, task_layers  # noqa: E402
 from metatrain.inner.torch_rollout import torch_rollout  # noqa: E402
 from tasks import sample  # noqa: E402
+from tasks.torch_training import Training  # noqa: E402
 from tests.metatrain.common import small_config  # noqa: E402
 from tests.metatrain.torch_tasks import TINY, tiny  # noqa: E402
 
@@ -181,7 +182,7 @@ def test_schedule_free_is_judged_at_its_average() -> None:
         return made[-1]
 
     task = tiny()
-    rollout, chosen = torch_rollout(task, make, ("test",)), sample(task, jax.random.key(0))
+    rollout, chosen = torch_rollout(Training(task), make, ("test",)), sample(task, jax.random.key(0))
     hyper = jax.tree.map(lambda x: x[0], Tuned.grid([2.0**-4], "constant"))
     often = rollout(hyper, task.data, chosen, 8, points=[2, 5, 8])["test"].loss
     once = rollout(hyper, task.data, chosen, 8)["test"].loss

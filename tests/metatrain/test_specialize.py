@@ -5,48 +5,48 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import l3rs
 from metatrain import cli, specialize
 from metatrain.config import UserError
 from metatrain.inner.network import task_layers
-from metatrain.outer.estimate import Estimate
-from metatrain.specialize import make_plan
+from metatrain.specialize import Work, make_plan
 from tasks import TaskError, make_task
 
 
-def measured(step: float, call: float = 0.01) -> Estimate:
-    return Estimate(((10,),), 8, 1, step, call, 0)
+def work(step: float, processes: int = 2) -> Work:
+    return Work(step, 0.01, candidates=processes, runs=processes, roles=6)
 
 
 def test_the_plan_fits_the_time() -> None:
     for step in (1e-4, 1e-3, 4e-3, 1e-2):
-        plan = make_plan(measured(step), 1800, 2)
+        plan = make_plan(work(step), 1800)
         assert plan.training_seconds <= 0.6 * 1800
         assert plan.evaluation_seconds <= 0.4 * 1800
-        assert plan.generations >= 24
-        assert plan.horizons[-1] == plan.longest
+        assert plan.generations * plan.population >= 384
 
 
 def test_a_slower_model_gets_a_shorter_plan() -> None:
-    plans = [make_plan(measured(step), 1800, 2) for step in (1e-3, 5e-2, 1e-1)]
+    plans = [make_plan(work(step), 1800) for step in (1e-3, 5e-2, 1e-1)]
     longest = [plan.longest for plan in plans]
     assert longest == sorted(longest, reverse=True)
     assert longest[0] > longest[-1]
-    assert make_plan(measured(5e-2), 1800, 8).longest >= plans[1].longest
+    assert make_plan(work(5e-2, 8), 1800).longest >= plans[1].longest
 
 
 def test_too_little_time_says_how_much_is_needed() -> None:
     with pytest.raises(UserError, match=r"--minutes is 1; this task needs at least (\d+)") as refused:
-        make_plan(measured(0.1), 60, 2)
+        make_plan(work(0.1), 60)
     needed = int(str(refused.value).split("at least ")[1].split(":")[0])
-    assert make_plan(measured(0.1), 60 * needed, 2).longest == 20
+    assert make_plan(work(0.1), 60 * needed).longest == 20
 
 
 def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     torch = pytest.importorskip("torch")
-    monkeypatch.setattr(specialize, "_GENERATIONS", (2, 2))
+    monkeypatch.setattr(specialize, "_CANDIDATES", 8)
+    monkeypatch.setattr(specialize, "_MOST_GENERATIONS", 2)
     monkeypatch.setattr(specialize, "_SEEDS", (2,))
     monkeypatch.setattr(specialize, "_LONGEST", (20,))
     monkeypatch.setattr(specialize, "_POPULATIONS", (4,))
@@ -56,14 +56,17 @@ def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     said = capsys.readouterr().out
     assert "6 layers with 63 parameters that train" in said
     assert "plan: 2 generations of 4 candidates over 10 to 20 steps" in said
-    assert "meta-loss of universal by the factor of its steps" in said
+    assert "meta-loss by the factor of all steps" in said
+    assert said.count("by the factor of output_") == 2  # kernel, bias
     assert "worth it" in said
     results = json.loads((out / "evaluation" / "results.json").read_text())
     assert {r["optimizer"].partition("/")[0] for r in results["records"]} == {"l3rs", "adamw", "sgdm"}
     assert results["config"]["task"]["noise"] == 0.2
     assert (out / "evaluation" / "report.html").is_file()
-    spec = l3rs.restore(out / "optimizer")[1]
+    theta, spec, _ = l3rs.restore(out / "optimizer")
     assert spec.embedding == "table"
+    assert theta["embedding"].shape == (6, spec.embedding_dim + 1)
+    assert np.ptp(theta["embedding"][:, -1]) > 0.01  # its column was learned, or set by the search
     from tests.metatrain.torch_tasks import tiny
 
     optimizer = l3rs.torch.L3RS(tiny().model(0).named_parameters(), out / "optimizer")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import l3rs
-from metatrain.config import UserError, load_config
+from metatrain.config import OptimizerConfig, UserError, load_config
 from metatrain.inner.rollout import inner_steps, learned
 from metatrain.outer.loop import run
 from metatrain.outer.setup import Setup
@@ -67,16 +67,19 @@ def test_generation_0_is_the_checkpoint(general: str, embedding: str | None) -> 
 def test_generation_0_is_the_checkpoint_in_pytorch(general: str) -> None:
     pytest.importorskip("torch")
     from metatrain.inner.network import task_layers
-    from metatrain.inner.torch_rollout import learned_torch, torch_rollout
+    from metatrain.inner.torch_rollout import LearnedTorch, torch_rollout
+    from tasks.torch_training import Training
     from tests.metatrain.torch_tasks import tiny
 
     task = tiny()
     base, spec, _ = l3rs.restore(general)
     own = dataclasses.replace(spec, embedding="table", layers=task_layers(task))
-    theta = start_theta(general, own, task)
+    theta = start_theta(OptimizerConfig(start=general), own, task)
     assert theta["embedding"].shape == (6, 3)
     scores = [
-        torch_rollout(task, learned_torch(form), ())(values, {}, _SAMPLE, 15, ("test",), [0, 1, 15])["test"].loss
+        torch_rollout(Training(task), LearnedTorch(form), ())(values, {}, _SAMPLE, 15, ("test",), [0, 1, 15])[
+            "test"
+        ].loss
         for form, values in ((spec, base), (own, theta))
     ]
     np.testing.assert_array_equal(*scores)

@@ -22,13 +22,13 @@ from metatrain.inner.network import task_layers  # noqa: E402
 from metatrain.inner.population import LocalEvaluator  # noqa: E402
 from metatrain.inner.processes import ProcessEvaluator  # noqa: E402
 from metatrain.inner.rollout import fused_rollout, learned  # noqa: E402
-from metatrain.inner.torch_rollout import learned_torch, torch_rollout, torch_steps  # noqa: E402
+from metatrain.inner.torch_rollout import LearnedTorch, torch_rollout, torch_steps  # noqa: E402
 from metatrain.outer.loop import resume, run  # noqa: E402
 from metatrain.outer.setup import Setup  # noqa: E402
 from metatrain.waiting import Wait  # noqa: E402
 from tasks import TaskSample, make_task  # noqa: E402
 from tasks.torch import TorchTask  # noqa: E402
-from tasks.torch_training import step_seed  # noqa: E402
+from tasks.torch_training import Training, step_seed  # noqa: E402
 from tests.metatrain.common import REGRESSION, assert_same_theta, metrics, small_config  # noqa: E402
 from tests.metatrain.test_trainer import stopped_at  # noqa: E402
 from tests.metatrain.torch_tasks import TINY, tiny  # noqa: E402
@@ -97,7 +97,7 @@ def test_the_same_meta_loss_as_jax() -> None:
     rollout = jax.jit(fused_rollout(own, learned(spec), splits))
     expected = rollout(theta, own.data, _SAMPLE, np.int32(30))
     start = rollout(theta, own.data, _SAMPLE, np.int32(0))["outer_valid"].loss
-    found = torch_rollout(other, learned_torch(spec), splits)(theta, {}, _SAMPLE, 30)
+    found = torch_rollout(Training(other), LearnedTorch(spec), splits)(theta, {}, _SAMPLE, 30)
     for split in splits:
         assert float(found[split].loss) == pytest.approx(float(expected[split].loss), abs=1e-4)
         assert float(found[split].accuracy) == pytest.approx(float(expected[split].accuracy), abs=1e-6)
@@ -107,12 +107,12 @@ def test_the_same_meta_loss_as_jax() -> None:
 def test_points_along_a_run() -> None:
     setup = Setup.build(torch_config())
     theta = setup.strategy.mean(setup.fresh().strategy)
-    rollout = torch_rollout(setup.tasks[0], learned_torch(setup.spec), ())
+    rollout = torch_rollout(Training(setup.tasks[0]), LearnedTorch(setup.spec), ())
     scores = rollout(theta, {}, _SAMPLE, 6, ("test",), [0, 2, 6, 6])["test"]
     assert scores.loss.shape == scores.accuracy.shape == (4,)
     assert scores.loss[2] == scores.loss[3] == rollout(theta, {}, _SAMPLE, 6, ("test",))["test"].loss
     assert len(set(scores.loss.tolist())) == 3
-    steps = list(torch_steps(setup.tasks[0], learned_torch(setup.spec), theta, _SAMPLE, 6))
+    steps = list(torch_steps(setup.tasks[0], LearnedTorch(setup.spec), theta, _SAMPLE, 6))
     assert len(steps) == 6
 
 
@@ -142,7 +142,7 @@ def test_processes_give_the_bits_of_one_and_survive_a_kill_and_a_stop(monkeypatc
     try:
         np.testing.assert_array_equal(processes.evaluate(state, setup.generation(0)), expected[0])
         np.testing.assert_array_equal(processes.evaluate(state, setup.generation(1)), expected[1])
-        victim = next(iter(processes._workers.values())).process
+        victim = next(iter(processes._processes._workers.values())).process
         os.kill(victim.pid, signal.SIGKILL)
         victim.join()
         np.testing.assert_array_equal(processes.evaluate(state, setup.generation(2)), expected[2])
@@ -150,7 +150,7 @@ def test_processes_give_the_bits_of_one_and_survive_a_kill_and_a_stop(monkeypatc
         assert "exit code -9" in news[0]
         monkeypatch.setattr("metatrain.inner.processes._HANG_SECONDS", 4.0)
         monkeypatch.setattr(Wait, "is_notice_due", lambda wait, now: wait.seconds(now) > 1)
-        victim = next(worker.process for worker in processes._workers.values() if worker.started)
+        victim = next(worker.process for worker in processes._processes._workers.values() if worker.started)
         os.kill(victim.pid, signal.SIGSTOP)
         np.testing.assert_array_equal(processes.evaluate(state, setup.generation(3)), expected[3])
         assert any(f"process {victim.pid} " in line and "replaced after 4 s" in line for line in news)

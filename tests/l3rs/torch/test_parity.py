@@ -81,7 +81,10 @@ def assert_parity(
             ("adam", "first_moment", "sgd", "weight_decay"),
             {"form": 2, "step": "initial", "step_scale": 0.02},
         ),
-        (("momentum", "lion", "rmsprop"), {"form": 2, "step": "relative", "step_scale": 0.02, "adaptation": 0.01}),
+        (
+            ("momentum", "lion", "rmsprop"),
+            {"form": 2, "step": "relative", "step_scale": 0.02, "adaptation": 0.01, "layer_gain": 4.0},
+        ),
     ],
     ids=["adam sgd", "relative", "all", "eps_root", "form 2", "form 2, relative"],
 )
