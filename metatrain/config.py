@@ -158,7 +158,8 @@ class ExecutionConfig(Section):
     Attributes:
       backend: this process, or workers of Ray.
       address: of Ray, host:port or auto; null starts Ray on this machine.
-      workers: Ray actors; auto fills the cluster as it grows. Locally, processes of the plan torch; auto: cores.
+      workers: Ray actors; auto fills the cluster as it grows. Locally, processes of the plan torch; auto: cores,
+        or one process where PyTorch computes on an accelerator.
       resources_per_worker: Ray's names: CPU, GPU (whole ones or a part of one), TPU, or a custom resource.
       autoscaling: wait for a node that can hold a worker instead of refusing the run when there is none.
       wait_minutes: how long to wait without any worker of the cluster before the run stops, saved.

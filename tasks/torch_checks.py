@@ -12,6 +12,7 @@ from torch import Tensor
 from tasks.base import TaskError
 from tasks.torch import TorchTask, default_loss, describe_batch
 from tasks.torch_training import Training, deterministic
+from tasks.user_code import first_line
 
 _BATCHES = 4  # L3RS skips a step whose loss is NaN, so that a run would not stop
 
@@ -69,7 +70,7 @@ def _loss(training: Training, task: TorchTask, step: int) -> Tensor:
     except Exception as error:
         if shown:
             hint = _output_hint(outputs) or _input_hint(task, shown)
-            error.args = (f"{_first_line(error)}{hint}; a batch is {shown}",)
+            error.args = (f"{first_line(error)}{hint}; a batch is {shown}",)
         raise
     finally:
         hook.remove()
@@ -96,7 +97,3 @@ def _input_hint(task: TorchTask, batch: str) -> str:
     if task.loss is not default_loss or not batch.startswith("a mapping"):
         return ""
     return "; without loss=… the model takes the entries of a batch as keyword arguments"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

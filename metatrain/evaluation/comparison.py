@@ -84,6 +84,8 @@ def evaluate(
     kinds = {setting: is_torch_task(name) for setting, (name, _) in forms.items()}
     all_rivals = {torch: _rivals(how, torch) for torch in sorted(set(kinds.values()))}
     notes = list(dict.fromkeys(note for _, found in all_rivals.values() for note in found))
+    all_rivals, left_out = _in_common(all_rivals)
+    notes += left_out
     ours, info = restore_optimizer(optimizer, how.make_guard())
     if ours is None and not any(rivals for rivals, _ in all_rivals.values()):
         raise UserError(f"there is nothing to compare: no optimizer and no baseline{''.join(f'; {n}' for n in notes)}")
@@ -134,6 +136,19 @@ def _rivals(how: EvaluationConfig, torch: bool) -> tuple[dict[str, Baseline | In
     from metatrain.evaluation.torch_baselines import ALL_TORCH, find_torch_baseline
 
     return chosen_baselines(how.baselines, how.schedules, find_torch_baseline, ALL_TORCH)
+
+
+_AllRivals = dict[bool, tuple[dict[str, Baseline | Interleaved], list[str]]]
+
+
+def _in_common(rivals: _AllRivals) -> tuple[_AllRivals, list[str]]:
+    """The baselines that all kinds of tasks have, JAX's and PyTorch's, and a note about the others."""
+    names = [list(found) for found, _ in rivals.values()]
+    common = [name for name in names[0] if all(name in each for each in names)]
+    if not (others := sorted({name for each in names for name in each} - set(common))):
+        return rivals, []
+    note = f"left out, because tasks of JAX and of PyTorch do not both have them: {', '.join(others)}"
+    return {kind: ({name: found[name] for name in common}, own) for kind, (found, own) in rivals.items()}, [note]
 
 
 def _options(section: EvaluationConfig, options: Mapping[str, Any]) -> EvaluationConfig:

@@ -8,15 +8,20 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import pydantic
 
+from l3rs.baselines.iomt import Stage
+from l3rs.baselines.mada import DOMAIN
 from l3rs.io.files import write_atomically
 from metatrain.evaluation.results_file import read_results
 
 L3RS = "l3rs"
 NO_OPTIMIZER = "-"  # in place of a checkpoint: compare the baselines only
+
+_STAGE = pydantic.TypeAdapter(Stage)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +66,13 @@ class Curve:
     loss: list[float | None]
     accuracy: list[float | None]
 
+    def __post_init__(self) -> None:
+        _check_lengths("a curve", len(self.steps), self.loss, self.accuracy)
+
 
 @dataclasses.dataclass(frozen=True)
 class DecisionPath:
-    """The decisions of L3RS at every step of one run: mixing weights μ and step sizes λ."""
+    """The decisions of L3RS at every step of one run: mixing weights μ and step sizes λ. T ≥ 1 steps, L ≥ 1 layers."""
 
     setting: str
     horizon: int
@@ -74,6 +82,13 @@ class DecisionPath:
     mix: list[list[list[float]]]  # [T][L][P]
     step_rms: list[list[float]]  # [T][L]: λ / √n, the root mean square of a layer's update
 
+    def __post_init__(self) -> None:
+        _check_lengths("a path", len(self.layers), self.shapes, *self.mix, *self.step_rms)
+        _check_lengths("a path", len(self.directions), *(weights for layers in self.mix for weights in layers))
+        _check_lengths("a path", len(self.mix), self.step_rms)
+        if not (self.mix and self.layers and self.directions) or any(n < 0 for shape in self.shapes for n in shape):
+            raise ValueError("a path has no steps, no layers or no directions, or a negative size")
+
 
 @dataclasses.dataclass(frozen=True)
 class CoefficientPath:
@@ -82,7 +97,12 @@ class CoefficientPath:
     setting: str
     optimizer: str
     steps: list[int]  # [K]
-    values: dict[str, list[float]]  # {coefficient: [K]}
+    values: dict[str, list[float]]  # {coefficient: [K]}, K ≥ 1
+
+    def __post_init__(self) -> None:
+        _check_lengths("coefficients", len(self.steps), *self.values.values())
+        if not self.steps or not set(self.values) <= set(DOMAIN):
+            raise ValueError(f"coefficients have no steps, or other names than {', '.join(DOMAIN)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +114,12 @@ class SwitchHistory:
     stages: list[dict[str, Any]]  # the fields of `l3rs.baselines.iomt.Stage`
     losses: list[float | None]  # [steps + 1]: before the first step, and after each
 
+    def __post_init__(self) -> None:
+        stages = [_validate(_STAGE, stage, "stages") for stage in self.stages]
+        if not stages or any(stage.step < 0 or stage.steps < 1 for stage in stages):
+            raise ValueError("a history has no stages, or one without steps")
+        _check_lengths("a history", max(stage.step + stage.steps for stage in stages) + 1, self.losses)
+
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
@@ -103,6 +129,10 @@ class Cost:
     optimizer: str
     seconds_a_step: float  # of a whole training step: the gradient and the update
     state_floats_a_parameter: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.seconds_a_step < math.inf:
+            raise ValueError(f"a cost has {self.seconds_a_step} seconds a step")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +146,23 @@ class MultiplierGrid:
     best: float  # the multiplier with the lowest inner_valid loss
     loss: float  # mean over seeds, on test, with the best multiplier
     accuracy: float
+
+    def __post_init__(self) -> None:
+        _check_lengths("a grid of multipliers", len(self.multipliers), self.inner_valid_loss)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """How a learning rate was tuned; see `tuning.search`."""
+
+    learning_rate: list[float]
+    inner_valid_loss: list[float | None]
+    seeds: int
+    chosen: float
+    at_edge: bool
+
+    def __post_init__(self) -> None:
+        _check_lengths("a grid", len(self.learning_rate), self.inner_valid_loss)
 
 
 class RecordTable:
@@ -167,6 +214,10 @@ class RecordTable:
         return {field: list(dict.fromkeys(getattr(r, field) for r in self.records)) for field in fields}
 
 
+_Horizon = Annotated[str, pydantic.Field(pattern=r"^[1-9][0-9]{0,14}$")]
+_TUNING = pydantic.TypeAdapter(dict[str, dict[str, dict[_Horizon, Grid]]])
+
+
 @dataclasses.dataclass(frozen=True)
 class Results(RecordTable):
     """The result of `evaluate`; `results.json` holds its fields.
@@ -175,7 +226,7 @@ class Results(RecordTable):
       optimizer: the checkpoint, or "-" for baselines only.
       records: every training run that was judged on test.
       speedup: of L3RS over each baseline.
-      tuning: {setting: {baseline: {horizon: {learning_rate, inner_valid_loss, seeds, chosen, at_edge}}}}.
+      tuning: {setting: {baseline: {horizon: fields of `Grid`}}}.
       curves, paths, coefficients, switches, costs, multipliers: see their classes.
       notes: sentences that a reader should know: what was left out, diverged, or has its best value at the edge of
         the grid.
@@ -198,6 +249,9 @@ class Results(RecordTable):
     meta_training: dict[str, Any] = dataclasses.field(default_factory=dict)
     environment: dict[str, Any] = dataclasses.field(default_factory=dict)
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _validate(_TUNING, self.tuning, "tuning")
 
     def summary(self) -> dict[str, Any]:
         """{setting: {optimizer: {horizon: [mean test loss, mean test accuracy, seeds]}}}."""
@@ -233,6 +287,25 @@ class Results(RecordTable):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "results.json", text)
         return folder / "results.json"
+
+
+def _validate(adapter: pydantic.TypeAdapter[Any], value: Any, what: str) -> Any:
+    """The value as the adapter's type.
+
+    Raises:
+      ValueError: it is not of that type.
+    """
+    try:
+        return adapter.validate_python(value)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join([what, *map(str, first['loc'])])}: {first['msg']}") from None
+
+
+def _check_lengths(what: str, length: int, *parts: Sequence[Any]) -> None:
+    """Raise ValueError unless all parts are as long."""
+    if wrong := [len(part) for part in parts if len(part) != length]:
+        raise ValueError(f"{what} has lists of {length} and of {wrong[0]} values, which belong together")
 
 
 # Fields that are lists of objects; older files lack some of them.

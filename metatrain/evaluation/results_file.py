@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,6 +117,10 @@ def _check_names(results: Any) -> None:
             raise ValueError(f"its records have {n_different} values of {field}; at most {_MAX_NAMES} are allowed")
     if not results.records:
         raise ValueError("it has no records")
+    runs = Counter((record.setting, record.optimizer, record.horizon) for record in results.records)
+    every = itertools.product(results.settings(), results.optimizers(), results.horizons())
+    if odd := next((run for run in every if runs[run] != results.seeds()), None):
+        raise ValueError(f"it has {runs[odd]} records of {' | '.join(map(str, odd))}, but {results.seeds()} seeds")
     for record in results.records:
         if record.horizon < 1 or len(record.setting) > 300 or len(record.optimizer) > 300:
             raise ValueError("a record has a horizon below 1 or a name of more than 300 characters")

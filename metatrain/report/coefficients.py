@@ -28,7 +28,11 @@ def plate(paths: Sequence[CoefficientPath], name: str) -> Plate:
     """
     looks = [Look(SERIES[1 + i % 5], "", 1.6, _DASHES[i % len(_DASHES)]) for i in range(len(paths))]
     where = formatting.short(paths[0].setting)
-    panels = [_panel(coefficient, paths, looks, where) for coefficient in paths[0].values]
+    names = dict.fromkeys(name for path in paths for name in path.values)
+    panels = [
+        _panel(name, [each for each in zip(paths, looks, strict=True) if name in each[0].values], where)
+        for name in names
+    ]
     return Plate(
         name, panels, [(formatting.optimizer(p.optimizer), look) for p, look in zip(paths, looks, strict=True)]
     )
@@ -61,14 +65,14 @@ def plot_coefficients(history: Mapping[str, npt.ArrayLike], folder: str | Path, 
     return plate([CoefficientPath(title, "mada", steps, values)], "coefficients").save(Path(folder))
 
 
-def _panel(coefficient: str, paths: Sequence[CoefficientPath], looks: Sequence[Look], where: str) -> Panel:
+def _panel(coefficient: str, paths: Sequence[tuple[CoefficientPath, Look]], where: str) -> Panel:
     def draw(ax: Axes) -> None:
         for edge in DOMAIN[coefficient]:
             ax.axhline(edge, color=MUTED, ls=":", lw=0.8)
-        for path, look in zip(paths, looks, strict=True):
+        for path, look in paths:
             ax.plot(path.steps, path.values[coefficient], color=look.colour, lw=look.width, ls=look.dash)
         ax.set_ylim(-0.05, 1.05)
         name_axis(ax, x="step", y="")
 
-    ends = ", ".join(f"{formatting.optimizer(p.optimizer)} ends at {p.values[coefficient][-1]:.2f}" for p in paths)
+    ends = ", ".join(f"{formatting.optimizer(p.optimizer)} ends at {p.values[coefficient][-1]:.2f}" for p, _ in paths)
     return Panel(f"{where}: {SYMBOLS[coefficient]}", f"{SYMBOLS[coefficient]} over the steps in {where}: {ends}.", draw)

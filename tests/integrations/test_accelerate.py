@@ -12,6 +12,14 @@ from l3rs.torch import L3RS  # noqa: E402
 from tests.integrations.common import untrained  # noqa: E402
 
 
+@pytest.fixture(autouse=True)
+def own_state():
+    """Accelerate keeps its state in the process: a Trainer of an earlier test that ended an epoch would end every
+    accumulation here."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
+
+
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_prepared_optimizer(micro_batches):
     torch.manual_seed(0)
