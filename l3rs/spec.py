@@ -239,3 +239,5 @@ def _check_form(spec: Spec) -> None:
         raise L3RSError(f"spec.adaptation is {spec.adaptation}; it must lie in [0, 1]")
     if not 0 <= spec.layer_gain <= _LAYER_GAIN_LIMIT:
         raise L3RSError(f"spec.layer_gain is {spec.layer_gain}; it must lie in [0, {_LAYER_GAIN_LIMIT:g}]")
+    if spec.form == 1 and spec.layer_gain:
+        raise L3RSError(f"spec.layer_gain is {spec.layer_gain}; it is of form 2, and form 1 has none")

@@ -84,7 +84,7 @@ def evaluate(
     kinds = {setting: is_torch_task(name) for setting, (name, _) in forms.items()}
     all_rivals = {torch: _rivals(how, torch) for torch in sorted(set(kinds.values()))}
     notes = list(dict.fromkeys(note for _, found in all_rivals.values() for note in found))
-    all_rivals, left_out = _in_common(all_rivals)
+    all_rivals, left_out = in_common(all_rivals)
     notes += left_out
     ours, info = restore_optimizer(optimizer, how.make_guard())
     if ours is None and not any(rivals for rivals, _ in all_rivals.values()):
@@ -138,10 +138,10 @@ def _rivals(how: EvaluationConfig, torch: bool) -> tuple[dict[str, Baseline | In
     return chosen_baselines(how.baselines, how.schedules, find_torch_baseline, ALL_TORCH)
 
 
-_AllRivals = dict[bool, tuple[dict[str, Baseline | Interleaved], list[str]]]
+AllRivals = dict[bool, tuple[dict[str, Baseline | Interleaved], list[str]]]
 
 
-def _in_common(rivals: _AllRivals) -> tuple[_AllRivals, list[str]]:
+def in_common(rivals: AllRivals) -> tuple[AllRivals, list[str]]:
     """The baselines that all kinds of tasks have, JAX's and PyTorch's, and a note about the others."""
     names = [list(found) for found, _ in rivals.values()]
     common = [name for name in names[0] if all(name in each for each in names)]

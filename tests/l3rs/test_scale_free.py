@@ -1,5 +1,7 @@
 """Form 2: no scale, no step without a signal, and the same steps however a network is passed."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -179,6 +181,21 @@ def test_adaptation_accumulates():
     for steps, expected in ((4, -4 * 0.5 * np.tanh(1.0)), (30, -5.0)):
         _, _, state = run(l3rs.learned_optimizer(theta, spec, 30), tree(1), [tree(2)] * steps, [1.0] * steps)
         np.testing.assert_allclose(np.asarray(state.layers.adaptation), expected, rtol=1e-5)
+
+
+def test_a_layers_own_factor_multiplies_its_steps():
+    """exp(layer_gain · c) times the step, with c of the layer's row; the other layers and the MLP see nothing of it."""
+    plain = l3rs.Spec.create(tree(0), DIRECTIONS, form=2, step="initial", embedding="table")
+    spec = dataclasses.replace(plain, layer_gain=5.0)
+    theta = l3rs.init_meta_params(jax.random.key(0), plain)
+    column = np.linspace(-0.3, 0.3, len(spec.layers), dtype=np.float32)
+    own = {**theta, "embedding": np.column_stack([theta["embedding"], column])}
+    before, after = (
+        norms(run(l3rs.learned_optimizer(values, form, 50), tree(1), [tree(2)], [1.0])[0][0])
+        for values, form in ((theta, plain), (own, spec))
+    )
+    np.testing.assert_allclose(after / before, np.exp(5.0 * column), rtol=1e-5)
+    assert np.ptp(after / before) > 4
 
 
 @pytest.mark.parametrize("limit", [0.5, 2.0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import types
 from pathlib import Path
@@ -18,7 +19,7 @@ from metatrain import report  # noqa: E402
 from metatrain.config import UserError  # noqa: E402
 from metatrain.evaluation.analysis import Analysis  # noqa: E402
 from metatrain.evaluation.baselines import SCHEDULES, MissingBaselineError, Tuned, make_baseline  # noqa: E402
-from metatrain.evaluation.comparison import evaluate  # noqa: E402
+from metatrain.evaluation.comparison import evaluate, in_common  # noqa: E402
 from metatrain.evaluation.records import Results  # noqa: E402
 from metatrain.evaluation.torch_baselines import (  # noqa: E402
     ALL_TORCH,
@@ -29,7 +30,9 @@ from metatrain.evaluation.torch_baselines import (  # noqa: E402
     schedule_factor,
 )
 from metatrain.inner.network import make_spec, task_layers  # noqa: E402
+from metatrain.inner.processes import local_processes  # noqa: E402
 from metatrain.inner.torch_rollout import torch_rollout  # noqa: E402
+from metatrain.system import usable_cpus  # noqa: E402
 from tasks import sample  # noqa: E402
 from tasks.torch_training import Training  # noqa: E402
 from tests.metatrain.common import small_config  # noqa: E402
@@ -39,10 +42,14 @@ _HOW = {"horizons": [3, 6], "seeds": 2, "curve_points": 2}
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = make_spec(task_layers(tiny()), {"hidden": (4,), "embedding_dim": 2})
     theta = l3rs.init_meta_params(jax.random.key(0), spec)
-    saved = l3rs.save(tmp_path_factory.mktemp("optimizer") / "own", theta, spec, {})
+    return Path(l3rs.save(tmp_path_factory.mktemp("optimizer") / "own", theta, spec, {}))
+
+
+@pytest.fixture(scope="module")
+def results(saved: Path) -> Results:
     how = {**_HOW, "baselines": ["adamw", {"name": "sgdm", "momentum": 0.8}], "multipliers": [0.3, 1.0]}
     return evaluate(saved, small_config(task={"name": TINY}, evaluation=how))
 
@@ -66,6 +73,36 @@ def test_results_and_page_are_those_of_other_tasks(results: Results, tmp_path: P
     again = Results.load(results.save(tmp_path))
     assert again.records == results.records
     assert report.write(Analysis(again), tmp_path).is_file()
+
+
+def test_processes_give_the_results_of_one(saved: Path, results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module's results are computed in processes; here in this one."""
+    started = []
+    monkeypatch.setattr("metatrain.evaluation.runner.Processes", lambda *arguments: started.append(arguments))
+    how = {**_HOW, "baselines": ["adamw", {"name": "sgdm", "momentum": 0.8}], "multipliers": [0.3, 1.0]}
+    config = small_config(task={"name": TINY}, evaluation=how, execution={"workers": 1})
+    alone = evaluate(saved, config)
+    assert not started
+    strip = dataclasses.replace
+    assert [strip(r, seconds=0.0) for r in alone.records] == [strip(r, seconds=0.0) for r in results.records]
+    assert (alone.curves, alone.tuning, alone.multipliers) == (results.curves, results.tuning, results.multipliers)
+
+
+def test_one_process_for_an_accelerator() -> None:
+    task = dataclasses.replace(tiny(), device="cuda")
+    assert local_processes([task], "auto", 8) == 1
+    assert local_processes([task], 3, 8) == 3
+    assert local_processes([tiny()], "auto", 8) == min(usable_cpus(), 8)
+
+
+def test_settings_of_both_frameworks_share_their_baselines() -> None:
+    """A table needs the same ones in every setting."""
+    jaxs, torchs = (dict.fromkeys(names, TORCH_BASELINES["adam"]) for names in (("adam", "mada"), ("soap", "adam")))
+    found, notes = in_common({False: (dict(jaxs), []), True: (dict(torchs), ["a note"])})
+    assert {kind: list(rivals) for kind, (rivals, _) in found.items()} == {False: ["adam"], True: ["adam"]}
+    assert len(notes) == 1
+    assert "mada, soap" in notes[0]
+    assert in_common({True: (dict(torchs), [])}) == ({True: (torchs, [])}, [])
 
 
 def test_multiplier_1_is_the_optimizer(results: Results) -> None:

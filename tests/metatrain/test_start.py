@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import l3rs
+from l3rs.descriptors import roles
 from metatrain.config import OptimizerConfig, UserError, load_config
 from metatrain.inner.rollout import inner_steps, learned
 from metatrain.outer.loop import run
@@ -43,17 +44,22 @@ def small_bare(**sections: Any) -> Any:
     return check_config(data)
 
 
+@pytest.mark.parametrize("layer_gain", [0.0, 7.0])
 @pytest.mark.parametrize("embedding", [None, "table"])
-def test_generation_0_is_the_checkpoint(general: str, embedding: str | None) -> None:
-    """Bit for bit on a fine-tuning run, with the checkpoint's descriptors and with a table."""
-    asked = {} if embedding is None else {"embedding": embedding}
+def test_generation_0_is_the_checkpoint(general: str, embedding: str | None, layer_gain: float) -> None:
+    """Bit for bit on a fine-tuning run, with the checkpoint's descriptors and with a table, and with a factor of each
+    layer that evolution may change."""
+    base, spec, _ = l3rs.restore(general)
+    if layer_gain and spec.form == 1:
+        pytest.skip("layer_gain is of form 2")
+    asked: dict[str, Any] = {} if embedding is None else {"embedding": embedding}
+    asked |= {"layer_gain": layer_gain} if layer_gain else {}
     setup = Setup.build(small_bare(optimizer={"start": general, **asked}))
     assert setup.spec.embedding == (embedding or "descriptor")
     theta = setup.strategy.mean(setup.fresh().strategy)
     task = make_task(REGRESSION)
     if embedding == "table":
-        assert theta["embedding"].shape == (2, 3)  # a row for each layer
-    base, spec, _ = l3rs.restore(general)
+        assert theta["embedding"].shape == (2, 4 if layer_gain else 3)  # a row for each layer
 
     def params(spec: l3rs.Spec, values: Any) -> list[np.ndarray]:
         carries = inner_steps(task, learned(spec), values, task.data, _SAMPLE, 20)
@@ -103,9 +109,36 @@ def test_a_multiplier_of_the_start_multiplies_its_steps(general: str) -> None:
         np.testing.assert_allclose(quarter, whole / 4, rtol=2e-6)
 
 
-def test_a_multiplier_without_a_start_is_refused() -> None:
-    with pytest.raises(UserError, match=r"optimizer: start_multiplier is 0.5, but there is no start"):
-        small_bare(optimizer={"start_multiplier": 0.5})
+def test_factors_by_role_multiply_the_steps_of_those_layers(tmp_path: Path) -> None:
+    spec = l3rs.Spec.create({"w": np.ones((3, 2))}, embedding="descriptor", hidden=(4,), form=2, step="initial")
+    start = str(l3rs.save(tmp_path / "start", l3rs.init_meta_params(jax.random.key(1), spec), spec, {}))
+    optimizer = {"start": start, "embedding": "table", "layer_gain": 4.0, "start_multiplier": 0.5}
+    plain = Setup.build(small_bare(optimizer=optimizer)).start
+    setup = Setup.build(small_bare(optimizer={**optimizer, "start_by_role": {"norm_scale": 3.0, "output_kernel": 9.0}}))
+    assert plain is not None
+    assert setup.start is not None
+    roles_of = [role.name for role in roles(setup.spec.layers)]
+    factors = np.exp(4.0 * (setup.start["embedding"] - plain["embedding"])[:, -1])
+    np.testing.assert_allclose(factors, [{"norm_scale": 3.0}.get(role, 1.0) for role in roles_of], rtol=1e-5)
+    assert set(roles_of) > {"norm_scale"}
+    np.testing.assert_array_equal(setup.start["embedding"][:, :-1], plain["embedding"][:, :-1])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "sentence"),
+    [
+        ({"start_multiplier": 0.5}, "start_multiplier is 0.5, but there is no start"),
+        ({"start_by_role": {"output_kernel": 2.0}}, "start_by_role is .*, but there is no start"),
+        ({"start": "universal", "start_by_role": {"head": 2.0}}, "start_by_role has 'head'; allowed are input_kernel"),
+        ({"start": "universal", "start_by_role": {"output_bias": 2.0}}, "start_by_role needs embedding: table and a"),
+        ({"layer_gain": 5.0}, "layer_gain"),
+        ({"form": 2, "step": "initial", "layer_gain": 500.0}, "layer_gain is 500.0; it must lie in"),
+    ],
+    ids=str,
+)
+def test_factors_that_are_refused(optimizer: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        small_bare(optimizer=optimizer)
 
 
 def test_the_form_and_smaller_defaults_are_written_out(general: str, tmp_path: Path) -> None:
