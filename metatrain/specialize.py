@@ -8,26 +8,26 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-import l3rs
-from l3rs.descriptors import roles
+from l3rs.io.checkpoint import read_spec
 from metatrain import report
 from metatrain.config import Config, UserError, check_config
 from metatrain.evaluation.analysis import Analysis
 from metatrain.evaluation.comparison import evaluate
 from metatrain.evaluation.payback import paybacks
 from metatrain.evaluation.records import L3RS
-from metatrain.inner.network import is_torch, task_layers
+from metatrain.inner.network import is_torch, make_spec, task_layers
 from metatrain.inner.processes import local_processes
 from metatrain.outer.estimate import Estimate, estimate
 from metatrain.outer.loop import refuse_existing, run
 from metatrain.outer.setup import Setup
-from metatrain.start_search import MULTIPLIERS, ROLE_FACTORS, SAMPLES, StartFactors, find_factors
+from metatrain.outer.start import resolve_start
+from metatrain.start_search import MULTIPLIERS, ROLE_FACTORS, SAMPLES, StartFactors, find_factors, searched_roles
 from metatrain.system import check_destination, usable_cpus
 from tasks import make_task
 from tasks.base import AnyTask
@@ -114,12 +114,14 @@ def specialize(
     built = make_task(task, options)
     layers = task_layers(built)
     log(f"{built.name}: {len(layers)} layers with {sum(layer.size for layer in layers):,} parameters that train")
-    measured = estimate(_config(task, options, start, _TRIAL))
+    trial = _config(task, options, start, _TRIAL)
+    measured = estimate(trial)
     log(
         f"measured: {1e3 * measured.seconds_per_step:,.3g} ms a step, and {measured.seconds_per_call:,.3g} s for the "
         "meta-loss of a candidate"
     )
-    plan = make_plan(Work.of(measured, built, layers), 60 * minutes)
+    spec = make_spec(layers, resolve_start(trial).optimizer.spec_fields())
+    plan = make_plan(Work.of(measured, built, len(searched_roles(spec))), 60 * minutes)
     log(
         f"plan: {plan.generations} generations of {plan.population} candidates over {_SHORTEST} to {plan.longest} "
         f"steps, {plan.training_seconds / 60:,.1f} min; evaluation with {plan.seeds} seeds, "
@@ -154,7 +156,7 @@ def _config(
                 "start_multiplier": factors.multiplier,
                 "start_by_role": dict(factors.by_role),
                 "embedding": "table",
-                "layer_gain": _LAYER_GAIN,
+                **_layer_gain(start),
             },
             "outer": {
                 "steps": plan.generations,
@@ -171,6 +173,12 @@ def _config(
         },
         "specialize",
     )
+
+
+def _layer_gain(start: str) -> dict[str, float]:
+    """A factor of each layer's steps, for a checkpoint of a form that may have one."""
+    spec = read_spec(start)
+    return {"layer_gain": spec.layer_gain or _LAYER_GAIN} if spec.form == 2 else {}
 
 
 def make_plan(work: Work, seconds: float) -> Plan:
@@ -215,17 +223,17 @@ class Work:
       step, call: of a candidate's step, and of its meta-loss.
       candidates: how many train side by side in a generation.
       runs: how many train side by side in the search and in the evaluation.
-      roles: how many roles the network's layers have.
+      roles: how many have a factor that is searched.
     """
 
     step: float
     call: float
     candidates: int = 1
     runs: int = 1
-    roles: int = 1
+    roles: int = 0
 
     @classmethod
-    def of(cls, measured: Estimate, task: AnyTask, layers: Sequence[l3rs.Layer]) -> Work:
+    def of(cls, measured: Estimate, task: AnyTask, n_roles: int) -> Work:
         """What was measured of a task, on the cores of this machine."""
         processes = local_processes([task], "auto", usable_cpus()) if is_torch(task) else len(jax.local_devices())
         return cls(
@@ -233,7 +241,7 @@ class Work:
             call=measured.seconds_per_call / measured.members_per_call,
             candidates=processes,
             runs=processes if is_torch(task) else 1,
-            roles=len({role.name for role in roles(layers)}),
+            roles=n_roles,
         )
 
     def generation(self, longest: int, population: int) -> float:
@@ -242,7 +250,7 @@ class Work:
 
     def search(self, longest: int) -> float:
         """For the factors of the start's steps."""
-        choices = len(MULTIPLIERS) + (len(ROLE_FACTORS) * self.roles if self.roles > 1 else 0)
+        choices = len(MULTIPLIERS) + len(ROLE_FACTORS) * self.roles
         return choices * SAMPLES * self._run(longest, 1) / self.runs
 
     def evaluation(self, longest: int, seeds: int) -> float:

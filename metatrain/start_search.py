@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import l3rs
 from l3rs.descriptors import roles
 from l3rs.theta import multiply_steps
 from metatrain.evaluation.learned import LearnedOptimizer
@@ -39,7 +40,7 @@ def find_factors(setup: Setup, horizons: Sequence[int], log: Callable[[str], Non
     """The factors with the lowest mean meta-loss over the horizons: of all steps, then of one role after another.
 
     Args:
-      setup: of a run that begins with a checkpoint, with a table and a `layer_gain`.
+      setup: of a run that begins with a checkpoint, with a table; without a `layer_gain` no role has a factor.
       horizons: steps of the training runs.
       log: called with a line about each search.
     """
@@ -72,15 +73,21 @@ def find_factors(setup: Setup, horizons: Sequence[int], log: Callable[[str], Non
             ]
             return [mean_or_inf(loss) for loss in np.concatenate(found, axis=1)]
 
-        return _search(losses, [role.name for role in roles(setup.spec.layers)], log)
+        return search(losses, searched_roles(setup.spec), log)
+
+
+def searched_roles(spec: l3rs.Spec) -> list[str]:
+    """The roles whose factors are searched: those of the layers, if there are several and the form has such factors."""
+    names = list(dict.fromkeys(role.name for role in roles(spec.layers)))
+    return names if spec.layer_gain and len(names) > 1 else []
 
 
 def _parts(thetas: Sequence[Any]) -> list[Sequence[Any]]:
     return [thetas[first : first + PER_CALL] for first in range(0, len(thetas), PER_CALL)]
 
 
-def _search(
-    losses: Callable[[Sequence[StartFactors]], list[float]], roles_of_layers: Sequence[str], log: Callable[[str], None]
+def search(
+    losses: Callable[[Sequence[StartFactors]], list[float]], role_names: Sequence[str], log: Callable[[str], None]
 ) -> StartFactors:
     """Coordinate by coordinate: each keeps the factor with the lowest loss."""
     choices = [StartFactors(multiplier) for multiplier in MULTIPLIERS]
@@ -90,15 +97,18 @@ def _search(
         ((loss, abs(np.log(each.multiplier)), each) for loss, each in zip(found, choices, strict=True)),
         key=lambda one: one[:2],
     )
-    rows = ", ".join(f"{loss:.4g} at {each.multiplier:g}" for loss, each in zip(found, choices, strict=True))
-    log(f"meta-loss by the factor of all steps: {rows}")
-    each_role = list(dict.fromkeys(roles_of_layers))
-    for role in each_role if len(each_role) > 1 else ():
+    log(f"meta-loss with all steps {_listed(MULTIPLIERS, found)}")
+    for role in role_names:
         choices = [dataclasses.replace(best, by_role={**best.by_role, role: factor}) for factor in ROLE_FACTORS]
         found = losses(choices)
-        rows = ", ".join(f"{loss:.4g} at {factor:g}" for loss, factor in zip(found, ROLE_FACTORS, strict=True))
-        log(f"{lowest:.4g}; by the factor of {role}: {rows}")
+        log(f"meta-loss so far {lowest:.4g}; with those of {role} {_listed(ROLE_FACTORS, found)}")
         for loss, each in zip(found, choices, strict=True):
             if loss < lowest:
                 lowest, best = loss, each
+    kept = [f"{best.multiplier:g}", *(f"those of {role} × {factor:g}" for role, factor in best.by_role.items())]
+    log(f"meta-training begins with all steps × {', '.join(kept)}: meta-loss {lowest:.4g}")
     return best
+
+
+def _listed(factors: Sequence[float], losses: Sequence[float]) -> str:
+    return ", ".join(f"× {factor:g}: {loss:.4g}" for factor, loss in zip(factors, losses, strict=True))

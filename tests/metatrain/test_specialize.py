@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,8 +15,11 @@ import l3rs
 from metatrain import cli, specialize
 from metatrain.config import UserError
 from metatrain.inner.network import task_layers
+from metatrain.outer.setup import Setup
 from metatrain.specialize import Work, make_plan
+from metatrain.start_search import MULTIPLIERS, StartFactors, find_factors, search, searched_roles
 from tasks import TaskError, make_task
+from tests.metatrain.common import REGRESSION
 
 
 def work(step: float, processes: int = 2) -> Work:
@@ -56,8 +62,9 @@ def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     said = capsys.readouterr().out
     assert "6 layers with 63 parameters that train" in said
     assert "plan: 2 generations of 4 candidates over 10 to 20 steps" in said
-    assert "meta-loss by the factor of all steps" in said
-    assert said.count("by the factor of output_") == 2  # kernel, bias
+    assert "meta-loss with all steps × 0.25: " in said
+    assert said.count("with those of output_") == 2  # kernel, bias
+    assert "meta-training begins with all steps × " in said
     assert "worth it" in said
     results = json.loads((out / "evaluation" / "results.json").read_text())
     assert {r["optimizer"].partition("/")[0] for r in results["records"]} == {"l3rs", "adamw", "sgdm"}
@@ -72,6 +79,37 @@ def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     optimizer = l3rs.torch.L3RS(tiny().model(0).named_parameters(), out / "optimizer")
     assert len(optimizer.param_groups[0]["layers"]) == 6
     assert isinstance(optimizer, torch.optim.Optimizer)
+
+
+def test_a_start_of_form_1_has_no_factors_by_role(tmp_path: Path) -> None:
+    spec = l3rs.Spec.create({"w": np.ones((3, 2))}, embedding="descriptor", hidden=(4,))
+    start = l3rs.save(tmp_path / "start", l3rs.init_meta_params(jax.random.key(0), spec), spec, {})
+    config = specialize._config(REGRESSION, {}, str(start), specialize._TRIAL)
+    setup = Setup.build(config)
+    assert (setup.spec.form, setup.spec.embedding, setup.spec.layer_gain) == (1, "table", 0)
+    said: list[str] = []
+    found = find_factors(setup, [2], said.append)
+    assert found.multiplier in MULTIPLIERS
+    assert found.by_role == {}
+    assert len(said) == 2
+
+
+def test_the_search_keeps_what_lowers_the_meta_loss() -> None:
+    """A loss that is lowest at known factors, and one that is infinite everywhere."""
+    spec = l3rs.Spec.create(
+        {"a": {"kernel": np.ones((2, 2)), "bias": np.ones(2)}}, form=2, step="initial", layer_gain=9.0
+    )
+    assert searched_roles(spec) == ["output_bias", "output_kernel"]
+
+    def losses(choices: Sequence[StartFactors]) -> list[float]:
+        return [
+            abs(math.log(each.multiplier / 0.5)) + abs(math.log(each.by_role.get("output_kernel", 1.0) / 4))
+            for each in choices
+        ]
+
+    found = search(losses, searched_roles(spec), print)
+    assert found == StartFactors(0.5, {"output_kernel": 4.0})
+    assert search(lambda choices: [math.inf] * len(choices), searched_roles(spec), print) == StartFactors()
 
 
 def test_refused(tmp_path: Path) -> None:
