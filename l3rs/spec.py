@@ -143,6 +143,8 @@ class Spec:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields["layers"] = [[layer.path, list(layer.shape)] for layer in self.layers]
         fields["directions"] = [d.to_json() for d in self.directions]
+        if not self.layer_gain:  # as it was written before there was one
+            del fields["layer_gain"]
         if self.form == 1:  # as it was written before there were others
             fields = {key: value for key, value in fields.items() if key not in _FORM_2}
             if self.embedding == "table":

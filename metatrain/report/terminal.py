@@ -19,8 +19,6 @@ def table(analysis: Analysis, setting: str) -> Table:
     seeds = formatting.counted(results.seeds(), "seed")
     view = Table(title=f"{setting or 'test'}: test loss (accuracy), mean of {seeds}")
     compared = L3RS in results.optimizers()
-    if compared:
-        view.caption = "≈ not distinguishable from L3RS: the paired 95 % interval of the difference contains zero"
     view.add_column("optimizer", no_wrap=True)
     for horizon in results.horizons():
         view.add_column(formatting.counted(horizon, "step"), justify="right", no_wrap=True)
@@ -31,6 +29,9 @@ def table(analysis: Analysis, setting: str) -> Table:
             cell = f"{formatting.number(loss)} ({formatting.percent(accuracy)})"
             if compared and optimizer != L3RS and analysis.outcome(setting, optimizer, horizon) == "undecided":
                 cell = f"≈ {cell}"
+                view.caption = (
+                    "≈ not distinguishable from L3RS: the paired 95 % interval of the difference contains zero"
+                )
             cells.append(Text(cell, "bold" if loss == analysis.lowest_loss(setting, horizon) else ""))
         view.add_row(formatting.optimizer(optimizer), *cells, style="cyan" if optimizer == L3RS else None)
     return view
