@@ -17,6 +17,7 @@ from torch import nn  # noqa: E402
 from torch.utils.data import TensorDataset  # noqa: E402
 
 import l3rs  # noqa: E402
+from l3rs.theta import multiply_steps  # noqa: E402
 from metatrain.config import Config, UserError  # noqa: E402
 from metatrain.inner.network import task_layers  # noqa: E402
 from metatrain.inner.population import LocalEvaluator  # noqa: E402
@@ -114,6 +115,26 @@ def test_points_along_a_run() -> None:
     assert len(set(scores.loss.tolist())) == 3
     steps = list(torch_steps(setup.tasks[0], LearnedTorch(setup.spec), theta, _SAMPLE, 6))
     assert len(steps) == 6
+
+
+def test_a_candidate_may_take_any_step(recwarn: pytest.WarningsRecorder) -> None:
+    setup = Setup.build(torch_config())
+    theta = multiply_steps(setup.strategy.mean(setup.fresh().strategy), setup.spec, 1e4)
+    with pytest.warns(UserWarning, match="a first step of L3RS"):
+        steps_alone(theta, setup.spec)
+    recwarn.clear()
+    torch_rollout(Training(setup.tasks[0]), LearnedTorch(setup.spec), ("test",))(theta, {}, _SAMPLE, 3)
+    assert not recwarn.list
+
+
+def steps_alone(theta: Any, spec: l3rs.Spec) -> None:
+    """Two steps as a user takes them."""
+    model = tiny().model(0)
+    optimizer = LearnedTorch(spec)(theta, list(model.named_parameters()), 3)
+    for _ in range(2):
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        optimizer.step(loss=torch.tensor(1.0))
 
 
 def test_layers_are_named_as_in_flax() -> None:
