@@ -111,7 +111,7 @@ def test_the_shipped_optimizer_takes_the_same_curve(weights):
     their names, which are Flax's in both."""
     expected, _ = in_flax(weights, lambda _: l3rs.restore("universal")[:2], lr=0.01)
     losses, _ = in_torch(weights, "universal", lr=0.01, renamed=True)
-    assert expected[-1] < 0.98 * expected[0]
+    assert expected[-1] < 0.99 * expected[0]
     np.testing.assert_allclose(losses, expected, rtol=1e-3)
 
 

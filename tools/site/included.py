@@ -12,6 +12,7 @@ INCLUDED = {
     "CONTRIBUTING.md": "contribute/index.md",
     "SECURITY.md": "operate/security.md",
     "checkpoints/digits-mlp/README.md": "cards/digits-mlp.md",
+    "checkpoints/resnet20-imagenet25/README.md": "cards/resnet20-imagenet25.md",
     "checkpoints/resnet8-imagenet25/README.md": "cards/resnet8-imagenet25.md",
     "checkpoints/universal/README.md": "cards/universal.md",
     "l3rs/baselines/README.md": "baselines.md",
