@@ -22,7 +22,7 @@ from l3rs.descriptors import (
     natural_rms,
     scale_free_descriptors,
 )
-from l3rs.spec import L3RSError, Layer, Spec, Theta
+from l3rs.spec import STEP_LOG_LIMIT, L3RSError, Layer, Spec, Theta
 
 MatchBy = Literal["auto", "path", "order"]
 OnUnknown = Literal["error", "mean", "descriptor"]
@@ -225,7 +225,8 @@ def network_facts(
     facts = NetworkFacts(rows, None, natural_rms(layers), n_matrices(layers))
     if not spec.layer_gain:
         return facts
-    return facts._replace(embedding=rows[:, :-1], log_factor=np.float32(spec.layer_gain) * rows[:, -1])
+    log_factor = (np.float32(spec.layer_gain) * rows[:, -1]).clip(-STEP_LOG_LIMIT, STEP_LOG_LIMIT)
+    return facts._replace(embedding=rows[:, :-1], log_factor=log_factor)
 
 
 def embedding_rows(

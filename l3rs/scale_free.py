@@ -7,7 +7,7 @@ Per layer l with n_l parameters, directions d_p, and outputs (μ, out, a) of the
     λ_l  = step_scale · √n_l · b_l · √(100 / (T M)) · exp(min(step_gain · out, step_limit) + A_l + C_l) · s_l
     s_l  = Σ_p μ_p s_p / Σ_p μ_p, without weight decay
     A_l  = the sum of adaptation · tanh(a) over all steps so far, in ±5
-    C_l  = layer_gain · c, with c learned for the layer's row of the embedding
+    C_l  = layer_gain · c, with c learned for the layer's row of the embedding, in ±10
     Δθ_l = -λ_l · unit( Σ_p μ_p unit(d_p) )
 
 with T the horizon and M the number of matrices that train. Multiplying a layer's parameters by c > 0 and its gradients

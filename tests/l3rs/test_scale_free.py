@@ -196,6 +196,9 @@ def test_a_layers_own_factor_multiplies_its_steps():
     )
     np.testing.assert_allclose(after / before, np.exp(5.0 * column), rtol=1e-5)
     assert np.ptp(after / before) > 4
+    own["embedding"] = np.column_stack([theta["embedding"], np.full(len(spec.layers), 1e9, np.float32)])
+    bounded = norms(run(l3rs.learned_optimizer(own, spec, 50), tree(1), [tree(2)], [1.0])[0][0])
+    np.testing.assert_allclose(bounded / before, np.exp(10.0), rtol=1e-4)
 
 
 @pytest.mark.parametrize("limit", [0.5, 2.0])
