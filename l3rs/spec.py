@@ -11,9 +11,8 @@ Theta = dict[str, Any]  # the meta-parameters: nested dicts of float32 arrays, s
 
 FEATURE_VERSION = 2  # a change of any feature's formula, in core.py, scale_free.py or descriptors.py, is a new version
 
-STEP_LOG_LIMIT = (
-    10.0  # λ stays within a factor e^±10 of its base, in form 2 at most e^step_limit; a layer's own factor in e^±10
-)
+# λ stays within a factor e^±10 of its base; in form 2 e^step_limit at most. A layer's own factor stays in e^±10.
+STEP_LOG_LIMIT = 10.0
 
 
 _LAYER_GAIN_LIMIT = 100.0
