@@ -69,4 +69,4 @@ bench: $(READY)
 	$(BIN)/python -m tests.benchmarks
 
 clean:
-	rm -rf runs/demo
+	rm -rf runs/demo .cache
