@@ -18,6 +18,7 @@ import l3rs
 from l3rs.descriptors import roles
 from l3rs.theta import multiply_steps
 from metatrain.evaluation.learned import LearnedOptimizer
+from metatrain.evaluation.multipliers import best_multiplier
 from metatrain.evaluation.runner import Conditions, Runner, learned_maker, torch_runs_of
 from metatrain.evaluation.tuning import PER_CALL, mean_or_inf
 from metatrain.outer.setup import Setup
@@ -90,13 +91,10 @@ def search(
     losses: Callable[[Sequence[StartFactors]], list[float]], role_names: Sequence[str], log: Callable[[str], None]
 ) -> StartFactors:
     """Coordinate by coordinate: each keeps the factor with the lowest loss."""
-    choices = [StartFactors(multiplier) for multiplier in MULTIPLIERS]
-    found = losses(choices)
-    # Among equals, as where all diverged, the one nearest to 1.
-    lowest, _, best = min(
-        ((loss, abs(np.log(each.multiplier)), each) for loss, each in zip(found, choices, strict=True)),
-        key=lambda one: one[:2],
-    )
+    found = losses([StartFactors(multiplier) for multiplier in MULTIPLIERS])
+    by_multiplier = dict(zip(MULTIPLIERS, found, strict=True))
+    best = StartFactors(best_multiplier(by_multiplier))
+    lowest = by_multiplier[best.multiplier]
     log(f"meta-loss with all steps {_listed(MULTIPLIERS, found)}")
     for role in role_names:
         choices = [dataclasses.replace(best, by_role={**best.by_role, role: factor}) for factor in ROLE_FACTORS]
