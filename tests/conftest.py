@@ -30,11 +30,24 @@ _CLUSTERS = (
     "test_retry.py",
     "test_torch_cluster.py",
 )
+_LONG = (
+    *_CLUSTERS,
+    "test_cli.py",
+    "test_evaluate.py",
+    "test_evaluate_baselines.py",
+    "test_images_task.py",
+    "test_blocks.py",
+    "test_plan.py",
+    "test_parity.py",
+    "test_battery.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several processes a file's tests stay together, for their fixtures; so do all tests that start clusters,
-    because some kill every worker on the machine."""
+    because some kill every worker on the machine. Long files come first, or one process would end long after the
+    others."""
+    items.sort(key=lambda item: item.path.name not in _LONG)
     for item in items:
         group = "clusters" if item.path.name in _CLUSTERS else item.path.name
         item.add_marker(pytest.mark.xdist_group(group))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from metatrain import cli
 from metatrain.config import Config
+from tests.metatrain import commands
+from tests.metatrain.commands import metatrain
 from tests.metatrain.synthetic import full
 
 GOOD = "name: x\ntask: {name: text, source: {file: text.txt, tfds: null}}\n"
@@ -22,19 +22,6 @@ FOLDER_COMMANDS = (["resume"], ["report"], ["status"], ["export"])
 COMMANDS = (*(c[0] for c in (*CONFIG_COMMANDS, *FOLDER_COMMANDS)), "inspect", "list-tasks", "list", "logs", "stop")
 
 Call = Callable[..., str]
-
-
-def outcome(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """Exit code and standard error of `metatrain WORDS`."""
-    old, sys.argv = sys.argv, ["metatrain", *words]
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
-    finally:
-        sys.argv = old
-    return code, capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -57,27 +44,22 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.mkfifo(folder / "piped" / "config.yaml")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(cli, "_use_cores", lambda: None)
         for variable in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE"):
             patch.delenv(variable, raising=False)
         yield folder
 
 
 @pytest.fixture
-def refused(place: Path, capsys: pytest.CaptureFixture[str]) -> Call:
+def refused(place: Path) -> Call:
     """Run a command; returns the one sentence with which it is refused."""
 
     def refuse(*words: str) -> str:
         before = sorted(place.rglob("*"))
-        code, err = outcome(list(words), capsys)
-        lines = [line for line in err.splitlines() if line.strip()]
-        assert code == 2, err
-        assert len(lines) == 1, err
-        assert "Traceback" not in err
-        assert lines[0].startswith("metatrain: ")
-        assert 20 < len(lines[0]) < 3000
+        sentence = commands.refused(metatrain(*words))
+        assert sentence.startswith("metatrain: ")
+        assert 20 < len(sentence) < 3000
         assert sorted(place.rglob("*")) == before
-        return lines[0]
+        return sentence
 
     return refuse
 
@@ -332,10 +314,10 @@ VALUES = st.recursive(
 @settings(
     max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
 )
-def test_any_value_of_any_key(place: Path, capsys: pytest.CaptureFixture[str], key: str, value: str) -> None:
+def test_any_value_of_any_key(place: Path, key: str, value: str) -> None:
     """`prepare` computes nothing: the value is accepted, or refused with a sentence."""
     del place
-    code, err = outcome(["prepare", "good.yaml", "--", f"{key}={value}"], capsys)
+    code, _, err = metatrain("prepare", "good.yaml", "--", f"{key}={value}")
     assert code in (0, 2), err
     assert len(err.splitlines()) == (code == 2), err
     assert "Traceback" not in err

@@ -1,9 +1,9 @@
-"""The command line in real processes: exit codes, one sentence, nothing overwritten."""
+"""The command line: exit codes, one sentence, nothing overwritten; where it matters in a process of its own."""
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
-import os
 import signal
 import subprocess
 import sys
@@ -17,26 +17,8 @@ import pytest
 
 import l3rs
 from metatrain.config import dump_config
+from tests.metatrain.commands import COMMAND, ENVIRONMENT, ROOT, metatrain, metatrain_process, refused
 from tests.metatrain.common import small_config
-
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-COMMAND = [sys.executable, "-m", "metatrain.cli"]
-
-
-def metatrain(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *map(str, words)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
-    )
-
-
-def refused(done: subprocess.CompletedProcess[str]) -> str:
-    """The one sentence with which a command is refused."""
-    assert done.returncode == 2, done.stdout + done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    return lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +31,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli") / "run"
-    done = metatrain("run", config, "outer.steps=3", "--out", folder)
+    done = metatrain_process("run", config, "outer.steps=3", "--out", folder)
     assert done.returncode == 0, done.stderr
     assert "generation 3/3" in done.stdout  # plain lines without a terminal
     assert "\x1b" not in done.stdout
@@ -155,11 +137,7 @@ def test_files_beside_the_configuration_replace_no_package(config: Path, tmp_pat
         (tmp_path / f"{name}.py").write_text("raise SystemExit('the file beside the configuration was executed')\n")
     (tmp_path / "mine.py").write_text((ROOT / "tests" / "metatrain" / "quadratic.py").read_text())
 
-    def metatrain_here(*words: str | Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*COMMAND, *map(str, words)], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
-        )
-
+    metatrain_here = functools.partial(metatrain_process, folder=tmp_path)
     assert metatrain_here("list-tasks").returncode == 0
     done = metatrain_here("run", config, "task.name=mine:regression", "outer.steps=1", "--out", "run")
     assert done.returncode == 0, done.stderr
@@ -235,7 +213,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_is_reported_and_what_was_saved_is_kept(config: Path, tiny_disk: Path) -> None:
     folder = tiny_disk / "run"
-    done = metatrain("run", config, "outer.steps=500", "checkpoint.keep=1000", "--out", folder)
+    done = metatrain_process("run", config, "outer.steps=500", "checkpoint.keep=1000", "--out", folder)
     assert done.returncode == 3, done.stderr
     assert "No space left on device" in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr

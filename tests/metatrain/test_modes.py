@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 
 import l3rs
-from metatrain import cli
 from metatrain.config import dump_config
 from metatrain.evaluation.comparison import evaluate
 from metatrain.outer.loop import run
+from tests.metatrain.commands import metatrain
 from tests.metatrain.common import metrics, small_config
-from tests.metatrain.test_battery import outcome
 
 MODES = {
     "jax_debug_infs": True,
@@ -72,13 +71,10 @@ def test_an_evaluation_works(mode: str, quiet: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["jax_debug_nans"], indirect=True)
-def test_what_diverges_is_one_sentence(
-    mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cli, "_use_cores", lambda: None)
+def test_what_diverges_is_one_sentence(mode: str, tmp_path: Path) -> None:
     task = {"name": "tests.metatrain.quadratic:diverging"}
     (tmp_path / "config.yaml").write_text(dump_config(small_config(task=task, outer=OUTER)))
-    code, err = outcome(["run", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run")], capsys)
+    code, _, err = metatrain("run", tmp_path / "config.yaml", "--out", tmp_path / "run")
     [sentence] = [text for text in err.splitlines() if text.startswith("metatrain: ")]
     assert code == 2
     assert "Traceback" not in err

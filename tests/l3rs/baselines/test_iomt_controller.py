@@ -162,13 +162,18 @@ def test_pca_is_the_projection_on_the_singular_vectors():
     np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=1e-4)  # float32; signs are free
 
 
+@pytest.mark.slow  # Numba compiles for half a minute
 def test_umap():
-    if importlib.util.find_spec("umap") is None:
-        with pytest.raises(l3rs.L3RSError, match="the compressor 'umap' needs umap-learn: pip install umap-learn"):
-            iomt.Controller(TWO, iomt.Options(compressor="umap"))
-    else:
-        assert how(play(lambda *_: 0.1, 9, compressor="umap")) == {"initial": 6, "surrogate": 3}
-        assert how(play(lambda *_: 0.1, 5, compressor="umap", initial_stages=1)) == {"initial": 1, "surrogate": 4}
+    pytest.importorskip("umap", reason="umap-learn is not installed")
+    assert how(play(lambda *_: 0.1, 9, compressor="umap")) == {"initial": 6, "surrogate": 3}
+    assert how(play(lambda *_: 0.1, 5, compressor="umap", initial_stages=1)) == {"initial": 1, "surrogate": 4}
+
+
+def test_missing_umap_is_reported(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "umap" else find(name))
+    with pytest.raises(l3rs.L3RSError, match="the compressor 'umap' needs umap-learn: pip install umap-learn"):
+        iomt.Controller(TWO, iomt.Options(compressor="umap"))
 
 
 @pytest.mark.parametrize("size", [1e14, 1e20, 1e38])
