@@ -199,12 +199,10 @@ def make_plan(work: Work, seconds: float) -> Plan:
             generations = min(int((budget - search) / generation), _MOST_GENERATIONS)
             if generations * population < _CANDIDATES:
                 continue
-            fitting = [n for n in _SEEDS if work.evaluation(longest, n) <= seconds - budget]
-            if fitting:
-                training = search + generations * generation
-                return Plan(
-                    generations, population, longest, fitting[0], training, work.evaluation(longest, fitting[0])
-                )
+            for seeds in _SEEDS:
+                if (evaluation := work.evaluation(longest, seeds)) <= seconds - budget:
+                    training = search + generations * generation
+                    return Plan(generations, population, longest, seeds, training, evaluation)
     least = max(
         (search + _CANDIDATES / population * generation) / _TRAINING_SHARE,
         work.evaluation(longest, _SEEDS[-1]) / (1 - _TRAINING_SHARE),

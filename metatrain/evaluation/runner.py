@@ -98,13 +98,17 @@ def learned_maker(ours: LearnedOptimizer, conditions: Conditions) -> Any:
     return ours.make
 
 
+# (hyper-parameters [H], samples [S], horizon, split, points) -> (scores [H, S] or [H, S, K], seconds per run)
+_Execute = Callable[[Any, TaskSample, int, str, np.ndarray | None], tuple[Score, float]]
+
+
 class Runner:
-    """Runs hyper-parameters on task samples on one device: all in one compiled call, or step by step.
+    """Runs hyper-parameters on task samples: in one compiled call, step by step on one device, or in PyTorch.
 
     Args:
       conditions: of the setting.
       make: the optimizer as a function of its hyper-parameters, see `maker` and `learned_maker`, or a variant of IOMT.
-      device: where the runs take place.
+      device: where the runs take place; not used by a task of PyTorch.
 
     Attributes:
       stages: (stages, training losses [steps + 1]) of each run of the last call; only IOMT has any.
@@ -114,31 +118,13 @@ class Runner:
         self.stages: list[tuple[list[iomt.Stage], np.ndarray]] = []
         self._conditions = conditions
         self._interleaved = make if isinstance(make, Interleaved) else None
-        self._on_host = conditions.plan != "fused" or self._interleaved is not None
-        self._device = device
-        self._data, self._samples = jax.device_put((conditions.task.data, conditions.samples), device)
-        self._make = make
-        self._call = None if conditions.plan == "torch" else self._rollout(make)
-
-    def _rollout(self, make: Any) -> Callable[..., Any]:
-        task, plan = self._conditions.task, self._conditions.plan
-        assert isinstance(task, Task)
-        if isinstance(make, Interleaved):
-            assert self._conditions.trainers is not None
-            return interleaved_rollout(
-                task, make, plan, self._conditions.trainers, lambda *run: self.stages.append(run)
-            )
-        if plan == "stepwise":
-            return stepwise_rollout(task, make, ())
-        rollout = fused_rollout(task, make, ())
-
-        def grid(
-            hyper: Any, data: Any, samples: TaskSample, steps: jax.Array, splits: tuple[str, ...], points: Any
-        ) -> Any:
-            one = functools.partial(rollout, splits=splits, points=points)
-            return jax.vmap(jax.vmap(one, (None, None, 0, None)), (0, None, None, None))(hyper, data, samples, steps)
-
-        return jax.jit(grid, static_argnums=4)
+        self._execute: _Execute
+        if conditions.plan == "torch":
+            self._execute = functools.partial(_in_torch, conditions, make)
+        elif conditions.plan == "stepwise" or self._interleaved:
+            self._execute = _one_by_one(conditions, make, device, self.stages)
+        else:
+            self._execute = _in_one_call(conditions, make, device)
 
     def __call__(
         self, hyper: Any, horizon: int, split: str, seeds: int | None = None, points: Sequence[int] | None = None
@@ -155,35 +141,11 @@ class Runner:
         Returns:
           Scores [H, S], with `points` [H, S, K]; and wall-clock seconds per run.
         """
-        began = time.perf_counter()
         self.stages.clear()
-        samples = jax.tree.map(lambda x: x[:seeds], self._samples)
+        samples = jax.tree.map(lambda x: x[:seeds], self._conditions.samples)
         at = None if points is None else np.asarray(points, np.int32)
-        if self._call is None:
-            return self._by_torch(hyper, samples, horizon, split, at)
-        hyper, steps, at = jax.device_put((hyper, np.int32(horizon), at), self._device)
         with callbacks(self._conditions.task.name):
-            if self._on_host:
-                runs = [
-                    [self._call(h, self._data, s, steps, (split,), at) for s in _rows(samples)] for h in _rows(hyper)
-                ]
-                scores = _stack([_stack(row) for row in runs])[split]
-            else:
-                scores = jax.tree.map(np.asarray, self._call(hyper, self._data, samples, steps, (split,), at)[split])
-        return scores, (time.perf_counter() - began) / math.prod(scores.loss.shape[:2])
-
-    def _by_torch(
-        self, hyper: Any, samples: TaskSample, horizon: int, split: str, points: np.ndarray | None
-    ) -> tuple[Score, float]:
-        assert self._conditions.torch_runs is not None
-        hyper_rows, sample_rows = (_rows(jax.tree.map(np.asarray, tree)) for tree in (hyper, samples))
-        found = self._conditions.torch_runs(
-            [(self._make, h, s, horizon, (split,), points) for h in hyper_rows for s in sample_rows]
-        )
-        scores = [run[split] for run, _ in found]
-        shape = (len(hyper_rows), len(sample_rows))
-        both = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), _stack(scores))
-        return both, sum(seconds for _, seconds in found) / len(found)
+            return self._execute(hyper, samples, horizon, split, at)
 
     def judge(self, hyper: Any, label: str, horizon: int, hparams: dict[str, float]) -> tuple[list[Record], Curve]:
         """Run one hyper-parameter, leading axis [1], on all samples, and judge it on test along the way."""
@@ -205,6 +167,70 @@ class Runner:
 def four_digits(x: np.ndarray) -> np.ndarray:
     """Values rounded to four significant digits, which keeps the file of results short."""
     return np.array([float(f"{value:.4g}") for value in x.ravel()]).reshape(x.shape)
+
+
+def _in_one_call(conditions: Conditions, make: Any, device: jax.Device) -> _Execute:
+    """All runs are one compiled program."""
+    task = conditions.task
+    assert isinstance(task, Task)
+    rollout, task_data = fused_rollout(task, make, ()), jax.device_put(task.data, device)
+
+    @functools.partial(jax.jit, static_argnames="split")
+    def grid(hyper: Any, data: Any, samples: TaskSample, steps: jax.Array, points: Any, split: str) -> Score:
+        one = functools.partial(rollout, splits=(split,), points=points)
+        runs = jax.vmap(jax.vmap(one, (None, None, 0, None)), (0, None, None, None))(hyper, data, samples, steps)
+        return runs[split]
+
+    def execute(
+        hyper: Any, samples: TaskSample, horizon: int, split: str, points: np.ndarray | None
+    ) -> tuple[Score, float]:
+        began = time.perf_counter()
+        hyper, samples, steps, at = jax.device_put((hyper, samples, np.int32(horizon), points), device)
+        scores = jax.tree.map(np.asarray, grid(hyper, task_data, samples, steps, at, split=split))
+        return scores, (time.perf_counter() - began) / math.prod(scores.loss.shape[:2])
+
+    return execute
+
+
+def _one_by_one(conditions: Conditions, make: Any, device: jax.Device, stages: list[Any]) -> _Execute:
+    """A loop in Python for each run; those of IOMT leave their stages."""
+    task = conditions.task
+    assert isinstance(task, Task)
+    if isinstance(make, Interleaved):
+        assert conditions.trainers is not None
+        call = interleaved_rollout(task, make, conditions.plan, conditions.trainers, lambda *run: stages.append(run))
+    else:
+        call = stepwise_rollout(task, make, ())
+    data = jax.device_put(task.data, device)
+
+    def execute(
+        hyper: Any, samples: TaskSample, horizon: int, split: str, points: np.ndarray | None
+    ) -> tuple[Score, float]:
+        began = time.perf_counter()
+        hyper, samples, steps, at = jax.device_put((hyper, samples, np.int32(horizon), points), device)
+        runs = [[call(h, data, s, steps, (split,), at)[split] for s in _rows(samples)] for h in _rows(hyper)]
+        scores = _stack([_stack(row) for row in runs])
+        return scores, (time.perf_counter() - began) / math.prod(scores.loss.shape[:2])
+
+    return execute
+
+
+def _in_torch(
+    conditions: Conditions,
+    make: Any,
+    hyper: Any,
+    samples: TaskSample,
+    horizon: int,
+    split: str,
+    points: np.ndarray | None,
+) -> tuple[Score, float]:
+    """Each run in a process that is free."""
+    assert conditions.torch_runs is not None
+    hyper_rows, sample_rows = (_rows(jax.tree.map(np.asarray, tree)) for tree in (hyper, samples))
+    found = conditions.torch_runs([(make, h, s, horizon, (split,), points) for h in hyper_rows for s in sample_rows])
+    scores = _stack([run[split] for run, _ in found])
+    shape = (len(hyper_rows), len(sample_rows))
+    return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), scores), sum(s for _, s in found) / len(found)
 
 
 def _points(horizon: int, count: int, stage: int) -> list[int]:
