@@ -126,7 +126,10 @@ def match_network(
         )
     if spec.embedding == "descriptor":
         if None in names:
-            raise L3RSError("descriptor embeddings need the layers' names: pass model.named_parameters()")
+            raise L3RSError(
+                "this optimizer reads from a layer's name what it is and how deep: pass model.named_parameters(), or "
+                "param groups of (name, parameter) pairs"
+            )
         return tuple(Match(name, shape, None, "descriptor") for name, shape in network)
     rows = {layer.path: row for row, layer in enumerate(spec.layers)}
     taken = set(taken)

@@ -19,7 +19,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+try:
+    import typer
+except ModuleNotFoundError:
+    sys.exit("metatrain: this command needs more packages than the optimizer: pip install l3rs[metatrain]")
+
 from rich.text import Text
 
 from metatrain import cluster_commands, compare_command, doctor_command, specialize_command

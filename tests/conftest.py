@@ -26,6 +26,7 @@ _CLUSTERS = (
     "test_cluster.py",
     "test_doctor.py",
     "test_jobs.py",
+    "test_many_workers.py",
     "test_monitoring.py",
     "test_retry.py",
     "test_torch_cluster.py",

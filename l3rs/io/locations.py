@@ -42,6 +42,11 @@ def local_folder(location: str | os.PathLike[str]) -> Iterator[Path]:
       L3RSError: no such name, a package that is missing, a server that does not answer. Errors about the folder that
         the caller raises are changed to name `location` instead.
     """
+    if not isinstance(location, str | os.PathLike):
+        raise L3RSError(
+            f"the checkpoint is {location!r}; it must be a folder, a name of l3rs.available() or a URL (the number of "
+            "steps is total_steps)"
+        )
     name = os.fspath(location)
     if isinstance(name, bytes) or "\0" in name:
         raise L3RSError(f"{name!r} is not the location of a checkpoint")

@@ -83,13 +83,16 @@ def check_state(
     paths = [path for group in groups for path in group.get("layers", ())]
     known = "shared" in groups[0] and all("layers" in group for group in groups)
     rows = {layer.path for layer in spec.layers}
-    if not known or not (spec.embedding == "descriptor" or set(paths) - {None} <= rows):
-        raise L3RSError("the state dict is not one of an L3RS optimizer with these layers")
+    if not known:
+        raise L3RSError("the state dict is that of another optimizer than L3RS")
+    if not (spec.embedding == "descriptor" or set(paths) - {None} <= rows):
+        raise L3RSError("the state dict is of an L3RS optimizer with other layers")
     n_averages = len(groups[0]["shared"]["loss_ema"])
     if n_averages != len(spec.loss_decays):
         raise L3RSError(
             f"the state dict has {n_averages} averages of the loss; this optimizer has {len(spec.loss_decays)}"
         )
+    _check_order(groups, own_groups)
     indices = [index for group in groups for index in group["params"]]
     for index, expected in zip(indices, shapes, strict=False):  # torch checks the number of parameters
         state = state_dict["state"].get(index)
@@ -102,8 +105,6 @@ def check_state(
                 f"the state dict has {_difference(found, expected)} for parameter {index}; "
                 f"this optimizer has {_difference(expected, found)}"
             )
-
-    _check_order(groups, own_groups)
 
 
 def _check_order(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]) -> None:
@@ -120,7 +121,7 @@ def _check_order(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, 
         if theirs != ours and None not in (theirs, ours):
             raise L3RSError(
                 f"the state dict has layer {theirs!r} as parameter {i}; this optimizer has {ours!r} there: create it "
-                f"with the same parameters in the order in which the state was saved"
+                f"with the same parameters, in the groups and the order in which the state was saved"
             )
 
 

@@ -106,6 +106,14 @@ print(sorted(name for name in heavy if name in sys.modules))
     assert "runs/NAME" in done.stdout  # brackets in a help text are not taken for markup
 
 
+def test_without_its_packages_the_command_names_the_extra() -> None:
+    code = "import sys; sys.modules['typer'] = None; import metatrain.cli"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "pip install l3rs[metatrain]" in done.stderr
+
+
 def test_commands_that_only_look_at_a_run_do_without_jax(config: Path, tmp_path: Path) -> None:
     """`status` of a folder, and commands that ask a cluster, up to its answer."""
     folder = tmp_path / "run"

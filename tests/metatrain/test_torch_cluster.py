@@ -23,7 +23,7 @@ _OUTER = {"steps": 6, "population": 6, "horizon": {"min": 3, "max": 30}}
 
 @pytest.fixture(scope="module", autouse=True)
 def _cluster() -> Iterator[None]:
-    with local_ray(num_cpus=2):
+    with local_ray(num_cpus=4):
         yield
 
 
@@ -35,7 +35,7 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("workers", "kill"), [(1, False), (2, True)])
+@pytest.mark.parametrize(("workers", "kill"), [(1, False), (2, True), (4, True)])
 def test_any_number_of_workers_gives_the_bits_of_one_process(
     workers: int, kill: bool, quiet: Path, tmp_path: Path
 ) -> None:

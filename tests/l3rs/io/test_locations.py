@@ -40,6 +40,12 @@ def test_without_a_horizon_it_is_the_longest_of_meta_training(tmp_path):
         l3rs.load(tmp_path / "silent")
 
 
+@pytest.mark.parametrize("load", [l3rs.load, l3rs.restore, l3rs.info])
+def test_a_number_of_steps_in_place_of_a_checkpoint(load):
+    with pytest.raises(l3rs.L3RSError, match=r"the checkpoint is 150; .*the number of steps is total_steps"):
+        load(150)
+
+
 def test_universal_fits_a_network_of_any_kind():
     params = {
         "stem": {"kernel": np.ones((3, 3, 1, 4), np.float32), "bias": np.zeros(4, np.float32)},

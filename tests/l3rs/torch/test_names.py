@@ -147,7 +147,7 @@ def test_descriptors_need_names():
     for call in (lambda: L3RS(unnamed, made_of, 10), lambda: match_layers(spec, unnamed)):
         with pytest.raises(l3rs.L3RSError) as error:
             call()
-        assert str(error.value) == ("descriptor embeddings need the layers' names: pass model.named_parameters()")
+        assert "pass model.named_parameters()" in str(error.value)
 
 
 def test_groups_do_not_change_the_descriptors():
