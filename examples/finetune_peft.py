@@ -40,7 +40,7 @@ def make_texts(count: int) -> list[dict]:
 
 def fine_tune(model: torch.nn.Module, texts: list[dict], steps: int, folder: str) -> list[float]:
     """Train for `steps` steps; returns the mean loss of each ten."""
-    opt = L3RS(model.named_parameters(), total_steps=steps)  # frozen parameters, too
+    opt = L3RS(model.named_parameters(), total_steps=steps)
     args = TrainingArguments(
         folder, max_steps=steps, lr_scheduler_type="constant", logging_steps=10, report_to=[], save_strategy="no"
     )  # a constant lr: the learned step follows a schedule of its own

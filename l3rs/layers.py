@@ -138,15 +138,15 @@ def match_network(
     by_name = any(path is not None and name not in how.rename for path, name in zip(paths, names, strict=True))
     if how.by == "order" or (how.by == "auto" and not by_name):
         _by_order(table, network, paths, how, convention)
-    found = []
+    found, unknown = [], []
     for i, ((name, shape), path) in enumerate(zip(network, paths, strict=True)):
-        fits = path is not None and convention.shape(shape) == convention.shape(table[path].shape)
-        if not fits and how.on_unknown == "error":
-            raise _unknown(_called(i, name), shape, path, table)
-        if path is not None and fits:
+        if path is not None and convention.shape(shape) == convention.shape(table[path].shape):
             found.append(Match(name, shape, rows[path], path))
         else:
             found.append(Match(name, shape, None, "mean"))
+            unknown.append((_called(i, name), shape, path))
+    if unknown and how.on_unknown == "error":
+        raise _unknown(*unknown[0], f"of the network's {len(network)}, {len(unknown)}", table)
     return tuple(found)
 
 
@@ -260,14 +260,17 @@ def _embedding_weights(
 # Error messages
 
 
-def _unknown(called: str, shape: tuple[int, ...], path: str | None, table: Mapping[str, Layer]) -> L3RSError:
+def _unknown(
+    called: str, shape: tuple[int, ...], path: str | None, how_many: str, table: Mapping[str, Layer]
+) -> L3RSError:
     if path is not None:
         also = "" if called.endswith(repr(path)) else f", in the checkpoint {path!r},"
         return L3RSError(f"{called}{also} has shape {shape}; this optimizer was meta-trained on {table[path].shape}")
-    rename = "pass rename={name: layer} to map it, or " if table else "pass "
+    rename = "pass rename={name: layer} to map it, " if table else "pass "
     return L3RSError(
-        f"{called} {shape} is not a layer that this optimizer was meta-trained on; {_choice(table)}; "
-        f"{rename}on_unknown='mean' to give it the mean embedding"
+        f"{called} {shape} is not a layer that this optimizer was meta-trained on ({how_many} are not); "
+        f"{_choice(table)}; {rename}on_unknown='mean' to give it the mean embedding, or take 'universal', which is for "
+        f"any network"
     )
 
 

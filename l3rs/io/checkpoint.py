@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,27 +153,38 @@ def load(
     """
     learned_optimizer = optax_face("optimizer", "learned_optimizer")
     theta, spec, info = restore(path)
-    steps = trained_horizon(info) if total_steps is None else total_steps
+    steps = chosen_horizon(info, total_steps)
     options = {"rename": rename, "match": match, "on_unknown": on_unknown, "guard": guard}
     decay = {"weight_decay": weight_decay, "mask": mask}
     tx: optax.GradientTransformationExtraArgs = learned_optimizer(theta, spec, steps, **options, **decay)
     return tx
 
 
-def trained_horizon(info: Mapping[str, Any]) -> int:
-    """The longest horizon that a checkpoint was meta-trained on, in steps.
+def chosen_horizon(info: Mapping[str, Any], total_steps: Any) -> Any:
+    """`total_steps`, or the longest horizon that a checkpoint was meta-trained on, in steps.
+
+    Warns if it is longer than that.
 
     Args:
       info: as `restore` returns it.
+      total_steps: None, a number of steps, or anything else, which is returned as it is.
 
     Raises:
-      L3RSError: it is not stated.
+      L3RSError: there is none, and the checkpoint does not state it.
     """
     horizon = info.get("horizon")
     longest = horizon.get("max") if isinstance(horizon, Mapping) else None
     if type(longest) is not int or not 1 <= longest < 2**31:
+        longest = None
+    if total_steps is None and longest is None:
         raise L3RSError("total_steps is missing, and the checkpoint does not state the horizon of its meta-training")
-    return longest
+    if longest is not None and isinstance(total_steps, int) and total_steps > longest:
+        warnings.warn(
+            f"total_steps is {total_steps}; this optimizer was meta-trained for at most {longest} steps: compare it "
+            "with your usual optimizer before you rely on it",
+            stacklevel=3,
+        )
+    return longest if total_steps is None else total_steps
 
 
 def match_layers(

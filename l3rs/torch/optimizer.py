@@ -22,7 +22,7 @@ from l3rs import core, first_steps
 from l3rs.core import check_total_steps
 from l3rs.decide import decide
 from l3rs.guard import Guard, GuardState, init_guard, make_guard, report
-from l3rs.io.checkpoint import DEFAULT, restore, trained_horizon
+from l3rs.io.checkpoint import DEFAULT, chosen_horizon, restore
 from l3rs.layers import Convention, Match, MatchBy, Matching, OnUnknown, match_network, network_facts
 from l3rs.spec import L3RSError, Spec, Theta
 from l3rs.theta import check_theta, digest
@@ -48,9 +48,10 @@ class L3RS(torch.optim.Optimizer):
     must all step together; each rank must hold whole parameters (DDP, not FSDP).
 
     Args:
-      params: `model.named_parameters()`, parameters, or param groups of either. Pass frozen parameters, too,
-        unless the names are the checkpoint's. Descriptor embeddings need names; where a name does not tell how deep
-        a layer is, its position among the parameters does, or among the sorted names if there are several groups.
+      params: `model.named_parameters()`, parameters, or param groups of either. Descriptor embeddings, as those of
+        `universal`, need names. In form 2 only parameters that train count, so frozen ones may be passed or left out;
+        in form 1 pass them, too, unless the names are the checkpoint's: there, where a name does not tell how deep a
+        layer is, its position among the parameters does, or among the sorted names if there are several groups.
       checkpoint: a folder, a shipped name or a URL, as in `l3rs.load`, or meta-parameters and their spec,
         `(theta, spec)`.
       total_steps: the number of steps that you are going to train, the horizon T. None means the longest
@@ -122,7 +123,7 @@ class L3RS(torch.optim.Optimizer):
         else:
             theta, self.spec, info = restore(checkpoint)
         check_group({"lr": lr, "weight_decay": weight_decay})
-        self.total_steps = check_total_steps(trained_horizon(info) if total_steps is None else total_steps)
+        self.total_steps = check_total_steps(chosen_horizon(info, total_steps))
         self._theta = numpy_theta(theta)
         self._guard = make_guard(guard, self.spec)
         self._matching = Matching.of(self.spec, rename, match, on_unknown)
@@ -146,8 +147,8 @@ class L3RS(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, e.g. once they are no longer frozen.
 
-        With descriptor embeddings this changes the depth of all layers; it does not if frozen parameters are passed
-        from the start.
+        With descriptor embeddings this changes the depth of all layers; in form 1 it does not if frozen parameters are
+        passed from the start.
 
         Args:
           param_group: what `torch.optim` takes, and `rename`, as in `L3RS`.

@@ -134,9 +134,10 @@ def test_unknown_layers_get_the_mean():
         (
             {"dense": {"scale": (3,)}},
             {},
-            "layer 'dense/scale' (3,) is not a layer that this optimizer was meta-trained on; the layers to choose "
+            "layer 'dense/scale' (3,) is not a layer that this optimizer was meta-trained on "
+            "(of the network's 1, 1 are not); the layers to choose "
             "from are dense/bias (3,), dense/kernel (4, 3), head (); pass rename={name: layer} to map it, "
-            "or on_unknown='mean' to give it the mean embedding",
+            "on_unknown='mean' to give it the mean embedding, or take 'universal', which is for any network",
         ),
         (
             {"dense": {"kernel": (3, 4)}},

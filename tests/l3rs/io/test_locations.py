@@ -40,6 +40,13 @@ def test_without_a_horizon_it_is_the_longest_of_meta_training(tmp_path):
         l3rs.load(tmp_path / "silent")
 
 
+def test_a_horizon_beyond_that_of_meta_training_is_said():
+    longest = l3rs.info("digits-mlp")["info"]["horizon"]["max"]
+    with pytest.warns(UserWarning, match=f"total_steps is {longest + 1}; .* for at most {longest} steps") as warned:
+        l3rs.load("digits-mlp", longest + 1)
+    assert warned[0].filename == __file__
+
+
 @pytest.mark.parametrize("load", [l3rs.load, l3rs.restore, l3rs.info])
 def test_a_number_of_steps_in_place_of_a_checkpoint(load):
     with pytest.raises(l3rs.L3RSError, match=r"the checkpoint is 150; .*the number of steps is total_steps"):

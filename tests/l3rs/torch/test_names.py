@@ -81,16 +81,18 @@ def test_rename():
         (
             {"a.weight": (3, 2), "head": (3, 2)},
             {},
-            "layer 'head' (3, 2) is not a layer that this optimizer was meta-trained on; the layers to choose from "
+            "layer 'head' (3, 2) is not a layer that this optimizer was meta-trained on "
+            "(of the network's 2, 1 are not); the layers to choose from "
             "are a/kernel (2, 3), b/bias (3,), c/bias (3,); pass rename={name: layer} to map it, "
-            "or on_unknown='mean' to give it the mean embedding",
+            "on_unknown='mean' to give it the mean embedding, or take 'universal', which is for any network",
         ),
         (
             {0: (3, 2), 1: (2, 3)},
             {},
-            "layer 1 (2, 3) is not a layer that this optimizer was meta-trained on; the layers to choose from "
+            "layer 1 (2, 3) is not a layer that this optimizer was meta-trained on "
+            "(of the network's 2, 1 are not); the layers to choose from "
             "are a/kernel (2, 3), b/bias (3,), c/bias (3,); pass rename={name: layer} to map it, "
-            "or on_unknown='mean' to give it the mean embedding",
+            "on_unknown='mean' to give it the mean embedding, or take 'universal', which is for any network",
         ),
         (
             {"x": (3, 2), "y.bias": (3,)},

@@ -75,9 +75,7 @@ def test_state_dict_of_other_groups_names_the_layers():
     opt = L3RS(params.items(), checkpoint(embedding="descriptor"), 10)
     train(opt, params, 1)
     split = [{"params": [item for item in params.items() if (item[1].ndim > 1) == large]} for large in (False, True)]
-    with pytest.raises(
-        l3rs.L3RSError, match=r"has layer '.*' as parameter \d; .* there: .* groups"
-    ):
+    with pytest.raises(l3rs.L3RSError, match=r"has layer '.*' as parameter \d; .* there: .* groups"):
         L3RS(split, checkpoint(embedding="descriptor"), 10).load_state_dict(opt.state_dict())
 
 

@@ -204,8 +204,9 @@ def test_add_param_group_that_is_not_known():
     with pytest.raises(l3rs.L3RSError) as error:
         opt.add_param_group({"params": [("head.weight", torch.nn.Parameter(torch.zeros(2, 9)))]})
     assert str(error.value) == (
-        "layer 'head.weight' (2, 9) is not a layer that this optimizer was meta-trained on; no layer is left; "
-        "pass on_unknown='mean' to give it the mean embedding"
+        "layer 'head.weight' (2, 9) is not a layer that this optimizer was meta-trained on "
+        "(of the network's 1, 1 are not); no layer is left; "
+        "pass on_unknown='mean' to give it the mean embedding, or take 'universal', which is for any network"
     )
     assert len(opt.param_groups) == 1
     train(opt, params, 1)  # and training continues
