@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -79,7 +79,7 @@ class Matching:
             for name, path in (rename or {}).items():
                 if path not in table:
                     raise L3RSError(
-                        f"rename maps {name!r} to {path!r}, which is not in the checkpoint; {_choice(table)}"
+                        f"rename maps {name!r} to {path!r}, which is not in the checkpoint; {_choice(table.values())}"
                     )
         return cls(dict(rename or {}), by, on_unknown)  # type: ignore[arg-type]
 
@@ -146,7 +146,8 @@ def match_network(
             found.append(Match(name, shape, None, "mean"))
             unknown.append((_called(i, name), shape, path))
     if unknown and how.on_unknown == "error":
-        raise _unknown(*unknown[0], f"of the network's {len(network)}, {len(unknown)}", table)
+        left = [layer for path, layer in table.items() if path not in paths]
+        raise _unknown(*unknown[0], f"of the network's {len(network)}, {len(unknown)}", table, left)
     return tuple(found)
 
 
@@ -155,7 +156,9 @@ def _by_path(name: str | None, table: Mapping[str, Layer], how: Matching, conven
         return None
     if name in how.rename:
         if how.rename[name] not in table:
-            raise L3RSError(f"rename maps {name!r} to {how.rename[name]!r}, which is not available; {_choice(table)}")
+            raise L3RSError(
+                f"rename maps {name!r} to {how.rename[name]!r}, which is not available; {_choice(table.values())}"
+            )
         return how.rename[name]
     if how.by == "order":
         return None
@@ -192,7 +195,8 @@ def _by_order(
             i = members[0]
             raise L3RSError(
                 f"{_called(i, names[i])} {network[i][1]} could be any of {_abridged(layers)}: the network has "
-                f"{len(members)} of this shape; pass all of the model's parameters, or rename={{name: layer}}"
+                f"{len(members)} of this shape, and the optimizer is for one with {len(layers)}; pass all of that "
+                f"network's parameters, or rename={{name: layer}}"
             )
         for i, path in zip(members, layers, strict=False):
             paths[i] = path
@@ -261,21 +265,26 @@ def _embedding_weights(
 
 
 def _unknown(
-    called: str, shape: tuple[int, ...], path: str | None, how_many: str, table: Mapping[str, Layer]
+    called: str,
+    shape: tuple[int, ...],
+    path: str | None,
+    how_many: str,
+    table: Mapping[str, Layer],
+    left: Collection[Layer],
 ) -> L3RSError:
     if path is not None:
         also = "" if called.endswith(repr(path)) else f", in the checkpoint {path!r},"
         return L3RSError(f"{called}{also} has shape {shape}; this optimizer was meta-trained on {table[path].shape}")
-    rename = "pass rename={name: layer} to map it, " if table else "pass "
+    rename = "pass rename={name: layer} to map it, " if left else "pass "
     return L3RSError(
         f"{called} {shape} is not a layer that this optimizer was meta-trained on ({how_many} are not); "
-        f"{_choice(table)}; {rename}on_unknown='mean' to give it the mean embedding, or take 'universal', which is for "
+        f"{_choice(left)}; {rename}on_unknown='mean' to give it the mean embedding, or take 'universal', which is for "
         f"any network"
     )
 
 
-def _choice(table: Mapping[str, Layer]) -> str:
-    layers = [f"{layer.path} {layer.shape}" for layer in table.values()]
+def _choice(left: Collection[Layer]) -> str:
+    layers = [f"{layer.path} {layer.shape}" for layer in left]
     return f"the layers to choose from are {_abridged(layers)}" if layers else "no layer is left"
 
 

@@ -175,8 +175,8 @@ def test_unknown_layers_get_the_mean():
         (
             {"v": (4, 3), "w": (4, 3)},
             {"match": "order", "on_unknown": "mean"},
-            "layer 'v' (4, 3) could be any of dense/kernel: the network has 2 of this shape; "
-            "pass all of the model's parameters, or rename={name: layer}",
+            "layer 'v' (4, 3) could be any of dense/kernel: the network has 2 of this shape, "
+            "and the optimizer is for one with 1; pass all of that network's parameters, or rename={name: layer}",
         ),
     ],
     ids=[

@@ -83,7 +83,7 @@ def test_rename():
             {},
             "layer 'head' (3, 2) is not a layer that this optimizer was meta-trained on "
             "(of the network's 2, 1 are not); the layers to choose from "
-            "are a/kernel (2, 3), b/bias (3,), c/bias (3,); pass rename={name: layer} to map it, "
+            "are b/bias (3,), c/bias (3,); pass rename={name: layer} to map it, "
             "on_unknown='mean' to give it the mean embedding, or take 'universal', which is for any network",
         ),
         (
@@ -91,14 +91,14 @@ def test_rename():
             {},
             "layer 1 (2, 3) is not a layer that this optimizer was meta-trained on "
             "(of the network's 2, 1 are not); the layers to choose from "
-            "are a/kernel (2, 3), b/bias (3,), c/bias (3,); pass rename={name: layer} to map it, "
+            "are b/bias (3,), c/bias (3,); pass rename={name: layer} to map it, "
             "on_unknown='mean' to give it the mean embedding, or take 'universal', which is for any network",
         ),
         (
             {"x": (3, 2), "y.bias": (3,)},
             {},
-            "layer 'y.bias' (3,) could be any of b/bias, c/bias: the network has 1 of this shape; "
-            "pass all of the model's parameters, or rename={name: layer}",
+            "layer 'y.bias' (3,) could be any of b/bias, c/bias: the network has 1 of this shape, "
+            "and the optimizer is for one with 2; pass all of that network's parameters, or rename={name: layer}",
         ),
         (
             {"a.weight": (3, 4)},
