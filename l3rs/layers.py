@@ -274,7 +274,10 @@ def _unknown(
 ) -> L3RSError:
     if path is not None:
         also = "" if called.endswith(repr(path)) else f", in the checkpoint {path!r},"
-        return L3RSError(f"{called}{also} has shape {shape}; this optimizer was meta-trained on {table[path].shape}")
+        return L3RSError(
+            f"{called}{also} has shape {shape}; this optimizer was meta-trained on {table[path].shape}, in Flax's "
+            f"layout; on_unknown='mean' gives it the mean embedding"
+        )
     rename = "pass rename={name: layer} to map it, " if left else "pass "
     return L3RSError(
         f"{called} {shape} is not a layer that this optimizer was meta-trained on ({how_many} are not); "

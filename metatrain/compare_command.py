@@ -15,7 +15,7 @@ app = typer.Typer()
 @app.command()
 def compare(
     folder: Annotated[Path, typer.Argument(help="Folder of an evaluation, with its results.json.")],
-    optimizer: Annotated[str, typer.Argument(help="Optimizer to compare with all others, e.g. iomt or adam/cosine.")],
+    optimizer: Annotated[str, typer.Argument(help="Optimizer to compare with all others, e.g. l3rs or adam/cosine.")],
     by: Annotated[str, typer.Option(help="What to compare on test: accuracy or loss.")] = "accuracy",
 ) -> None:
     """Compare one optimizer of an evaluation with each of the others: paired differences and 95 % intervals."""

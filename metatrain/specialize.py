@@ -93,6 +93,7 @@ def specialize(
     options: Mapping[str, Any] | None = None,
     start: str = "universal",
     log: Callable[[str], None] = print,
+    steps: int | None = None,
 ) -> Specialized:
     """Meta-train an optimizer for a task, beginning with a checkpoint, and compare it with tuned AdamW and SGDM.
 
@@ -103,12 +104,16 @@ def specialize(
       options: of the task.
       start: the checkpoint.
       log: called with a line about each step.
+      steps: of the fine-tunings that the optimizer is for, the longest horizon; by default the longest that fits into
+        the time, at most 200.
 
     Raises:
       UserError, TaskError, L3RSError: the task cannot be trained; the time is too short; the folder exists.
     """
     if not 0 < minutes < math.inf:
         raise UserError(f"--minutes is {minutes}; it must be a number > 0")
+    if steps is not None and steps < _SHORTEST:
+        raise UserError(f"--steps is {steps}; it must be a whole number ≥ {_SHORTEST}")
     refuse_existing(out, str(out))
     check_destination(out / "evaluation", "results.json", "report.html")
     built = make_task(task, options)
@@ -121,7 +126,7 @@ def specialize(
         "meta-loss of a candidate"
     )
     spec = make_spec(layers, resolve_start(trial).optimizer.spec_fields())
-    plan = make_plan(Work.of(measured, built, len(searched_roles(spec))), 60 * minutes)
+    plan = make_plan(Work.of(measured, built, len(searched_roles(spec))), 60 * minutes, steps)
     log(
         f"plan: {plan.generations} generations of {plan.population} candidates over {_SHORTEST} to {plan.longest} "
         f"steps, {plan.training_seconds / 60:,.1f} min; evaluation with {plan.seeds} seeds, "
@@ -181,18 +186,19 @@ def _layer_gain(start: str) -> dict[str, float]:
     return {"layer_gain": spec.layer_gain or _LAYER_GAIN} if spec.form == 2 else {}
 
 
-def make_plan(work: Work, seconds: float) -> Plan:
+def make_plan(work: Work, seconds: float, steps: int | None = None) -> Plan:
     """The longest horizon and the largest population that fit into the time.
 
     Args:
       work: what the parts take.
       seconds: for meta-training and evaluation.
+      steps: the longest horizon, if it is given.
 
     Raises:
       UserError: not even the smallest plan fits.
     """
     budget = _TRAINING_SHARE * seconds
-    for longest in _LONGEST:
+    for longest in _LONGEST if steps is None else (steps,):
         search = work.search(longest)
         for population in _POPULATIONS:
             generation = work.generation(longest, population)
@@ -270,10 +276,14 @@ def sentence(analysis: Analysis) -> str:
     ours, theirs = (analysis.mean(setting, label, steps) for label in (L3RS, rival))
     losses = f"after {steps} steps its test loss is {ours:.4g}, that of the best tuned baseline ({rival}) {theirs:.4g}"
     outcome = analysis.outcome(setting, rival, steps)
+    rate = analysis.results.tuning[setting][rival][str(steps)]["chosen"]
     if outcome == "worse":
-        return f"It was not worth it: {losses}."
+        return f"It was not worth it: {losses}. Use that one, with a learning rate of {rate:.3g}."
     if outcome == "undecided":
-        return f"It is undecided whether it was worth it: {losses}, and the difference may be chance."
+        return (
+            f"It is undecided whether it was worth it: {losses}, with a learning rate of {rate:.3g}, and the "
+            "difference may be chance."
+        )
     found = paybacks(analysis)
     tuned = found[0].fine_tunings_tuned if found else math.inf
     if not math.isfinite(tuned):

@@ -19,6 +19,10 @@ def specialize(
         list[str] | None, typer.Argument(help="Options of the task, e.g. batch_size=32.", show_default=False)
     ] = None,
     minutes: Annotated[float, typer.Option(help="Time for meta-training and evaluation together.")] = 30.0,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Steps of the longest fine-tunings that it is for.", show_default="what fits, up to 200"),
+    ] = None,
     start: Annotated[str, typer.Option(help="Checkpoint to begin with.")] = "universal",
     out: Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/FUNCTION")] = None,
 ) -> None:
@@ -39,7 +43,7 @@ def specialize(
         values = resolve(read_yaml("{}", options or ()))
     except YamlError as error:
         raise UserError(f"an option of the task: {error}") from None
-    found = specialize_task(task, minutes, folder, values, start, console.print)
+    found = specialize_task(task, minutes, folder, values, start, console.print, steps)
     for setting in found.analysis.results.settings():
         console.print(report.table(found.analysis, setting))
     console.print(f"{found.sentence}\noptimizer: {found.optimizer}\nreport: {folder / 'evaluation' / 'report.html'}")

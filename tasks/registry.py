@@ -116,7 +116,8 @@ def _find(name: str) -> Callable[..., AnyTask]:
         return TASKS[name]
     module_name, _, attribute = name.partition(":")
     if not attribute or not module_name or module_name.startswith("."):
-        raise TaskError(f"unknown task {name!r}; allowed are {', '.join(TASKS)} and package.module:function")
+        hint = f": for a function of that file {name[:-3]}:FUNCTION" if name.endswith(".py") else ""
+        raise TaskError(f"unknown task {name!r}; allowed are {', '.join(TASKS)} and package.module:function{hint}")
     try:
         with user_code(name, f"{module_name} cannot be imported:"):
             module = importlib.import_module(module_name)

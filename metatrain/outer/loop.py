@@ -18,7 +18,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ from metatrain.trust import refuse_links, require_trust
 
 _log = logging.getLogger("metatrain")
 
+_ALIKE = 3  # generations in a row whose candidates do not differ, after which that is said
 _CHANGEABLE = ("execution", "checkpoint", "logging")  # sections that do not change what a run computes
 
 
@@ -300,6 +301,7 @@ class _Session:
         self._page = Live(folder.path)
         self._code = config.code
         self._compiled: set[int] = set()  # tasks
+        self._alike = 0  # generations in a row whose candidates had one and the same meta-loss
         resources.callback(self._page.close)
 
     def compute(self) -> bool:
@@ -353,11 +355,23 @@ class _Session:
             self._watch.check()
             self._note_devices(line.get("devices", ()))
             self.display.update(self._metrics.write(line))
+            self._note_alike(line)
             self._page.tick()
             if self.progress.failures >= outer.max_failures:
                 return
             if self.progress.generation % every == 0:
                 self._save()
+
+    def _note_alike(self, line: Mapping[str, Any]) -> None:
+        """Say it if candidates do not differ, as when a task's loss is NaN soon after the start."""
+        mean, best = line["meta_loss_mean"], line["meta_loss_best"]
+        alike = mean is not None and math.isclose(mean, best, rel_tol=1e-7)
+        self._alike = self._alike + 1 if alike else 0
+        if self._alike == _ALIKE:
+            self.display.log(
+                f"in {_ALIKE} generations all candidates had the same meta-loss: nothing that an optimizer does "
+                "changes it. Is the task's training loss finite after a few steps, and do its parameters train?"
+            )
 
     def _note_devices(self, kinds: Sequence[str]) -> None:
         """Record the kinds of the workers' devices in the run's configuration; one that was not there is named."""

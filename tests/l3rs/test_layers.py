@@ -142,12 +142,16 @@ def test_unknown_layers_get_the_mean():
         (
             {"dense": {"kernel": (3, 4)}},
             {},
-            "layer 'dense/kernel' has shape (3, 4); this optimizer was meta-trained on (4, 3)",
+            "layer 'dense/kernel' has shape (3, 4); this optimizer was "
+            "meta-trained on (4, 3), in Flax's layout; "
+            "on_unknown='mean' gives it the mean embedding",
         ),
         (
             {"fc": (3, 4)},
             {"rename": {"fc": "dense/kernel"}},
-            "layer 'fc', in the checkpoint 'dense/kernel', has shape (3, 4); this optimizer was meta-trained on (4, 3)",
+            "layer 'fc', in the checkpoint 'dense/kernel', has shape (3, 4); this optimizer was "
+            "meta-trained on (4, 3), in Flax's layout; "
+            "on_unknown='mean' gives it the mean embedding",
         ),
         (
             {"fc": (4, 3)},

@@ -167,6 +167,7 @@ def test_refusals(finished: Path, config: Path, tmp_path: Path) -> None:
     assert "no such file" in refused(metatrain("run", tmp_path / "none.yaml"))
     assert "outer.sigmma" in refused(metatrain("run", config, "outer.sigmma=1"))
     assert "unknown task 'digitz'" in refused(metatrain("run", config, "task.name=digitz"))
+    assert refused(metatrain("run", config, "task.name=mine.py")).endswith("for a function of that file mine:FUNCTION")
     assert "task.colour is not an option" in refused(metatrain("run", config, "task.colour=red"))
     assert "is empty" in refused(metatrain("run", config, "task.examples=0", "--out", tmp_path / "r"))
     assert "not a run" in refused(metatrain("resume", tmp_path))

@@ -16,7 +16,7 @@ from metatrain import cli, specialize
 from metatrain.config import UserError
 from metatrain.inner.network import task_layers
 from metatrain.outer.setup import Setup
-from metatrain.specialize import Work, make_plan
+from metatrain.specialize import Work, horizons_of, make_plan
 from metatrain.start_search import MULTIPLIERS, StartFactors, find_factors, search, searched_roles
 from tasks import TaskError, make_task
 from tests.metatrain.common import REGRESSION
@@ -49,6 +49,13 @@ def test_too_little_time_says_how_much_is_needed() -> None:
     assert make_plan(work(0.1), 60 * needed).longest == 20
 
 
+def test_the_horizon_may_be_given() -> None:
+    plan = make_plan(work(1e-3), 1800, 70)
+    assert (plan.longest, horizons_of(plan.longest)) == (70, [23, 70])
+    with pytest.raises(UserError, match="candidates over up to 5000 steps"):
+        make_plan(work(1e-2), 1800, 5000)
+
+
 def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(specialize, "_CANDIDATES", 8)
@@ -66,6 +73,7 @@ def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert said.count("with those of output_") == 2  # kernel, bias
     assert "meta-training begins with all steps × " in said
     assert "worth it" in said
+    assert "was worth it: " in said or "with a learning rate of " in said
     results = json.loads((out / "evaluation" / "results.json").read_text())
     assert {r["optimizer"].partition("/")[0] for r in results["records"]} == {"l3rs", "adamw", "sgdm"}
     assert results["config"]["task"]["noise"] == 0.2
@@ -115,6 +123,8 @@ def test_the_search_keeps_what_lowers_the_meta_loss() -> None:
 def test_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--minutes is 0"):
         specialize.specialize("tests.metatrain.torch_tasks:tiny", 0, tmp_path)
+    with pytest.raises(UserError, match=r"--steps is 9; it must be a whole number ≥ 10"):
+        specialize.specialize("tests.metatrain.torch_tasks:tiny", 1, tmp_path, steps=9)
     with pytest.raises(UserError, match="'noise' is not an option of the task; write key=value"):
         cli.app(["specialize", "tests.metatrain.torch_tasks:tiny", "noise"], standalone_mode=False)
     with pytest.raises(

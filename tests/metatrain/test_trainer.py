@@ -78,6 +78,16 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(quiet: Path, 
     assert metrics(tmp_path / "other") != metrics(quiet)
 
 
+def test_candidates_that_do_not_differ_are_said(
+    quiet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A training loss that is NaN moves nothing, so that every candidate ends where it began."""
+    trainer.run(small_config(task={"poison": "inner_train"}), tmp_path / "run")
+    assert "in 3 generations all candidates had the same meta-loss" in capsys.readouterr().out
+    same = [line["meta_loss_mean"] == line["meta_loss_best"] for line in metrics(quiet)]
+    assert not any(same)
+
+
 @pytest.mark.parametrize("generation", [1, 3, 5])
 def test_ctrl_c_saves_and_resume_gives_the_uninterrupted_run(
     generation: int, quiet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

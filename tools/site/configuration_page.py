@@ -141,7 +141,7 @@ def _bounds(metadata: Any) -> str:
 
 
 def _default(field: Any) -> str:
-    return "required" if field.is_required() else f"`{_yaml(field.default)}`"
+    return "required" if field.is_required() else f"`{_yaml(field.get_default(call_default_factory=True))}`"
 
 
 def _yaml(value: Any) -> str:

@@ -104,12 +104,14 @@ def test_rename():
             {"a.weight": (3, 4)},
             {},
             "layer 'a.weight', in the checkpoint 'a/kernel', has shape (3, 4); "
-            "this optimizer was meta-trained on (2, 3)",
+            "this optimizer was meta-trained on (2, 3), in Flax's layout; on_unknown='mean' gives it the mean embedding",
         ),
         (
             {"x": (3, 4)},
             {"x": "a/kernel"},
-            "layer 'x', in the checkpoint 'a/kernel', has shape (3, 4); this optimizer was meta-trained on (2, 3)",
+            "layer 'x', in the checkpoint 'a/kernel', has shape (3, 4); this optimizer was "
+            "meta-trained on (2, 3), in Flax's layout; "
+            "on_unknown='mean' gives it the mean embedding",
         ),
         ({"x": (3, 2)}, {"z": "a/kernel"}, "rename has 'z', which is not a layer of the params; these are 'x'"),
         (
