@@ -39,7 +39,7 @@ class Display:
             self.log(f"generation {start}/{self._total}: starting")
 
     def compiling(self, new: Sequence[int], compiled: int, tasks: int) -> None:
-        """The first generation of some tasks in this process begins, which includes their compilation.
+        """The first generation of some tasks in this process begins, which includes their compilation, or the start of processes.
 
         Args:
           new: their numbers.
@@ -47,7 +47,8 @@ class Display:
           tasks: of the run.
         """
         self._uncompiled = tasks - compiled
-        line = f"compiling task {', '.join(str(task + 1) for task in new)} ({compiled} of {tasks}) …"
+        numbers = ", ".join(str(task + 1) for task in new)
+        line = f"starting task {numbers} ({compiled} of {tasks}): its first generation takes longer …"
         if self._bar:
             self._bar.update(self._task, line=line)
         else:

@@ -126,8 +126,8 @@ def test_the_display_shows_compilation_and_a_time_left_without_it(
             display.compiling([task], len(seen), 2)
         display.update({"generation": generation, "seconds": seconds, "compiled": compiled, **common})
     lines = capsys.readouterr().out.splitlines()
-    assert "compiling task 1 (1 of 2)" in lines[1]
-    assert "compiling task 2 (2 of 2)" in lines[4]
+    assert "starting task 1 (1 of 2)" in lines[1]
+    assert "starting task 2 (2 of 2)" in lines[4]
     done = [line for line in lines if "meta_loss_mean" in line]
     assert "left" not in done[0]
     assert "seconds_left=256" in done[1]  # 98 generations of 2 s, and 60 s for the other task's compilation

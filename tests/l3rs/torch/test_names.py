@@ -104,7 +104,8 @@ def test_rename():
             {"a.weight": (3, 4)},
             {},
             "layer 'a.weight', in the checkpoint 'a/kernel', has shape (3, 4); "
-            "this optimizer was meta-trained on (2, 3), in Flax's layout; on_unknown='mean' gives it the mean embedding",
+            "this optimizer was meta-trained on (2, 3), in Flax's layout; "
+            "on_unknown='mean' gives it the mean embedding",
         ),
         (
             {"x": (3, 4)},
