@@ -39,7 +39,7 @@ class Display:
             self.log(f"generation {start}/{self._total}: starting")
 
     def compiling(self, new: Sequence[int], compiled: int, tasks: int) -> None:
-        """The first generation of some tasks in this process begins, which includes their compilation, or the start of processes.
+        """The first generation of some tasks in this process begins, with their compilation or the start of processes.
 
         Args:
           new: their numbers.
