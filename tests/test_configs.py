@@ -30,7 +30,11 @@ def test_a_recipe_is_valid_and_says_its_command(recipe: Path) -> None:
     header = recipe.read_text().partition("\nname:")[0]
     assert re.search(rf"metatrain (run|evaluate \S+) configs/{recipe.relative_to(CONFIGS)}", header)
     how = config.evaluation
-    chosen_baselines(how.baselines, how.schedules)  # names and options
+    choice: tuple[Any, ...] = ()
+    if str(config.task.name).startswith("examples."):  # in PyTorch
+        torch = pytest.importorskip("metatrain.evaluation.torch_baselines", reason="PyTorch is not installed")
+        choice = (torch.find_torch_baseline, torch.ALL_TORCH)
+    chosen_baselines(how.baselines, how.schedules, *choice)  # names and options
     if recipe.parent.name == "claims":
         assert re.search(r"\d+ (seconds|minutes|hours)", header), "the header has no cost"
 
