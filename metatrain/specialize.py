@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ _LONGEST = (200, 100, 50, 30, 20)  # steps of the longest horizon, in the order 
 _POPULATIONS = (16, 8)
 _CANDIDATES = 384  # of all generations: fewer teach too little beyond the factors of the steps
 _MOST_GENERATIONS = 2000
+_SLOWER = 1.25  # times the planned time of meta-training, from which on it is said
 _LAYER_GAIN = 10.0  # evolution moves a layer's log λ by as much as the noise of the MLP does
 _NO_FACTORS = StartFactors()
 _SEEDS = (6, 4, 3, 2)
@@ -132,11 +134,17 @@ def specialize(
         f"steps, {plan.training_seconds / 60:,.1f} min; evaluation with {plan.seeds} seeds, "
         f"{plan.evaluation_seconds / 60:,.1f} min"
     )
+    began = time.monotonic()
     factors = find_factors(Setup.build(_config(task, options, start, plan)), horizons_of(plan.longest), log)
     config = _config(task, options, start, plan, factors)
     done = run(config, out)
     if done.optimizer is None:
         raise UserError(f"{out} was interrupted; resume it with: metatrain resume {out}")
+    if (took := time.monotonic() - began) > _SLOWER * plan.training_seconds:
+        log(
+            f"it took {took / 60:,.1f} min so far instead of {plan.training_seconds / 60:,.1f}: the machine is slower "
+            "than when a step was measured, so the evaluation will take longer, too"
+        )
     optimizer = Path(done.optimizer)
     results = evaluate(optimizer, config, log=log)
     results.save(out / "evaluation")

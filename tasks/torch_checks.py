@@ -65,8 +65,8 @@ def _loss(training: Training, task: TorchTask, step: int) -> Tensor:
     try:
         shown = describe_batch(training.batch(key, step))
         loss = training.loss(key, step)
-    except TaskError:
-        raise
+    except TaskError as error:
+        raise TaskError(f"task {task.name!r}: {error}") from error
     except Exception as error:
         if shown:
             hint = _output_hint(outputs) or _input_hint(task, shown)
@@ -77,7 +77,7 @@ def _loss(training: Training, task: TorchTask, step: int) -> Tensor:
     if not torch.isfinite(loss):
         raise TaskError(
             f"task {task.name!r}: the loss of batch {step + 1} is {loss.item()} before any training, and the batch is "
-            f"{shown}; check the inputs' scale and the labels"
+            f"{shown}; check {'' if task.loss is default_loss else 'loss=, '}the inputs' scale and the labels"
         )
     return loss
 

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from metatrain.inner.devices import use_cores
+from metatrain.system import usable_cpus
 
 use_cores()
 # The same small programs are compiled in many tests, in processes that they start, and when the tests run again.
@@ -44,6 +45,12 @@ _LONG = (
 )
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than there are cores: a tenth of the time, tests wait for processes that they have started."""
+    return usable_cpus() + 1
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several processes a file's tests stay together, for their fixtures; so do all tests that start clusters,
     because some kill every worker on the machine. Long files come first, or one process would end long after the

@@ -93,33 +93,28 @@ def test_page_prints(written: Path, tmp_path: Path) -> None:
     assert (tmp_path / "page.pdf").read_bytes()[:5] == b"%PDF-"
 
 
-def test_choices_of_iomt_are_drawn(tmp_path: Path) -> None:
+def test_choices_of_iomt_are_drawn(written: Path, tmp_path: Path) -> None:
+    assert written.with_name("switches-0.png").is_file()
+    shown = "20 stages, 4 of sgd, 4 of adam, 4 of rmsprop, 4 of sgdm, 4 of adagrad, 1 diverged."
+    assert written.read_text().count(shown) == 2
     results = full()
-    page = report.write(Analysis(results), tmp_path).read_text()
-    assert (tmp_path / "switches-0.png").is_file()
-    assert page.count("20 stages, 4 of sgd, 4 of adam, 4 of rmsprop, 4 of sgdm, 4 of adagrad, 1 diverged.") == 2
-    assert (
-        "What IOMT chooses"
-        not in report.write(Analysis(dataclasses.replace(results, switches=[])), tmp_path).read_text()
-    )
-    kept = Results.load(results.save(tmp_path / "new")).switches
-    assert kept == results.switches
+    assert Results.load(results.save(tmp_path)).switches == results.switches
 
 
-def test_learned_coefficients_of_mada_are_drawn(tmp_path: Path) -> None:
-    page = report.write(Analysis(full()), tmp_path).read_text()
-    assert "What MADA learns" in page
-    assert (tmp_path / "coefficients-0.png").is_file()
-    assert page.count("β1, first moment over the steps in") == 2  # a panel in each of two settings
-    assert (
-        "What MADA learns"
-        not in report.write(Analysis(dataclasses.replace(full(), coefficients=[])), tmp_path).read_text()
-    )
+def test_learned_coefficients_of_mada_are_drawn(written: Path, tmp_path: Path) -> None:
+    assert written.with_name("coefficients-0.png").is_file()
+    assert written.read_text().count("β1, first moment over the steps in") == 2  # a panel in each of two settings
     (tmp_path / "old").mkdir()
     saved = json.loads(full().save(tmp_path / "new").read_text())
     del saved["coefficients"], saved["switches"]  # as results were saved before there were any
     (tmp_path / "old" / "results.json").write_text(json.dumps(saved))
     assert Results.load(tmp_path / "old" / "results.json").coefficients == []
+
+
+def test_without_mada_and_iomt_they_are_not_on_the_page(tmp_path: Path) -> None:
+    page = report.write(Analysis(dataclasses.replace(full(), coefficients=[], switches=[])), tmp_path).read_text()
+    assert "What MADA learns" not in page
+    assert "What IOMT chooses" not in page
 
 
 def test_results_of_the_first_version_are_read_and_shown(tmp_path: Path) -> None:

@@ -63,6 +63,8 @@ def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(specialize, "_SEEDS", (2,))
     monkeypatch.setattr(specialize, "_LONGEST", (20,))
     monkeypatch.setattr(specialize, "_POPULATIONS", (4,))
+    # Another process takes seconds to start; the slow tests of the guide have one for each core.
+    monkeypatch.setattr("metatrain.inner.processes.usable_cpus", lambda: 1)
     out = tmp_path / "run"
     arguments = ["specialize", "tests.metatrain.torch_tasks:tiny", "noise=0.2", "--minutes", "30", "--out", str(out)]
     cli.app(arguments, standalone_mode=False)

@@ -35,7 +35,10 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("workers", "kill"), [(1, False), (2, True), (4, True)])
+@pytest.mark.parametrize(
+    ("workers", "kill"),
+    [pytest.param(1, False, marks=pytest.mark.slow), (2, True), pytest.param(4, True, marks=pytest.mark.slow)],
+)
 def test_any_number_of_workers_gives_the_bits_of_one_process(
     workers: int, kill: bool, quiet: Path, tmp_path: Path
 ) -> None:

@@ -199,8 +199,9 @@ def test_tasks_that_cannot_be_augmented_say_why(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(TaskError, match=fact):
             make_task("text", {**text, "augment": augmentation})
     task = make_task("text", {**text, "augment": {"reparametrise": 1.0}})
-    params, stats = task.init(task.data, jnp.int32(task.pools["meta_train"][0]))
-    loss, _ = task.loss(params, stats, task.batch(task.data, jax.random.key(0)), True)
+    params, stats = jax.jit(task.init)(task.data, jnp.int32(task.pools["meta_train"][0]))
+    batch = jax.jit(task.batch)(task.data, jax.random.key(0))
+    loss, _ = jax.jit(task.loss, static_argnums=3)(params, stats, batch, True)
     assert float(loss) == pytest.approx(np.log(8), abs=0.1)
     with pytest.raises(TaskError, match=r"batch_size.*quadratic"):
         make_task("tests.metatrain.quadratic:regression", {"augment": {"batch_size": [1, 2]}})

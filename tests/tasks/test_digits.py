@@ -193,12 +193,14 @@ def test_patterns_have_their_own_classes() -> None:
 def test_a_part_is_trained_from_the_whole_networks_loss(model: dict, mode: str) -> None:
     whole = make_task("digits", {"init": "random", "model": model})
     part = make_task("digits", {"init": "random", "model": model, "train": mode})
-    i, batch = jnp.int32(1), whole.batch(whole.data, jax.random.key(0))
-    params, stats = part.init(part.data, i)
+    i, batch = jnp.int32(1), jax.jit(whole.batch)(whole.data, jax.random.key(0))
+    params, stats = jax.jit(part.init)(part.data, i)
     assert set(params) == ({"head"} if mode == "head" else {"head", "lora"})
     assert params["head"]["kernel"].shape[-1] == 10
-    (found, _), grads = jax.value_and_grad(part.loss, has_aux=True)(params, stats, batch, True)
-    np.testing.assert_allclose(found, whole.loss(*whole.init(whole.data, i), batch, True)[0], rtol=1e-6)
+    gradient = jax.jit(jax.value_and_grad(part.loss, has_aux=True), static_argnums=3)
+    (found, _), grads = gradient(params, stats, batch, True)
+    expected = jax.jit(whole.loss, static_argnums=3)(*jax.jit(whole.init)(whole.data, i), batch, True)[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert float(jnp.abs(grads["head"]["kernel"]).max()) > 0
     if mode == "lora":
         assert all(float(jnp.abs(adapter["b"]).max()) > 0 for adapter in grads["lora"].values())

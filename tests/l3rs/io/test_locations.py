@@ -32,7 +32,7 @@ def test_without_a_horizon_it_is_the_longest_of_meta_training(tmp_path):
     params = {layer.path: np.full(layer.shape, 0.1, np.float32) for layer in spec.layers}
     steps = []
     for tx in (l3rs.load("digits-mlp", match="order"), l3rs.load("digits-mlp", longest, match="order")):
-        updates, _ = tx.update(params, tx.init(params), params, value=1.0)
+        updates, _ = jax.jit(tx.update)(params, tx.init(params), params, value=1.0)
         steps.append(updates)
     jax.tree.map(np.testing.assert_array_equal, *steps)
     l3rs.save(tmp_path / "silent", theta, spec)
@@ -60,7 +60,7 @@ def test_universal_fits_a_network_of_any_kind():
         "whatever": np.ones((4, 7, 2), np.float32),
     }
     tx = l3rs.load("universal", 10)
-    updates, _ = tx.update(jax.tree.map(np.ones_like, params), tx.init(params), params, value=1.0)
+    updates, _ = jax.jit(tx.update)(jax.tree.map(np.ones_like, params), tx.init(params), params, value=1.0)
     for update, param in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
         assert update.shape == param.shape
         assert 0 < np.abs(update).max() < 1

@@ -156,5 +156,5 @@ def test_the_shipped_optimizers_load():
 def test_without_a_name_it_is_universal():
     params = {"dense": {"kernel": np.ones((3, 2), np.float32), "bias": np.zeros(2, np.float32)}}
     made = [l3rs.load(*name, total_steps=10) for name in ((), ("universal",))]
-    first, second = (tx.update(params, tx.init(params), params, value=1.0)[0] for tx in made)
+    first, second = (jax.jit(tx.update)(params, tx.init(params), params, value=1.0)[0] for tx in made)
     assert_same(first, second)
