@@ -24,7 +24,7 @@ demo: $(READY)
 
 # In several processes: few tests use more than one core.
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
 # One after another: many start clusters and kill processes, and wait for what happens.
 test-slow: $(READY)
@@ -57,7 +57,7 @@ docs: $(READY)
 # What share of the lines of l3rs, tasks and metatrain the fast tests run, also in processes that they start.
 coverage:
 	$(MAKE) setup EXTRAS=$(EXTRAS),release
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder \
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder \
 		--cov --cov-report=term --cov-report=html:build/coverage
 
 # Builds the last commit, installs it with every Python that is here, and uses it; `make release-check ARGS=--help`.

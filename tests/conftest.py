@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from metatrain.inner.devices import use_cores
 from metatrain.system import usable_cpus
@@ -15,9 +17,9 @@ use_cores()
 # The same small programs are compiled in many tests, in processes that they start, and when the tests run again.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".cache" / "jax")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test goes to a network
 
 
@@ -50,15 +52,22 @@ def pytest_xdist_auto_num_workers() -> int:
     return usable_cpus() + 1
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in its own
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+class _ByFile(LoadScopeScheduling):
     """With several processes a file's tests stay together, for their fixtures; so do all tests that start clusters,
-    because some kill every worker on the machine. Long files come first, or one process would end long after the
-    others."""
+    because some kill every worker on the machine."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "clusters" if Path(file).name in _CLUSTERS else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return _ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files come first, or one process would end long after the others."""
     items.sort(key=lambda item: item.path.name not in _LONG)
-    for item in items:
-        group = "clusters" if item.path.name in _CLUSTERS else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session", autouse=True)
