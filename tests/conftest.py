@@ -67,10 +67,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files come first, or one process would end long after the others."""
-    items.sort(key=lambda item: item.path.name not in _LONG)
+    first = {name: i for i, name in enumerate(_LONG)}
+    items.sort(key=lambda item: first.get(item.path.name, len(first)))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """One resident cache for the session: pretraining is done once, and the user's cache is left alone."""
-    os.environ.setdefault("L3RS_CACHE", str(tmp_path_factory.mktemp("cache")))
+    """One resident cache for all processes of a session: pretraining is done once, and the user's cache is left alone."""
+    own = tmp_path_factory.getbasetemp()
+    os.environ.setdefault("L3RS_CACHE", str((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "cache"))
