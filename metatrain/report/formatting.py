@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -34,6 +35,15 @@ def tick(value: float) -> str:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}".replace("-", "−")
     return (f"{value:,.0f}" if abs(value) >= 1e3 else f"{value:.3g}").replace("-", "−")
+
+
+def ticks(values: Sequence[float]) -> list[str]:
+    """Labels of increasing values: as `tick`, with as many digits as tell them apart."""
+    labels = [tick(value) for value in values]
+    if len(set(labels)) == len(labels):
+        return labels
+    gap = min(high - low for low, high in itertools.pairwise(values))
+    return [f"{value:,.{max(math.ceil(-math.log10(gap)), 0)}f}".replace("-", "−") for value in values]
 
 
 def signed(value: float) -> str:

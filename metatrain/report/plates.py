@@ -105,8 +105,7 @@ def value_axis(ax: Axes, values: Sequence[float], name: str, *, log: bool, share
             ax.set_ylim(low - room, high + room)
             ticks = [t for t in ax.get_yticks() if low - room <= t <= high + room]
         ax.minorticks_off()
-        shown = (lambda t: f"{100 * t:.3g}") if share else formatting.tick
-        ax.set_yticks(ticks, [shown(float(t)) for t in ticks])
+        ax.set_yticks(ticks, formatting.ticks([float(100 * t if share else t) for t in ticks]))
     name_axis(ax, y=name + (", %" if share else ""))
 
 

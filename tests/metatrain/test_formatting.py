@@ -34,6 +34,8 @@ def test_formats() -> None:
         "2,000",
         "−1",
     ]
+    assert formatting.ticks([63.62, 63.625, 63.63]) == ["63.620", "63.625", "63.630"]
+    assert formatting.ticks([0, 0.5, 1]) == ["0", "0.5", "1"]
     assert formatting.listed(["a"]) == "a"
     assert formatting.listed(["a", "b", "c"]) == "a, b and c"
     assert formatting.short("A: x") == "A"
