@@ -73,6 +73,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """One resident cache for all processes of a session: pretraining is done once, and the user's cache is left alone."""
+    """One resident cache for all processes: pretraining is done once, and the user's cache is left alone."""
     own = tmp_path_factory.getbasetemp()
     os.environ.setdefault("L3RS_CACHE", str((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "cache"))
