@@ -139,7 +139,10 @@ def specialize(
     config = _config(task, options, start, plan, factors)
     done = run(config, out)
     if done.optimizer is None:
-        raise UserError(f"{out} was interrupted; resume it with: metatrain resume {out}")
+        raise UserError(
+            f"{out} was interrupted; once it is resumed and finished, compare it with: metatrain evaluate "
+            f"{out / 'optimizer'} {out / 'config.yaml'} --out {out / 'evaluation'}"
+        )
     if (took := time.monotonic() - began) > _SLOWER * plan.training_seconds:
         log(
             f"it took {took / 60:,.1f} min so far instead of {plan.training_seconds / 60:,.1f}: the machine is slower "
