@@ -168,11 +168,13 @@ def test_an_aggregator_without_workers_gives_back_what_it_has_not_computed(
     starved = ray.of(Aggregator)[0]
     starved.instance._pool._fleet.recruit = lambda _: []
 
-    def kill_workers() -> None:
+    def kill_at_work() -> None:
+        while not any(worker.at_work() for worker in starved.children):
+            time.sleep(0.001)
         for worker in list(starved.children):
             worker.kill()
 
-    threading.Timer(0.1, kill_workers).start()
+    threading.Thread(target=kill_at_work, daemon=True).start()
     np.testing.assert_array_equal(evaluate(own, 1), EXPECTED)
     assert own.workers == 8
     own.close()

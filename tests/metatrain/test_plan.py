@@ -116,6 +116,7 @@ def test_a_call_holds_the_population_or_what_fits_the_smallest_memory() -> None:
     assert members_per_call(64, "stepwise", True, [40]) == members_per_call(64, "torch", False) == 1
 
 
+@pytest.mark.slow  # compiles for many sizes
 def test_as_many_candidates_fit_as_xla_would_allocate() -> None:
     task = regression()
     spec = l3rs.Spec.create(task.params_shape(), hidden=(4,), embedding_dim=2)

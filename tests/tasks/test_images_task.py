@@ -75,6 +75,7 @@ def test_an_init_distribution_is_pretrained_once_with_heads_for_the_target(
     jax.tree.map(np.testing.assert_array_equal, again.data["inits"], task.data["inits"])
 
 
+@pytest.mark.slow  # pretrains
 def test_frozen_batch_norm_keeps_the_statistics_of_a_pretraining_in_train_mode(folder: Path) -> None:
     model = {"name": "resnet8", "width": 2}
     init = pretrained(folder, seeds=1, epochs=[1])

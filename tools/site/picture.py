@@ -1,9 +1,9 @@
 """The picture of the README and of the home page, from an evaluation, in light and dark.
 
-    python -m tools.site.picture runs/evaluation-digits-mlp/results.json docs/images/digits
+    python -m tools.site.picture runs/evaluation-resnet20-imagenet25/results.json docs/images/resnet20
 
-writes `digits-light.svg` and `digits-dark.svg`: the report's own figure of test loss and speed-up over the horizon, for
-the first setting.
+writes `resnet20-light.svg` and `resnet20-dark.svg`: the report's own figure of test loss and speed-up over the horizon,
+for the first setting.
 """
 
 from __future__ import annotations
