@@ -355,17 +355,17 @@ class _Session:
             self._watch.check()
             self._note_devices(line.get("devices", ()))
             self.display.update(self._metrics.write(line))
-            self._note_alike(line)
+            self._note_alike(line, len(spec.draws) * outer.population)
             self._page.tick()
             if self.progress.failures >= outer.max_failures:
                 return
             if self.progress.generation % every == 0:
                 self._save()
 
-    def _note_alike(self, line: Mapping[str, Any]) -> None:
+    def _note_alike(self, line: Mapping[str, Any], evaluations: int) -> None:
         """Say it if candidates do not differ, as when a task's loss is NaN soon after the start."""
-        mean, best = line["meta_loss_mean"], line["meta_loss_best"]
-        alike = mean is not None and math.isclose(mean, best, rel_tol=1e-7)
+        all_finite = line["finite"] == evaluations
+        alike = all_finite and math.isclose(line["meta_loss_mean"], line["meta_loss_best"], rel_tol=1e-7)
         self._alike = self._alike + 1 if alike else 0
         if self._alike == _ALIKE:
             self.display.log(

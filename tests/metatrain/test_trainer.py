@@ -88,6 +88,13 @@ def test_candidates_that_do_not_differ_are_said(
     assert not any(same)
 
 
+def test_candidates_without_a_loss_are_not_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Such a generation has neither a mean nor a best."""
+    outer = {"population": 4, "samples": 2, "max_failures": 9}
+    trainer.run(small_config(task={"poison": "outer_valid"}, outer=outer), tmp_path / "run")
+    assert "same meta-loss" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("generation", [1, 3, 5])
 def test_ctrl_c_saves_and_resume_gives_the_uninterrupted_run(
     generation: int, quiet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
