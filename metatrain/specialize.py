@@ -260,7 +260,8 @@ class Work:
         )
 
     def generation(self, longest: int, population: int) -> float:
-        mean_horizon = (longest - _SHORTEST) / math.log(longest / _SHORTEST)
+        ratio = longest / _SHORTEST
+        mean_horizon = longest if ratio == 1 else (longest - _SHORTEST) / math.log(ratio)
         return math.ceil(population / self.candidates) * (self.call + mean_horizon * self.step)
 
     def search(self, longest: int) -> float:

@@ -52,6 +52,7 @@ def test_too_little_time_says_how_much_is_needed() -> None:
 def test_the_horizon_may_be_given() -> None:
     plan = make_plan(work(1e-3), 1800, 70)
     assert (plan.longest, horizons_of(plan.longest)) == (70, [23, 70])
+    assert make_plan(work(1e-3), 1800, 10).longest == 10  # the shortest that is allowed
     with pytest.raises(UserError, match="candidates over up to 5000 steps"):
         make_plan(work(1e-2), 1800, 5000)
 
@@ -75,7 +76,7 @@ def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert said.count("with those of output_") == 2  # kernel, bias
     assert "meta-training begins with all steps × " in said
     assert "worth it" in said
-    assert "was worth it: " in said or "with a learning rate of " in said
+    assert "It was worth it: " in said or "with a learning rate of " in said
     results = json.loads((out / "evaluation" / "results.json").read_text())
     assert {r["optimizer"].partition("/")[0] for r in results["records"]} == {"l3rs", "adamw", "sgdm"}
     assert results["config"]["task"]["noise"] == 0.2
