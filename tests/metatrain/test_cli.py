@@ -146,6 +146,7 @@ def test_files_beside_the_configuration_replace_no_package(config: Path, tmp_pat
     (tmp_path / "mine.py").write_text((ROOT / "tests" / "metatrain" / "quadratic.py").read_text())
 
     metatrain_here = functools.partial(metatrain_process, folder=tmp_path)
+    assert metatrain_here("list-tasks").returncode == 0
     done = metatrain_here("run", config, "task.name=mine:regression", "outer.steps=1", "--out", "run")
     assert done.returncode == 0, done.stderr
     assert metatrain_here("export", "run", "optimizer").returncode == 0

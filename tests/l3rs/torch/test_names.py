@@ -152,7 +152,10 @@ def test_descriptors_need_names():
     for call in (lambda: L3RS(unnamed, made_of, 10), lambda: match_layers(spec, unnamed)):
         with pytest.raises(l3rs.L3RSError) as error:
             call()
-        assert "pass model.named_parameters()" in str(error.value)
+        assert str(error.value) == (
+            "this optimizer reads from a layer's name what it is and how deep: pass model.named_parameters(), or "
+            "param groups of (name, parameter) pairs"
+        )
 
 
 def test_groups_do_not_change_the_descriptors():

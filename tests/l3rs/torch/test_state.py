@@ -83,9 +83,12 @@ def test_state_dict_of_another_optimizer():
     params = parameters()
     opt = L3RS(params.items(), checkpoint(), 10)
     other = L3RS([torch.nn.Parameter(torch.ones(4))], checkpoint({"a/b": (4,)}), 10)
-    for state_dict in (torch.optim.Adam(params.values()).state_dict(), other.state_dict()):
-        with pytest.raises(l3rs.L3RSError, match="the state dict is "):
-            opt.load_state_dict(state_dict)
+    for theirs, sentence in (
+        (torch.optim.Adam(params.values()), "the state dict is that of another optimizer than L3RS"),
+        (other, "the state dict is of an L3RS optimizer with other layers"),
+    ):
+        with pytest.raises(l3rs.L3RSError, match=sentence):
+            opt.load_state_dict(theirs.state_dict())
 
 
 @pytest.mark.parametrize(
