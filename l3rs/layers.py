@@ -146,8 +146,11 @@ def match_network(
             found.append(Match(name, shape, None, "mean"))
             unknown.append((_called(i, name), shape, path))
     if unknown and how.on_unknown == "error":
+        called, shape, path = unknown[0]
+        if path is not None:
+            raise _other_shape(called, shape, table[path])
         left = [layer for path, layer in table.items() if path not in paths]
-        raise _unknown(*unknown[0], f"of the network's {len(network)}, {len(unknown)}", table, left)
+        raise _unknown(called, shape, f"of the network's {len(network)}, {len(unknown)}", left)
     return tuple(found)
 
 
@@ -264,20 +267,15 @@ def _embedding_weights(
 # Error messages
 
 
-def _unknown(
-    called: str,
-    shape: tuple[int, ...],
-    path: str | None,
-    how_many: str,
-    table: Mapping[str, Layer],
-    left: Collection[Layer],
-) -> L3RSError:
-    if path is not None:
-        also = "" if called.endswith(repr(path)) else f", in the checkpoint {path!r},"
-        return L3RSError(
-            f"{called}{also} has shape {shape}; this optimizer was meta-trained on {table[path].shape}, in Flax's "
-            f"layout; on_unknown='mean' gives it the mean embedding"
-        )
+def _other_shape(called: str, shape: tuple[int, ...], layer: Layer) -> L3RSError:
+    also = "" if called.endswith(repr(layer.path)) else f", in the checkpoint {layer.path!r},"
+    return L3RSError(
+        f"{called}{also} has shape {shape}; this optimizer was meta-trained on {layer.shape}, in Flax's layout; "
+        f"on_unknown='mean' gives it the mean embedding"
+    )
+
+
+def _unknown(called: str, shape: tuple[int, ...], how_many: str, left: Sequence[Layer]) -> L3RSError:
     rename = "pass rename={name: layer} to map it, " if left else "pass "
     return L3RSError(
         f"{called} {shape} is not a layer that this optimizer was meta-trained on ({how_many} are not); "

@@ -36,7 +36,7 @@ def prepare_task(name: str, options: Mapping[str, Any] | None = None) -> list[st
       TaskError: bad options, or a missing extra.
     """
     if name not in TASKS and ":" not in str(name):
-        raise TaskError(f"unknown task {name!r:.100}; allowed are {', '.join(TASKS)} and package.module:function")
+        raise _unknown_task(name)
     preparation = PREPARATIONS.get(name)
     return _call(preparation, name, {**(options or {})}) if preparation else []
 
@@ -109,6 +109,12 @@ def _call(function: Callable[..., Any], name: str, options: Mapping[str, Any]) -
         raise TaskError(f"task {name!r} cannot be built from {shown[:500]}: {first_line(error)}") from error
 
 
+def _unknown_task(name: object) -> TaskError:
+    shown = str(name)
+    hint = f": for a function of that file {shown[:-3]:.100}:FUNCTION" if shown.endswith(".py") else ""
+    return TaskError(f"unknown task {name!r:.100}; allowed are {', '.join(TASKS)} and package.module:function{hint}")
+
+
 def _find(name: str) -> Callable[..., AnyTask]:
     if not isinstance(name, str):
         raise TaskError(f"task.name is {name!r}; it must be a string")
@@ -116,8 +122,7 @@ def _find(name: str) -> Callable[..., AnyTask]:
         return TASKS[name]
     module_name, _, attribute = name.partition(":")
     if not attribute or not module_name or module_name.startswith("."):
-        hint = f": for a function of that file {name[:-3]}:FUNCTION" if name.endswith(".py") else ""
-        raise TaskError(f"unknown task {name!r}; allowed are {', '.join(TASKS)} and package.module:function{hint}")
+        raise _unknown_task(name)
     try:
         with user_code(name, f"{module_name} cannot be imported:"):
             module = importlib.import_module(module_name)

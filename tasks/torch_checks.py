@@ -65,8 +65,8 @@ def _loss(training: Training, task: TorchTask, step: int) -> Tensor:
     try:
         shown = describe_batch(training.batch(key, step))
         loss = training.loss(key, step)
-    except TaskError as error:
-        raise TaskError(f"task {task.name!r}: {error}") from error
+    except TaskError:
+        raise
     except Exception as error:
         if shown:
             hint = _output_hint(outputs) or _input_hint(task, shown)

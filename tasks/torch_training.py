@@ -117,7 +117,10 @@ class Training:
 
     def _loss(self, batch: Batch) -> Tensor:
         with self._precision():
-            loss = self.task.loss(self.model, batch)
+            try:
+                loss = self.task.loss(self.model, batch)
+            except TaskError as error:  # of the default loss, which does not know whose it is
+                raise TaskError(f"task {self.task.name!r}: {error}") from error
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise TaskError(f"task {self.task.name!r}: loss returned {describe_batch(loss)}; it must be one number")
         return loss.reshape(()).float()

@@ -263,6 +263,16 @@ def test_refused_before_a_run(fields: dict[str, Any], sentence: str | None) -> N
         check_training(task(**fields))
 
 
+@pytest.mark.parametrize(
+    "fields", [{"model": lambda _: _Returns(False, "scores")}, {"loss": lambda m, b: m(b[0])}], ids=["default", "own"]
+)
+def test_an_error_names_the_task_once(fields: dict[str, Any]) -> None:
+    own = task(**fields)
+    with pytest.raises(TaskError) as error:
+        check_training(own)
+    assert str(error.value).count(f"task {own.name!r}: ") == 1
+
+
 def test_a_mapping_that_does_not_fit_the_model_says_how_it_is_called() -> None:
     with pytest.raises(TypeError, match=r"'label'.*without loss=….*keyword arguments.*a mapping with image: .*label: "):
         check_training(task(lambda _: _TakesImages(), train=_Dicts()))
