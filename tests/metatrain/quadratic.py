@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,9 @@ import numpy as np
 from tasks import Aux, Task, uniform_batches
 
 
-def regression(dimension: int = 4, poison: str = "", examples: int = 64, seconds: float = 0.0) -> Task:
-    """Least squares from a random start. `poison` fills a split with NaN; `seconds` slows a run down."""
+def regression(dimension: int = 4, poison: str = "", examples: int = 64, seconds: float = 0.0, hold: str = "") -> Task:
+    """Least squares from a random start. `poison` fills a split with NaN; `seconds` slows a run down; while the file
+    `hold` exists, a run stands still."""
     rng = np.random.default_rng(0)
     truth = rng.normal(size=dimension)
 
@@ -25,10 +27,15 @@ def regression(dimension: int = 4, poison: str = "", examples: int = 64, seconds
     if poison:
         data[poison] = {"x": data[poison]["x"], "y": np.full(examples, np.nan, np.float32)}
 
+    def wait() -> None:
+        time.sleep(seconds)
+        while hold and Path(hold).exists():
+            time.sleep(0.05)
+
     def init(data: object, i: jax.Array) -> tuple[dict, dict]:
         del data
-        if seconds:
-            jax.debug.callback(lambda: time.sleep(seconds))
+        if seconds or hold:
+            jax.debug.callback(wait)
         key = jax.random.key(i)
         return {"w": jax.random.normal(key, (dimension,)), "b": jnp.zeros(())}, {}
 

@@ -110,17 +110,18 @@ def test_a_second_driver_a_deleted_folder_and_a_driver_that_dies(tmp_path: Path)
     """One run in a store and one in a folder that disappears, each driver a process of its own."""
     outer = {"steps": 12, "population": 4}
     run(small_config(task={"seconds": 1e-6}, outer=outer, execution={"members_per_call": 2}), tmp_path / "quiet")
-    config = tmp_path / "config.yaml"
-    slow = {"members_per_call": 2, "plan": "fused"}
-    config.write_text(
-        dump_config(small_config(task={"seconds": 0.25}, outer=outer, execution=slow, checkpoint={"every": 4}))
-    )
+    hold = tmp_path / "hold"  # the first driver stands still until the second has been refused
+    hold.touch()
+    config = {name: tmp_path / f"{name}.yaml" for name in ("store", "folder")}
+    shared = {"outer": outer, "execution": {"members_per_call": 2, "plan": "fused"}}
+    for name, task, every in (("store", {"seconds": 0.25, "hold": str(hold)}, 4), ("folder", {"seconds": 0.25}, 12)):
+        config[name].write_text(dump_config(small_config(task=task, **shared, checkpoint={"every": every})))
     url, folder = f"file://{tmp_path / 'store'}", tmp_path / "run"
     logs = {name: tmp_path / f"{name}.log" for name in ("first", "second", "third", "deleted")}
     store = fsspec.filesystem("file")
 
     def start(name: str, out: str | Path) -> subprocess.Popen[bytes]:
-        return _driver({**os.environ}, config, out, logs[name])
+        return _driver({**os.environ}, config["folder" if out == folder else "store"], out, logs[name])
 
     drivers = {"first": start("first", url), "deleted": start("deleted", folder)}
     try:
@@ -133,6 +134,7 @@ def test_a_second_driver_a_deleted_folder_and_a_driver_that_dies(tmp_path: Path)
         assert not folder.exists()
         assert drivers["second"].wait(60 * _MINUTES) == 2
         assert "another driver" in logs["second"].read_text()
+        hold.unlink()
         _wait_until(lambda: bool(list((tmp_path / "store").glob("manifest-*"))), logs["first"])
         drivers["first"].kill()
         drivers["first"].wait()
