@@ -190,12 +190,11 @@ def results() -> Results:
 
 def test_learned_coefficients_of_mada_are_kept() -> None:
     entries = [
-        "adam",
         {"name": "mada", "learning_rate": 0.1, "start_step": 5},
         {"name": "hyper_adam", "learning_rate": 0.1, "b1": 0.5, "label": "from .5"},
     ]
     found = evaluate("-", small_config(evaluation={"baselines": entries}), horizons=(20, 150), **PLAIN)
-    mada, hyper_adam = found.coefficients  # Adam has none
+    mada, hyper_adam = found.coefficients
     assert hyper_adam.optimizer == "from .5/constant"
     assert (mada.steps[0], mada.steps[-1], len(mada.steps)) == (1, 150, 100)
     assert [values[0] for values in mada.values.values()] == pytest.approx([0.9, 0.95, 0, 1, 1, 1])
@@ -244,6 +243,7 @@ def test_without_a_learned_optimizer(results: Results) -> None:
     assert results.optimizers() == ["adam/constant", "iomt/constant", "doit at .1/constant"]
     assert results.speedup == []
     assert results.paths == []
+    assert results.coefficients == []  # those are MADA's
     assert results.meta_training == {}
     assert [cost.optimizer for cost in results.costs] == results.optimizers()
     with pytest.raises(UserError, match="there is nothing to compare: no optimizer and no baseline"):
