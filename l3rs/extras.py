@@ -17,4 +17,6 @@ def optax_face(module: str, name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in ("jax", "jaxlib", "optax"):
             raise
-        raise ImportError(f"l3rs.{name} needs {error.name}: pip install l3rs[jax]", name=error.name) from None
+        raise ImportError(
+            f"l3rs.{name} needs {error.name}: pip install 'l3rs[jax]' ('.[jax]' in a checkout)", name=error.name
+        ) from None

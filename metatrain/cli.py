@@ -22,7 +22,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 try:
     import typer
 except ModuleNotFoundError:
-    sys.exit("metatrain: this command needs more packages than the optimizer: pip install l3rs[metatrain]")
+    sys.exit(
+        "metatrain: this command needs more packages than the optimizer: pip install 'l3rs[metatrain]' "
+        "('.[metatrain]' in a checkout)"
+    )
 
 from rich.text import Text
 

@@ -57,7 +57,9 @@ def machine(folder: str) -> Iterator[Finding]:
     try:
         yield check_ports(listening(), "this machine", uses_token())
     except ImportError:
-        yield Finding("bad", "ports", "Ray is not installed", "pip install 'l3rs[metatrain]'")
+        yield Finding(
+            "bad", "ports", "Ray is not installed", "pip install 'l3rs[metatrain]' ('.[metatrain]' in a checkout)"
+        )
     if "://" in folder:
         yield _check_store(folder)
     else:
@@ -108,7 +110,12 @@ def check_versions(versions: dict[str, str]) -> Finding:
     """Python and the packages of this machine."""
     shown = ", ".join(f"{name} {value}" for name, value in versions.items())
     if missing := [name for name, value in versions.items() if value == "none"]:
-        return Finding("bad", "versions", shown, f"{', '.join(missing)} missing: pip install 'l3rs[metatrain]'")
+        return Finding(
+            "bad",
+            "versions",
+            shown,
+            f"{', '.join(missing)} missing: pip install 'l3rs[metatrain]' ('.[metatrain]' in a checkout)",
+        )
     return Finding("ok", "versions", shown)
 
 

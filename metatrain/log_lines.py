@@ -13,6 +13,8 @@ import sys
 import time
 from typing import Any
 
+from metatrain.durations import about
+
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
 _GENERATION = re.compile(r"\S+Z INFO generation (\d{1,12})/(\d{1,12}) (.*)")
 _PAIR = re.compile(r"(\w+)=(\S+)")
@@ -56,6 +58,14 @@ def generation_line(metrics: dict[str, Any], total: int, seconds_left: float | N
     shown = {key: value for key, value in values.items() if isinstance(value, bool | int | float | str)}
     pairs = [f"{key}={_shown(value)}" for key, value in shown.items() if key != "generation"]
     return f"generation {metrics['generation'] + 1}/{total} {' '.join(pairs)}"
+
+
+def generation_sentence(metrics: dict[str, Any], total: int, seconds_left: float | None = None) -> str:
+    """What a person wants to know of a generation; see `generation_line`."""
+    loss = metrics["meta_loss_mean"]
+    known = "no finite meta-loss" if loss is None else f"meta-loss {loss:.4g}"
+    left = "" if seconds_left is None else f", about {about(seconds_left)} left"
+    return f"generation {metrics['generation'] + 1} of {total}: {known} after {metrics['horizon']:.0f} steps{left}"
 
 
 def read_generation_line(text: str) -> tuple[dict[str, Any], int] | None:

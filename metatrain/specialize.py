@@ -137,7 +137,7 @@ def specialize(
     began = time.monotonic()
     factors = find_factors(Setup.build(_config(task, options, start, plan)), horizons_of(plan.longest), log)
     config = _config(task, options, start, plan, factors)
-    done = run(config, out)
+    done = run(config, out, log=log)
     if done.optimizer is None:
         raise UserError(
             f"{out} was interrupted; once it is resumed and finished, compare it with: metatrain evaluate "

@@ -12,11 +12,12 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
-    raise ImportError("tasks.torch needs torch: pip install l3rs[torch]") from None
+    raise ImportError("tasks.torch needs torch: pip install 'l3rs[torch]' ('.[torch]' in a checkout)") from None
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset, default_collate
 
 from tasks.base import AnyTask, Data, TaskError
+from tasks.user_code import first_line
 
 _HELD_OUT = 1 << 20  # inits of this index and above are never used in meta-training
 _POOLS = {"meta_train": range(_HELD_OUT), "held_out": range(_HELD_OUT, 2 * _HELD_OUT)}
@@ -45,7 +46,13 @@ def default_loss(model: nn.Module, batch: Batch) -> Tensor:
         raise TaskError(
             f"the model returns {describe_batch(output)}; without loss=… it must return logits, alone or as `logits`"
         )
-    return nn.functional.cross_entropy(logits, labels)
+    try:
+        return nn.functional.cross_entropy(logits, labels)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise TaskError(
+            f"the cross-entropy of logits {describe_batch(logits)} and labels {describe_batch(labels)} failed: "
+            f"{first_line(error)}; without loss=… the model must return a row of logits for each label"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ import os
 import re
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -16,11 +16,9 @@ from tasks.base import TaskError
 
 _MAX_TEXT = 1000  # characters of an error's text that are shown
 _ROOT = os.path.dirname(os.path.dirname(__file__))
-_NOT_OWN = (
-    "<",
-    sysconfig.get_paths()["stdlib"],
-    *(os.path.join(_ROOT, name, "") for name in ("l3rs", "tasks", "metatrain")),
-)
+_OURS = tuple(os.path.join(_ROOT, name, "") for name in ("l3rs", "tasks", "metatrain"))
+_PYTHON = ("<", sysconfig.get_paths()["stdlib"])
+_LIBRARIES = "site-packages"
 _FRAME = re.compile(r'\s*File "([^"]+)", line (\d+)')  # of a traceback as text
 
 
@@ -44,7 +42,7 @@ def user_code(name: str, what: str = "failed:") -> Iterator[None]:
             where = f"{error.filename}:{error.lineno}"
         else:
             frames = traceback.extract_tb(error.__traceback__)
-            where = _last_own((frame.filename, frame.lineno or 0) for frame in frames)
+            where = _place((frame.filename, frame.lineno or 0) for frame in frames)
         kind = type(error).__name__
         text = first_line(error)
         raise TaskError(_sentence(name, what, f"{kind}: {text}" if text else kind, where)) from error
@@ -65,7 +63,7 @@ def callbacks(name: str) -> Iterator[None]:
             raise
         after = str(error).partition(frames[-1].string)[2].splitlines()
         shown = next((line for line in after if line and not line[0].isspace()), "an exception")[:_MAX_TEXT]
-        where = _last_own((frame[1], int(frame[2])) for frame in frames)
+        where = _place((frame[1], int(frame[2])) for frame in frames)
         raise TaskError(_sentence(name, "failed:", shown, where)) from error
 
 
@@ -98,7 +96,9 @@ def _sentence(name: str, what: str, shown: str, where: str) -> str:
     return f"task {name!r}: {what} {shown}{f' ({where})' if where else ''}"
 
 
-def _last_own(frames: Any) -> str:
-    """file:line of the last frame that is the user's, rather than Python's, a library's or ours; "" without one."""
-    own = [f"{file}:{line}" for file, line in frames if "site-packages" not in file and not file.startswith(_NOT_OWN)]
-    return own[-1] if own else ""
+def _place(frames: Iterable[tuple[str, int]]) -> str:
+    """file:line of the last frame that is the user's; without one, of a library's last frame; else ""."""
+    others = [(file, f"{file}:{line}") for file, line in frames if not file.startswith(_OURS)]
+    libraries = [place for file, place in others if _LIBRARIES in file]
+    own = [place for file, place in others if _LIBRARIES not in file and not file.startswith(_PYTHON)]
+    return (own or libraries or [""])[-1]

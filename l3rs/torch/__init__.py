@@ -5,7 +5,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
-    raise ImportError("l3rs.torch needs torch: pip install l3rs[torch]") from None
+    raise ImportError("l3rs.torch needs torch: pip install 'l3rs[torch]' ('.[torch]' in a checkout)") from None
 
 from l3rs.torch.names import match_layers
 from l3rs.torch.optimizer import L3RS

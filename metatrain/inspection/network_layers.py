@@ -41,7 +41,8 @@ def network_matches(optimizer: str, network: Path, how: Mapping[str, Any]) -> li
 def _of_weights(optimizer: str, file: Path, how: Mapping[str, Any]) -> tuple[Match, ...]:
     if importlib.util.find_spec("torch") is None:
         raise UserError(
-            f"{file} holds the weights of a PyTorch model, and reading it needs PyTorch: pip install 'l3rs[torch]'"
+            f"{file} holds the weights of a PyTorch model, and reading it needs PyTorch: pip install 'l3rs[torch]' "
+            "('.[torch]' in a checkout)"
         )
     import torch
 

@@ -28,11 +28,11 @@ import numpy as np
 import optax
 
 from l3rs.io.files import remove_leftovers, write_atomically
-from metatrain.config import CodeConfig, Config, UserError, differences, dump_config, load_config, require_config
+from metatrain.config import Config, UserError, differences, dump_config, load_config, require_config
 from metatrain.inner.devices import use_cpu_only
 from metatrain.inner.population import Evaluator, GenerationSpec
 from metatrain.log_lines import print_line
-from metatrain.outer.code import changes, current_code, with_devices
+from metatrain.outer.code import checked_code, code_of, with_devices
 from metatrain.outer.export import Form, save_optimizer, write_form
 from metatrain.outer.lease import LeaseLostError
 from metatrain.outer.lock import BusyError, FolderGoneError, FolderWatch, run_lock
@@ -66,7 +66,12 @@ class Run:
 
 
 def run(
-    config: Config, out: str | Path | None = None, *, resume_run: bool = False, allow_other_version: bool = False
+    config: Config,
+    out: str | Path | None = None,
+    *,
+    resume_run: bool = False,
+    allow_other_version: bool = False,
+    log: Callable[[str], None] | None = None,
 ) -> Run:
     """Start a meta-training run.
 
@@ -76,6 +81,7 @@ def run(
       resume_run: resume the folder's run if there is one. The sections `execution`, `checkpoint` and
         `logging` may differ then, and `outer.steps` may be larger.
       allow_other_version: resume a run that other code has begun.
+      log: of a new run; see `Display`.
 
     Raises:
       UserError: the folder exists, or holds another run; or the configuration cannot be run here.
@@ -89,13 +95,13 @@ def run(
             return _resume(folder, resolve_start(config), allow_other_version)
         refuse_existing(folder.path, folder.name)
         check_destination(folder.path)
-        setup = Setup.build(config.model_copy(update={"code": None}), print_line)
+        setup = Setup.build(config.model_copy(update={"code": None}), log or print_line)
         refuse_existing(folder.path, folder.name)  # another run may have begun meanwhile
-        code = _computed_by(config, current_code(), "")
+        code = code_of(config)
         setup = dataclasses.replace(setup, config=setup.config.model_copy(update={"code": code}))
         _create(folder, setup.config)
         try:
-            return _train(folder, setup)
+            return _train(folder, setup, log=log)
         except (BusyError, FolderGoneError):
             raise
         except Exception:
@@ -181,7 +187,7 @@ def _resume(folder: RunFolder, wanted: Config, allow_other_version: bool) -> Run
             f"{folder.name} holds another run: {'; '.join(different)}; on resume only the sections "
             f"{', '.join(_CHANGEABLE)} may change, and outer.steps may grow"
         )
-    code = _checked_code(folder, saved, wanted, allow_other_version)
+    code = checked_code(folder.name, saved, wanted, allow_other_version)
     rewritten = saved.model_copy(update={"outer": config.outer, "code": code})
     setup = Setup.build(config.model_copy(update={"code": code}), print_line)
     return _train(folder, setup, None if rewritten == saved else rewritten)
@@ -191,29 +197,6 @@ def _leave_devices(config: Config) -> None:
     """On Ray, accelerators are the workers'. Called before this process computes anything."""
     if config.execution.backend == "ray":
         use_cpu_only()
-
-
-def _computed_by(config: Config, code: CodeConfig, devices: str) -> CodeConfig:
-    """The note of the code; on Ray with these devices in place of the driver's, until workers have named theirs."""
-    return code.model_copy(update={"device": devices}) if config.execution.backend == "ray" else code
-
-
-def _checked_code(folder: RunFolder, saved: Config, wanted: Config, allow_other_version: bool) -> CodeConfig:
-    """The code that will compute the rest of a run; a warning or an error if other code began it."""
-    now = _computed_by(wanted, current_code(), "" if saved.code is None else saved.code.device)
-    if saved.code is None:
-        return now
-    different = list(changes(saved.code, now).values())
-    if different and not allow_other_version:
-        raise UserError(
-            f"{folder.name} was begun by other code: {'; '.join(different)}; its result may differ from that of either "
-            "alone: resume it with that code, or accept the difference with --allow-other-version"
-        )
-    if saved.code.device != now.device:
-        different.append(f"the device was {saved.code.device} and is now {now.device}")
-    if different:
-        _log.warning("%s: %s; the last bits of its result may change", folder.name, "; ".join(different))
-    return now
 
 
 def _cosine(share: float) -> float:
@@ -232,12 +215,15 @@ def _run_config(folder: RunFolder) -> Config:
     return load_config(folder.path / "config.yaml")
 
 
-def _train(folder: RunFolder, setup: Setup, rewritten: Config | None = None) -> Run:
+def _train(
+    folder: RunFolder, setup: Setup, rewritten: Config | None = None, log: Callable[[str], None] | None = None
+) -> Run:
     """Compute the remaining generations and write the optimizer, while holding the run's lock.
 
     Args:
       folder, setup: the run.
       rewritten: what to save as its configuration, if that may have changed.
+      log: see `Display`.
 
     Raises:
       UserError: another process holds the lock; or too many generations in a row had no finite loss.
@@ -247,7 +233,7 @@ def _train(folder: RunFolder, setup: Setup, rewritten: Config | None = None) -> 
         watch = FolderWatch(folder.path, folder.name)
         remove_leftovers(folder.path)
         with contextlib.ExitStack() as resources:
-            session = _Session(folder, setup, watch, resources)
+            session = _Session(folder, setup, watch, resources, Display(outer.steps, log))
             if rewritten is not None:
                 session.rewrite(rewritten)
             finished = session.compute()
@@ -278,16 +264,19 @@ class _Session:
       folder, setup: the run.
       watch: notices that the folder is gone.
       resources: closes what is opened here.
+      display: the terminal.
 
     Attributes:
       progress: how far the run is.
       display: the terminal.
     """
 
-    def __init__(self, folder: RunFolder, setup: Setup, watch: FolderWatch, resources: contextlib.ExitStack) -> None:
+    def __init__(
+        self, folder: RunFolder, setup: Setup, watch: FolderWatch, resources: contextlib.ExitStack, display: Display
+    ) -> None:
         config = setup.config
         self._folder, self._setup, self._watch = folder, setup, watch
-        self.display = Display(config.outer.steps)
+        self.display = display
         write_form(folder.path, _form(setup))
         self._evaluator = setup.evaluator(self.display.warn)
         resources.callback(self._evaluator.close)
@@ -349,7 +338,7 @@ class _Session:
             spec = self._setup.generation(self.progress.generation)
             if new := {draw.task for draw in spec.draws} - self._compiled:
                 self._compiled |= new
-                self.display.compiling(sorted(new), len(self._compiled), len(self._setup.tasks))
+                self.display.starting(sorted(new), len(self._compiled), len(self._setup.tasks))
             self.progress, line = _generation(self._setup, self._evaluator, self.progress, spec, interrupts, self._wait)
             line["compiled"] = bool(new)
             self._watch.check()

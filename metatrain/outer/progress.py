@@ -1,16 +1,16 @@
-"""A run's progress: a live bar in a terminal, the lines of a log elsewhere; see `metatrain.log_lines`."""
+"""A run's progress: a live bar in a terminal; elsewhere a log for programs, see `metatrain.log_lines`, or sentences."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from metatrain.log_lines import generation_line, log_line
+from metatrain.log_lines import generation_line, generation_sentence, log_line
 from metatrain.outer.metrics import seconds_left
 
 
@@ -19,10 +19,13 @@ class Display:
 
     Args:
       total: generations of the run.
+      log: where there is no terminal, called with a sentence for each generation and each message, instead of printing
+        a log's lines.
     """
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, log: Callable[[str], None] | None = None) -> None:
         self._console = Console(highlight=False, markup=False, soft_wrap=True)  # messages may contain [brackets]
+        self._log = log
         self._total = total
         self._bar: Bar | None = None
 
@@ -38,7 +41,7 @@ class Display:
         else:
             self.log(f"generation {start}/{self._total}: starting")
 
-    def compiling(self, new: Sequence[int], compiled: int, tasks: int) -> None:
+    def starting(self, new: Sequence[int], compiled: int, tasks: int) -> None:
         """The first generation of some tasks in this process begins, with their compilation or the start of processes.
 
         Args:
@@ -71,11 +74,16 @@ class Display:
             )
             self._bar.update(self._task, completed=done, line=line)
         else:
-            self.log(generation_line(metrics, self._total, left))
+            self.log((generation_line if self._log is None else generation_sentence)(metrics, self._total, left))
 
     def log(self, sentence: str, level: int = logging.INFO) -> None:
         """Print a sentence, above the bar in a terminal; elsewhere with its time and level."""
-        self._console.print(sentence if self._console.is_terminal else log_line(sentence, level))
+        if self._console.is_terminal:
+            self._console.print(sentence)
+        elif self._log is None:
+            self._console.print(log_line(sentence, level))
+        else:
+            self._log(sentence)
 
     def warn(self, sentence: str) -> None:
         """Print a sentence that an operator should look at."""

@@ -143,7 +143,7 @@ def _decide(config: Config, tasks: tuple[AnyTask, ...], spec: l3rs.Spec, log: Ca
                 fits = measurements.members_that_fit()
     if members == "auto":
         members = members_per_call(config.outer.population, plan, _on_accelerator(execution), list(fits.values()))
-    log(f"plan: {plan}, {members} candidates in a call")
+    log(f"plan: {plan}, {members} candidate{'s' * (members > 1)} in a call")
     measured = tuple(
         MeasuredConfig(
             device=device,

@@ -65,7 +65,8 @@ def make_sinks(config: Config, folder: Path, generation: int) -> list[Sink]:
             found.append(_Lasting(name, make()))
         except ImportError:
             raise UserError(
-                f"logging.{name} is true, but its package is not installed: pip install l3rs[{name}]"
+                f"logging.{name} is true, but its package is not installed: pip install 'l3rs[{name}]' "
+                f"('.[{name}]' in a checkout)"
             ) from None
         except Exception as error:  # these libraries' exceptions have no common base
             sentence = f"logging.{name} cannot be used: {reason(error)}"

@@ -261,7 +261,9 @@ def _tfds_records(folder: Path, image: str, split: str) -> tuple[int, Callable[[
 
 def _download_and_prepare(name: str, root: Path) -> None:
     if importlib.util.find_spec("tensorflow") is None:
-        raise TaskError(f"preparing {name!r} needs TensorFlow: pip install 'l3rs[prepare]'")
+        raise TaskError(
+            f"preparing {name!r} needs TensorFlow: pip install 'l3rs[prepare]' ('.[prepare]' in a checkout)"
+        )
     import tensorflow_datasets as tfds
 
     try:

@@ -27,7 +27,10 @@ def test_submodules_are_imported_when_accessed():
     code = "import l3rs; print(l3rs.baselines.mada.__name__); import sys; sys.modules['torch'] = None; l3rs.torch"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.split() == ["mada"]
-    assert done.stderr.splitlines()[-1] == "ImportError: l3rs.torch needs torch: pip install l3rs[torch]"
+    assert (
+        done.stderr.splitlines()[-1]
+        == "ImportError: l3rs.torch needs torch: pip install 'l3rs[torch]' ('.[torch]' in a checkout)"
+    )
     with pytest.raises(AttributeError, match="module 'l3rs' has no attribute 'jax'"):
         _ = l3rs.jax
 

@@ -82,6 +82,6 @@ print(json.dumps(said))
     sentences = run(code)
     assert len(sentences) == 5
     for sentence in sentences:
-        assert "pip install l3rs[jax]" in sentence
+        assert "pip install 'l3rs[jax]'" in sentence
         assert "\n" not in sentence
     assert golden in sentences[-1]

@@ -111,7 +111,7 @@ def test_without_its_packages_the_command_names_the_extra() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert "pip install l3rs[metatrain]" in done.stderr
+    assert "pip install 'l3rs[metatrain]'" in done.stderr
 
 
 def test_commands_that_only_look_at_a_run_do_without_jax(config: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import logging
 import re
 
-from metatrain.log_lines import LogFormatter, generation_line, log_line, read_generation_line
+from metatrain.log_lines import LogFormatter, generation_line, generation_sentence, log_line, read_generation_line
 
 _TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
 
@@ -32,6 +32,15 @@ def test_a_loss_that_is_not_finite_is_none_when_read_back() -> None:
     assert found[0]["meta_loss_mean"] is None
     for other in ("generation 3/6 horizon=2", log_line("generation 0/6: starting"), log_line("a worker is lost"), ""):
         assert read_generation_line(other) is None
+
+
+def test_a_sentence_about_a_generation() -> None:
+    metrics = {"generation": 3, "meta_loss_mean": 0.51234, "horizon": 12}
+    assert (
+        generation_sentence(metrics, 6, 200) == "generation 4 of 6: meta-loss 0.5123 after 12 steps, about 3 min left"
+    )
+    nothing = generation_sentence({**metrics, "meta_loss_mean": None}, 6)
+    assert nothing == "generation 4 of 6: no finite meta-loss after 12 steps"
 
 
 def test_records_of_logging_have_time_and_level() -> None:

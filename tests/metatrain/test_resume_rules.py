@@ -58,7 +58,7 @@ def test_a_run_knows_its_code_and_other_code_needs_to_be_allowed(
     assert load_config(folder / "config.yaml").code == now
     assert counters(folder / "state" / "3")["code"] == now.model_dump()
     other = now.model_copy(update={"source": "0123456789abcdef", "l3rs": "9.9"})
-    monkeypatch.setattr(trainer, "current_code", lambda: other)
+    monkeypatch.setattr("metatrain.outer.code.current_code", lambda: other)
     for resume in (lambda: trainer.resume(folder), lambda: trainer.run(small_config(), folder, resume_run=True)):
         with pytest.raises(UserError) as refused:
             resume()
@@ -76,7 +76,7 @@ def test_another_device_is_named(
 ) -> None:
     stopped_at(3, tmp_path / "run")
     now = current_code()
-    monkeypatch.setattr(trainer, "current_code", lambda: now.model_copy(update={"device": "Another CPU"}))
+    monkeypatch.setattr("metatrain.outer.code.current_code", lambda: now.model_copy(update={"device": "Another CPU"}))
     with caplog.at_level(logging.WARNING):
         assert trainer.resume(tmp_path / "run").finished
     assert f"the device was {now.device} and is now Another CPU" in caplog.text

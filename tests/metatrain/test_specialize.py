@@ -75,6 +75,8 @@ def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert "meta-loss with all steps × 0.25: " in said
     assert said.count("with those of output_") == 2  # kernel, bias
     assert "meta-training begins with all steps × " in said
+    assert "generation 2 of 2: meta-loss " in said
+    assert "INFO" not in said  # a log's line
     assert "worth it" in said
     assert "It was worth it: " in said or "with a learning rate of " in said
     results = json.loads((out / "evaluation" / "results.json").read_text())

@@ -123,7 +123,7 @@ def test_the_display_shows_compilation_and_a_time_left_without_it(
         compiled = task not in seen
         seen.add(task)
         if compiled:
-            display.compiling([task], len(seen), 2)
+            display.starting([task], len(seen), 2)
         display.update({"generation": generation, "seconds": seconds, "compiled": compiled, **common})
     lines = capsys.readouterr().out.splitlines()
     assert "starting task 1 (1 of 2)" in lines[1]

@@ -15,13 +15,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import nn  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import TensorDataset  # noqa: E402
 
 from tasks import TaskError, make_task  # noqa: E402
 from tasks.torch import TorchTask, fetch  # noqa: E402
 from tasks.torch_checks import check_training  # noqa: E402
 from tasks.torch_training import Training, deterministic, step_seed  # noqa: E402
+from tasks.user_code import UserFunction  # noqa: E402
 from tests.metatrain.torch_tasks import TINY, Examples, Mlp, splits, tiny  # noqa: E402
 
 KEY = (7, 9)
@@ -291,6 +292,28 @@ def test_an_error_of_the_loss_says_what_the_model_returned() -> None:
         TypeError, match=r"the model returns a mapping with 'logits'.*a batch is a list of float32\[8, 6\]"
     ):
         check_training(own)
+
+
+@pytest.mark.parametrize(
+    ("labels", "fact"),
+    [
+        (torch.full((48,), 7), r"logits float32\[8, \d\] and labels int64\[8\] failed: Target 7 is out of bounds"),
+        (torch.zeros(48, 2, dtype=torch.long), r"labels int64\[8, 2\] failed: "),
+    ],
+    ids=["too large", "two each"],
+)
+def test_labels_that_the_default_loss_cannot_take(labels: Tensor, fact: str) -> None:
+    with pytest.raises(TaskError, match=fact + ".*without loss=…"):
+        check_training(task(train=TensorDataset(torch.zeros(48, 6), labels)))
+
+
+def test_an_error_within_a_library_names_its_line() -> None:
+    """The last line of the user's own is better, but there is none when a library's model fails."""
+    model = nn.Linear(2, 2)
+    with pytest.raises(TaskError, match=r"mine.*TypeError.*linear\.py:\d+\)$"):
+        UserFunction("mine", model)("no tensor")
+    with pytest.raises(TaskError, match=r"mine.*TypeError.*test_torch\.py:\d+\)$"):
+        UserFunction("mine", lambda: model("no tensor"))()
 
 
 @pytest.mark.parametrize(

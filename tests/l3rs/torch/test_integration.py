@@ -233,5 +233,8 @@ def test_without_torch():
     code = "import sys; sys.modules['torch'] = None; import l3rs; import l3rs.torch"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "ImportError: l3rs.torch needs torch: pip install l3rs[torch]"
+    assert (
+        done.stderr.splitlines()[-1]
+        == "ImportError: l3rs.torch needs torch: pip install 'l3rs[torch]' ('.[torch]' in a checkout)"
+    )
     assert "During handling" not in done.stderr
