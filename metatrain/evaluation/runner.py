@@ -181,15 +181,10 @@ def _in_one_call(conditions: Conditions, make: Any, device: jax.Device) -> _Exec
         runs = jax.vmap(jax.vmap(one, (None, None, 0, None)), (0, None, None, None))(hyper, data, samples, steps)
         return runs[split]
 
-    def execute(
-        hyper: Any, samples: TaskSample, horizon: int, split: str, points: np.ndarray | None
-    ) -> tuple[Score, float]:
-        began = time.perf_counter()
-        hyper, samples, steps, at = jax.device_put((hyper, samples, np.int32(horizon), points), device)
-        scores = jax.tree.map(np.asarray, grid(hyper, task_data, samples, steps, at, split=split))
-        return scores, (time.perf_counter() - began) / math.prod(scores.loss.shape[:2])
+    def train(hyper: Any, samples: TaskSample, steps: jax.Array, points: Any, split: str) -> Score:
+        return grid(hyper, task_data, samples, steps, points, split=split)
 
-    return execute
+    return _timed(train, device)
 
 
 def _one_by_one(conditions: Conditions, make: Any, device: jax.Device, stages: list[Any]) -> _Execute:
@@ -203,13 +198,22 @@ def _one_by_one(conditions: Conditions, make: Any, device: jax.Device, stages: l
         call = stepwise_rollout(task, make, ())
     data = jax.device_put(task.data, device)
 
+    def train(hyper: Any, samples: TaskSample, steps: jax.Array, points: Any, split: str) -> Score:
+        runs = [[call(h, data, s, steps, (split,), points)[split] for s in _rows(samples)] for h in _rows(hyper)]
+        return _stack([_stack(row) for row in runs])
+
+    return _timed(train, device)
+
+
+def _timed(train: Callable[[Any, TaskSample, jax.Array, Any, str], Score], device: jax.Device) -> _Execute:
+    """Training runs on a device, and what one of them takes."""
+
     def execute(
         hyper: Any, samples: TaskSample, horizon: int, split: str, points: np.ndarray | None
     ) -> tuple[Score, float]:
         began = time.perf_counter()
         hyper, samples, steps, at = jax.device_put((hyper, samples, np.int32(horizon), points), device)
-        runs = [[call(h, data, s, steps, (split,), at)[split] for s in _rows(samples)] for h in _rows(hyper)]
-        scores = _stack([_stack(row) for row in runs])
+        scores = jax.tree.map(np.asarray, train(hyper, samples, steps, at, split))
         return scores, (time.perf_counter() - began) / math.prod(scores.loss.shape[:2])
 
     return execute
