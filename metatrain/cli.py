@@ -192,12 +192,14 @@ def evaluate(
 ) -> None:
     """Compare an optimizer with tuned baselines in each setting of the configuration.
 
-    Options that are not given are taken from the configuration's section `evaluation`.
+    Options that are not given are taken from the configuration's section `evaluation`. The same command again continues
+    an evaluation that was interrupted: what each optimizer has finished in a setting is kept.
     """
     from metatrain import report
     from metatrain.config import UserError
     from metatrain.evaluation import comparison
     from metatrain.evaluation.analysis import Analysis
+    from metatrain.evaluation.parts import FOLDER, remove_parts
     from metatrain.evaluation.records import NO_OPTIMIZER
     from metatrain.system import check_destination
 
@@ -213,6 +215,7 @@ def evaluate(
         load(config, overrides, trust_task),
         settings=_names(settings),
         log=console.print,
+        keep=folder / FOLDER,
         horizons=_numbers(horizons, "--horizons", "10,30,100") if horizons else None,
         seeds=seeds,
         tuning_seeds=tuning_seeds,
@@ -221,6 +224,7 @@ def evaluate(
         multipliers=_factors(multipliers),
     )
     saved = results.save(folder)
+    remove_parts(folder / FOLDER)
     analysis = Analysis(results)
     for setting in results.settings():
         console.print(report.table(analysis, setting))

@@ -6,7 +6,6 @@ is tuned for each horizon on inner_valid; the test split is only read to judge t
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import math
@@ -29,18 +28,14 @@ from metatrain.evaluation.environment import environment
 from metatrain.evaluation.interleaved import trainers
 from metatrain.evaluation.learned import LearnedOptimizer, restore_optimizer
 from metatrain.evaluation.multipliers import multiplier_grids
+from metatrain.evaluation.parts import Job, Part, Parts
 from metatrain.evaluation.paths import baseline_path, decision_path, stage_notes, switch_history
 from metatrain.evaluation.records import (
     L3RS,
-    CoefficientPath,
     Cost,
-    Curve,
-    DecisionPath,
-    MultiplierGrid,
     Record,
     RecordTable,
     Results,
-    SwitchHistory,
 )
 from metatrain.evaluation.results_file import meta_training_facts
 from metatrain.evaluation.runner import Conditions, Runner, held_out_samples, learned_maker, maker, torch_runs_of
@@ -59,6 +54,7 @@ def evaluate(
     config: Config,
     settings: Sequence[str] | None = None,
     log: Callable[[str], None] = _log.info,
+    keep: Path | None = None,
     **options: Any,
 ) -> Results:
     """Compare a meta-trained optimizer with tuned baselines in the configuration's settings.
@@ -69,6 +65,8 @@ def evaluate(
         itself when there are none.
       settings: names of the settings to evaluate; all when not given.
       log: called with a line for each step of the evaluation.
+      keep: a folder for what each optimizer has done in each setting, from which the same evaluation goes on if it is
+        interrupted, until `remove_parts`; None keeps nothing.
       **options: replace fields of `evaluation`, e.g. `horizons=(10, 100), seeds=3`.
 
     Raises:
@@ -91,7 +89,8 @@ def evaluate(
         raise UserError(f"there is nothing to compare: no optimizer and no baseline{''.join(f'; {n}' for n in notes)}")
     if ours is not None and ours.guard:
         notes.append(f"L3RS runs with its guard, which takes Adam steps while the loss rises: {ours.guard}")
-    all_parts = _Part()
+    parts = Parts(keep, ours, config.model_dump(mode="json"))
+    all_parts = Part()
     costs: list[Cost] = []
     refused: list[str] = []
     for setting, form in forms.items():
@@ -105,11 +104,15 @@ def evaluate(
             continue
         with torch_runs_of(task, config.execution, log) as torch_runs:
             conditions = _conditions(label, task, ours, config, log)._replace(torch_runs=torch_runs)
-            for part in _on_devices(_jobs(ours, rivals, how.multipliers, conditions), conditions):
+            jobs = _jobs(ours, rivals, how.multipliers, conditions)
+            kept_jobs = [parts.kept(f"{label}: {name}", job) for name, job in jobs.items()]
+            for part in _on_devices(kept_jobs, conditions):
                 all_parts.add(part)
         costs = costs or measure_costs(ours, rivals, conditions)
     if not all_parts.records:
         raise L3RSError(f"{optimizer} fits the model of no setting; {refused[0]}")
+    if parts.found:
+        notes.append(f"computed by an earlier start of this evaluation: {', '.join(sorted(parts.found))}")
     notes += refused + _divergence_notes(all_parts.records) + edge_notes(all_parts.tuning) + all_parts.notes
     return Results(
         optimizer=portable(str(optimizer)),
@@ -184,46 +187,25 @@ def _conditions(
     )
 
 
-@dataclasses.dataclass
-class _Part:
-    """The results of one job, or of several."""
-
-    records: list[Record] = dataclasses.field(default_factory=list)
-    curves: list[Curve] = dataclasses.field(default_factory=list)
-    paths: list[DecisionPath] = dataclasses.field(default_factory=list)
-    coefficients: list[CoefficientPath] = dataclasses.field(default_factory=list)
-    switches: list[SwitchHistory] = dataclasses.field(default_factory=list)
-    multipliers: list[MultiplierGrid] = dataclasses.field(default_factory=list)
-    tuning: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # {setting: {label: …}}
-    notes: list[str] = dataclasses.field(default_factory=list)
-
-    def add(self, other: _Part) -> None:
-        """Append the results of another job."""
-        for field in dataclasses.fields(self):
-            if field.name != "tuning":
-                getattr(self, field.name).extend(getattr(other, field.name))
-        for setting, grids in other.tuning.items():
-            self.tuning.setdefault(setting, {}).update(grids)
-
-
-_Job = Callable[[jax.Device], _Part]
-
-
 def _jobs(
     ours: LearnedOptimizer | None,
     rivals: Mapping[str, Baseline | Interleaved],
     multipliers: Sequence[float],
     conditions: Conditions,
-) -> list[_Job]:
-    jobs: list[_Job] = []
+) -> dict[str, Job]:
+    jobs: dict[str, Job] = {}
     if ours is not None:
-        jobs.append(functools.partial(_run_learned, ours, conditions))
+        jobs[L3RS] = functools.partial(_run_learned, ours, conditions)
     if ours is not None and multipliers:
-        jobs.append(lambda device: _Part(multipliers=multiplier_grids(ours, multipliers, conditions, device)))
-    return jobs + [functools.partial(_run_baseline, name, baseline, conditions) for name, baseline in rivals.items()]
+        jobs["step multipliers"] = lambda device: Part(
+            multipliers=multiplier_grids(ours, multipliers, conditions, device)
+        )
+    return jobs | {
+        name: functools.partial(_run_baseline, name, baseline, conditions) for name, baseline in rivals.items()
+    }
 
 
-def _on_devices(jobs: Iterable[_Job], conditions: Conditions) -> list[_Part]:
+def _on_devices(jobs: Iterable[Job], conditions: Conditions) -> list[Part]:
     """Run jobs side by side, one per device at a time, those of PyTorch one by one; results in the jobs' order."""
     devices = jax.local_devices()[:1] if conditions.plan == "torch" else jax.local_devices()
     with ThreadPoolExecutor(len(devices)) as pool:
@@ -231,9 +213,9 @@ def _on_devices(jobs: Iterable[_Job], conditions: Conditions) -> list[_Part]:
         return [future.result() for future in futures]
 
 
-def _run_learned(ours: LearnedOptimizer, conditions: Conditions, device: jax.Device) -> _Part:
+def _run_learned(ours: LearnedOptimizer, conditions: Conditions, device: jax.Device) -> Part:
     run = Runner(conditions, learned_maker(ours, conditions), device)
-    part = _Part(tuning={conditions.setting: {}})
+    part = Part(tuning={conditions.setting: {}})
     for horizon in conditions.horizons:
         records, curve = run.judge(ours.rows, L3RS, horizon, {})
         part.records += records
@@ -243,10 +225,10 @@ def _run_learned(ours: LearnedOptimizer, conditions: Conditions, device: jax.Dev
     return part
 
 
-def _run_baseline(name: str, baseline: Baseline | Interleaved, conditions: Conditions, device: jax.Device) -> _Part:
+def _run_baseline(name: str, baseline: Baseline | Interleaved, conditions: Conditions, device: jax.Device) -> Part:
     """Tune a baseline for every schedule and horizon, and judge it with the learning rate that was best."""
     run = Runner(conditions, maker(baseline, conditions), device)
-    part = _Part(tuning={conditions.setting: {}})
+    part = Part(tuning={conditions.setting: {}})
     for schedule in baseline.schedules:
         label = f"{name}/{schedule}"
         where = f"{conditions.setting}: {label}"

@@ -260,7 +260,7 @@ class Results(RecordTable):
             means = [self.mean(setting, optimizer, horizon, field) for field in ("loss", "accuracy")]
             return [*(round(mean, 4) for mean in means), len(self.values(setting, optimizer, horizon))]
 
-        return _finite(
+        return finite(
             {
                 setting: {
                     optimizer: {str(horizon): cell(setting, optimizer, horizon) for horizon in self.horizons()}
@@ -277,13 +277,13 @@ class Results(RecordTable):
         Raises:
           UserError: the file cannot be read, or is not a `results.json`.
         """
-        found = read_results(file, cls, _PARTS)
+        found = read_results(file, cls, LISTS)
         assert isinstance(found, cls)
         return found
 
     def save(self, folder: Path) -> Path:
         """Write `results.json`."""
-        text = json.dumps(_finite(dataclasses.asdict(self)), allow_nan=False) + "\n"
+        text = json.dumps(finite(dataclasses.asdict(self)), allow_nan=False) + "\n"
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "results.json", text)
         return folder / "results.json"
@@ -309,7 +309,7 @@ def _check_lengths(what: str, length: int, *parts: Sequence[Any]) -> None:
 
 
 # Fields that are lists of objects; older files lack some of them.
-_PARTS = ("speedup", "curves", "paths", "coefficients", "switches", "costs", "multipliers")
+LISTS = ("speedup", "curves", "paths", "coefficients", "switches", "costs", "multipliers")
 
 
 def family(label: str) -> str:
@@ -322,10 +322,10 @@ def nan_as_inf(loss: float) -> float:
     return math.inf if math.isnan(loss) else loss
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no infinity and no NaN: they become null."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +26,48 @@ _CONTROL = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f]")  # in a terminal they do w
 _NAN = ("loss", "accuracy", "auc")  # fields of a record in which null stands for NaN
 
 
-def read_results(file: str | Path, results: type[Any], parts: Sequence[str]) -> Any:
+def read_results(file: str | Path, results: type[Any], lists: Sequence[str]) -> Any:
     """The content of a `results.json`, also one that an older version wrote.
 
     Args:
       file: its path.
       results: the dataclass that it becomes.
-      parts: its fields that are lists of objects.
+      lists: its fields that are lists of objects.
 
     Raises:
       UserError: the file cannot be read, or is not a `results.json`.
     """
+
+    def checked(found: Any) -> Any:
+        _check_names(found)
+        return dataclasses.replace(found, meta_training=meta_training_facts(found.meta_training))
+
+    return read_dataclass(file, results, lists, checked)
+
+
+def read_dataclass(
+    file: str | Path, cls: type[Any], lists: Sequence[str], checked: Callable[[Any], Any] = lambda found: found
+) -> Any:
+    """The content of a JSON file of results as a dataclass.
+
+    Args:
+      file: its path.
+      cls: the dataclass.
+      lists: its fields that are lists of objects; those that the file lacks are empty.
+      checked: called with what was read, for the result; it may raise ValueError.
+
+    Raises:
+      UserError: the file cannot be read, or holds something else.
+    """
     try:
         data = json.loads(read_regular(file, _MAX_BYTES))
         _check_values(data)
-        if unknown := sorted(set(data) - {field.name for field in dataclasses.fields(results)}):
+        if unknown := sorted(set(data) - {field.name for field in dataclasses.fields(cls)}):
             raise ValueError(f"it has an unknown key {unknown[0]!r}")
         data["records"] = [_with_nan(record) for record in data["records"]]
-        for name in parts:
+        for name in lists:
             data[name] = [_with_nan(part) for part in data.get(name, ())]
-        found = pydantic.TypeAdapter(results).validate_python(data)
-        _check_names(found)
-        return dataclasses.replace(found, meta_training=meta_training_facts(found.meta_training))
+        return checked(pydantic.TypeAdapter(cls).validate_python(data))
     except FileNotFoundError:
         raise UserError(f"{file} cannot be read: there is no such file") from None
     except OSError as error:
