@@ -210,19 +210,24 @@ def evaluate(
     if (folder / "results.json").exists():
         raise UserError(f"{folder / 'results.json'} exists; choose another folder with --out")
     check_destination(folder, "results.json", "report.html")
-    results = comparison.evaluate(
-        optimizer,
-        load(config, overrides, trust_task),
-        settings=_names(settings),
-        log=console.print,
-        keep=folder / FOLDER,
-        horizons=_numbers(horizons, "--horizons", "10,30,100") if horizons else None,
-        seeds=seeds,
-        tuning_seeds=tuning_seeds,
-        baselines=_names(baselines),
-        schedules=_names(schedules),
-        multipliers=_factors(multipliers),
-    )
+    try:
+        results = comparison.evaluate(
+            optimizer,
+            load(config, overrides, trust_task),
+            settings=_names(settings),
+            log=console.print,
+            keep=folder / FOLDER,
+            horizons=_numbers(horizons, "--horizons", "10,30,100") if horizons else None,
+            seeds=seeds,
+            tuning_seeds=tuning_seeds,
+            baselines=_names(baselines),
+            schedules=_names(schedules),
+            multipliers=_factors(multipliers),
+        )
+    except KeyboardInterrupt:
+        if (folder / FOLDER).is_dir():
+            console.print(f"stopped; the same command continues with what is finished, in {folder / FOLDER}")
+        raise
     saved = results.save(folder)
     remove_parts(folder / FOLDER)
     analysis = Analysis(results)

@@ -86,13 +86,19 @@ def test_only_parts_are_deleted(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_command_is_continued_by_the_same_command(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_command_is_continued_by_the_same_command(tmp_path: Path, number: signal.Signals) -> None:
     hold, out, file = tmp_path / "hold", tmp_path / "out", tmp_path / "config.yaml"
     hold.touch()  # B stands still
     file.write_text(dump_config(config(hold=str(hold))))
     command = [sys.executable, "-m", "metatrain.cli", "evaluate", "-", str(file), "--out", str(out)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def interruptible() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background process of a shell ignores it
+
     with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=log)
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, preexec_fn=interruptible)
     deadline = time.monotonic() + 240
     while len([*(out / "parts").glob("*.json")]) < 2:
         assert time.monotonic() < deadline
