@@ -104,12 +104,12 @@ def test_a_killed_command_is_continued_by_the_same_command(tmp_path: Path, numbe
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(number)
+    assert process.wait(60) != 0
+    said = "stopped; the same command continues with what is finished"
+    assert (said in (tmp_path / "log").read_text()) == (number == signal.SIGINT)
     hold.unlink()
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "note: computed by an earlier start of this evaluation: A: regression: adam, A: " in done.stdout
     assert [entry.name for entry in out.iterdir()] == ["results.json"]
