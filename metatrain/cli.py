@@ -193,13 +193,12 @@ def evaluate(
     """Compare an optimizer with tuned baselines in each setting of the configuration.
 
     Options that are not given are taken from the configuration's section `evaluation`. The same command again continues
-    an evaluation that was interrupted: what each optimizer has finished in a setting is kept.
+    an evaluation that was interrupted, as long as code, configuration and data are the same.
     """
     from metatrain import report
     from metatrain.config import UserError
     from metatrain.evaluation import comparison
     from metatrain.evaluation.analysis import Analysis
-    from metatrain.evaluation.parts import FOLDER, remove_parts
     from metatrain.evaluation.records import NO_OPTIMIZER
     from metatrain.system import check_destination
 
@@ -216,7 +215,7 @@ def evaluate(
             load(config, overrides, trust_task),
             settings=_names(settings),
             log=console.print,
-            keep=folder / FOLDER,
+            out=folder,
             horizons=_numbers(horizons, "--horizons", "10,30,100") if horizons else None,
             seeds=seeds,
             tuning_seeds=tuning_seeds,
@@ -225,11 +224,9 @@ def evaluate(
             multipliers=_factors(multipliers),
         )
     except KeyboardInterrupt:
-        if (folder / FOLDER).is_dir():
-            console.print(f"stopped; the same command continues with what is finished, in {folder / FOLDER}")
-        raise
-    saved = results.save(folder)
-    remove_parts(folder / FOLDER)
+        console.print("stopped; the same command continues with what each optimizer has finished")
+        sys.stdout.flush()
+        os._exit(130)  # not after the runs that are under way
     analysis = Analysis(results)
     for setting in results.settings():
         console.print(report.table(analysis, setting))
@@ -239,7 +236,7 @@ def evaluate(
         console.print(f"note: {note}")
     if not no_optimizer:  # the page is about L3RS
         console.print(f"{' '.join(report.verdict(analysis))}\nreport: {report.write(analysis, folder)}")
-    console.print(f"results: {saved}")
+    console.print(f"results: {folder / 'results.json'}")
 
 
 @app.command("report")

@@ -61,11 +61,12 @@ def generation_line(metrics: dict[str, Any], total: int, seconds_left: float | N
 
 
 def generation_sentence(metrics: dict[str, Any], total: int, seconds_left: float | None = None) -> str:
-    """What a person wants to know of a generation; see `generation_line`."""
-    loss = metrics["meta_loss_mean"]
-    known = "no finite meta-loss" if loss is None else f"meta-loss {loss:.4g}"
+    """What a person wants to know of a generation with a finite loss; see `generation_line`."""
     left = "" if seconds_left is None else f", about {about(seconds_left)} left"
-    return f"generation {metrics['generation'] + 1} of {total}: {known} after {metrics['horizon']:.0f} steps{left}"
+    return (
+        f"generation {metrics['generation'] + 1} of {total}: meta-loss {metrics['meta_loss_mean']:.4g} after "
+        f"{metrics['horizon']:.0f} steps{left}"
+    )
 
 
 def read_generation_line(text: str) -> tuple[dict[str, Any], int] | None:

@@ -149,8 +149,7 @@ def specialize(
             "than when a step was measured, so the evaluation will take longer, too"
         )
     optimizer = Path(done.optimizer)
-    results = evaluate(optimizer, config, log=log)
-    results.save(out / "evaluation")
+    results = evaluate(optimizer, config, log=log, out=out / "evaluation")
     analysis = Analysis(results)
     report.write(analysis, out / "evaluation")
     return Specialized(optimizer, plan, analysis, sentence(analysis))

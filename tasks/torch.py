@@ -48,10 +48,13 @@ def default_loss(model: nn.Module, batch: Batch) -> Tensor:
         )
     try:
         return nn.functional.cross_entropy(logits, labels)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise TaskError(
             f"the cross-entropy of logits {describe_batch(logits)} and labels {describe_batch(labels)} failed: "
-            f"{first_line(error)}; without loss=… the model must return a row of logits for each label"
+            f"{first_line(error).rstrip('.')}; without loss=… each label must be a whole number below the number of "
+            "its logits"
         ) from error
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 import l3rs
 from l3rs import L3RSError
@@ -54,7 +55,7 @@ def evaluate(
     config: Config,
     settings: Sequence[str] | None = None,
     log: Callable[[str], None] = _log.info,
-    keep: Path | None = None,
+    out: Path | None = None,
     **options: Any,
 ) -> Results:
     """Compare a meta-trained optimizer with tuned baselines in the configuration's settings.
@@ -65,8 +66,8 @@ def evaluate(
         itself when there are none.
       settings: names of the settings to evaluate; all when not given.
       log: called with a line for each step of the evaluation.
-      keep: a folder for what each optimizer has done in each setting, from which the same evaluation goes on if it is
-        interrupted, until `remove_parts`; None keeps nothing.
+      out: a folder in which `results.json` is saved, and until then, in `parts/`, what each optimizer has finished in
+        each setting, with which the same evaluation continues if it is interrupted; None saves nothing.
       **options: replace fields of `evaluation`, e.g. `horizons=(10, 100), seeds=3`.
 
     Raises:
@@ -89,7 +90,7 @@ def evaluate(
         raise UserError(f"there is nothing to compare: no optimizer and no baseline{''.join(f'; {n}' for n in notes)}")
     if ours is not None and ours.guard:
         notes.append(f"L3RS runs with its guard, which takes Adam steps while the loss rises: {ours.guard}")
-    parts = Parts(keep, ours, config.model_dump(mode="json"))
+    parts = Parts(out, ours, config, list(forms), log)
     all_parts = Part()
     costs: list[Cost] = []
     refused: list[str] = []
@@ -112,9 +113,10 @@ def evaluate(
     if not all_parts.records:
         raise L3RSError(f"{optimizer} fits the model of no setting; {refused[0]}")
     if parts.found:
-        notes.append(f"computed by an earlier start of this evaluation: {', '.join(sorted(parts.found))}")
+        notes.append(f"{len(parts.found)} of its parts were done by an earlier start of this evaluation")
+    seconds = round(time.perf_counter() - began, 1)
     notes += refused + _divergence_notes(all_parts.records) + edge_notes(all_parts.tuning) + all_parts.notes
-    return Results(
+    results = Results(
         optimizer=portable(str(optimizer)),
         records=all_parts.records,
         speedup=speedups(RecordTable(all_parts.records)),
@@ -127,9 +129,13 @@ def evaluate(
         multipliers=all_parts.multipliers,
         notes=notes,
         meta_training=meta_training_facts(info),
-        environment={**environment(), "evaluation_seconds": round(time.perf_counter() - began, 1)},
+        environment={**environment(), **({} if parts.found else {"evaluation_seconds": seconds})},
         config=portable(as_written(config)),
     )
+    if out is not None:
+        results.save(out)
+        parts.remove()
+    return results
 
 
 def _rivals(how: EvaluationConfig, torch: bool) -> tuple[dict[str, Baseline | Interleaved], list[str]]:
@@ -197,7 +203,7 @@ def _jobs(
     if ours is not None:
         jobs[L3RS] = functools.partial(_run_learned, ours, conditions)
     if ours is not None and multipliers:
-        jobs["step multipliers"] = lambda device: Part(
+        jobs[f"{L3RS}/step multipliers"] = lambda device: Part(
             multipliers=multiplier_grids(ours, multipliers, conditions, device)
         )
     return jobs | {
@@ -208,9 +214,12 @@ def _jobs(
 def _on_devices(jobs: Iterable[Job], conditions: Conditions) -> list[Part]:
     """Run jobs side by side, one per device at a time, those of PyTorch one by one; results in the jobs' order."""
     devices = jax.local_devices()[:1] if conditions.plan == "torch" else jax.local_devices()
-    with ThreadPoolExecutor(len(devices)) as pool:
+    pool = ThreadPoolExecutor(len(devices))
+    try:
         futures = [pool.submit(job, devices[i % len(devices)]) for i, job in enumerate(jobs)]
         return [future.result() for future in futures]
+    finally:  # after an error or an interrupt, what has not begun does not begin
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _run_learned(ours: LearnedOptimizer, conditions: Conditions, device: jax.Device) -> Part:
@@ -221,7 +230,11 @@ def _run_learned(ours: LearnedOptimizer, conditions: Conditions, device: jax.Dev
         part.records += records
         part.curves.append(curve)
         conditions.log(f"{conditions.setting}: l3rs, {horizon} steps")
-    part.paths.append(decision_path(ours, conditions, device))
+    path = decision_path(ours, conditions, device)
+    if np.isfinite(path.step_rms).all():
+        part.paths.append(path)
+    else:
+        part.notes.append(f"{conditions.setting}: the decisions of L3RS are not shown, because some are not finite")
     return part
 
 

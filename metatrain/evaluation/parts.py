@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
-import re
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import jax
 import numpy as np
 
 from l3rs.io.files import write_atomically
-from metatrain.config import UserError
+from metatrain.config import Config, UserError
+from metatrain.evaluation.environment import environment
 from metatrain.evaluation.learned import LearnedOptimizer
 from metatrain.evaluation.records import (
     LISTS,
@@ -30,8 +32,7 @@ from metatrain.evaluation.records import (
 from metatrain.evaluation.results_file import read_dataclass
 from metatrain.outer.code import current_code
 
-FOLDER = "parts"  # in the folder of the evaluation
-_NAME_LENGTH = 32  # hexadecimal digits
+_FOLDER = "parts"  # in the folder of the evaluation
 
 
 @dataclasses.dataclass
@@ -60,34 +61,63 @@ Job = Callable[[jax.Device], Part]
 
 
 class Parts:
-    """Finished parts of an evaluation in files, found again by the same evaluation with the same code.
+    """Finished parts of an evaluation in files, which the same evaluation finds again.
+
+    It is the same with the same optimizer, configuration and settings, the same code, also of the user's own modules,
+    and the same versions and devices. Data files are not looked at.
 
     Args:
-      folder: which need not exist; None keeps nothing.
+      out: the folder of the evaluation, which need not exist; None keeps nothing.
       optimizer: the evaluated one.
-      config: the resolved configuration.
+      config: the configuration.
+      settings: names of the evaluated settings.
+      log: called with a sentence about what is there.
 
     Attributes:
       found: labels of the parts that were there.
     """
 
-    def __init__(self, folder: Path | None, optimizer: LearnedOptimizer | None, config: Mapping[str, Any]) -> None:
-        identity = {"code": current_code().model_dump(), "optimizer": _digest(optimizer), "config": config}
-        self._folder, self._identity = folder, json.dumps(identity, sort_keys=True)
+    def __init__(
+        self,
+        out: Path | None,
+        optimizer: LearnedOptimizer | None,
+        config: Config,
+        settings: Sequence[str],
+        log: Callable[[str], None],
+    ) -> None:
         self.found: list[str] = []
+        self._folder, self._log = None, log
+        if out is None:
+            return
+        identity = {
+            "optimizer": _digest(optimizer),
+            "config": config.model_dump(
+                mode="json", exclude={"execution", "checkpoint", "logging", "measured", "code"}
+            ),
+            "plan": config.execution.plan,
+            "settings": list(settings),
+            "code": [current_code().model_dump(), *map(_source, config.own_code())],
+            "environment": {key: value for key, value in environment().items() if key != "date"},
+        }
+        self._folder = out / _FOLDER / _name(identity)
+        if not self._folder.exists() and self._folder.parent.is_dir() and any(self._folder.parent.iterdir()):
+            log(f"{self._folder.parent} holds parts of another evaluation, or of one with other code: not used here")
 
     def kept(self, label: str, job: Job) -> Job:
-        """The job; where its part is there, it is not computed again, and else it leaves it there."""
+        """The job; where its part is there, it is not computed again, and else the part is written."""
         if self._folder is None:
             return job
-        name = hashlib.sha256(f"{label}\0{self._identity}".encode()).hexdigest()[:_NAME_LENGTH]
-        file = self._folder / f"{name}.json"
+        file = self._folder / f"{_name(label)}.json"
 
         def run(device: jax.Device) -> Part:
-            with contextlib.suppress(UserError):  # none, or a damaged one
-                part: Part = read_dataclass(file, Part, [name for name in LISTS if name in _FIELDS])
-                self.found.append(label)
-                return part
+            if file.exists():
+                try:
+                    part: Part = read_dataclass(file, Part, [name for name in LISTS if name in _FIELDS])
+                    self.found.append(label)
+                    self._log(f"{label}: done by an earlier start")
+                    return part
+                except UserError as error:
+                    self._log(f"{label}: computed again, because {error}")
             part = job(device)
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, json.dumps(finite(dataclasses.asdict(part)), allow_nan=False) + "\n")
@@ -95,17 +125,19 @@ class Parts:
 
         return run
 
-
-def remove_parts(folder: Path) -> None:
-    """Delete the parts in a folder, and the folder unless it holds something else."""
-    for file in folder.glob("*.json"):
-        if re.fullmatch(f"[0-9a-f]{{{_NAME_LENGTH}}}", file.stem):
-            file.unlink()
-    with contextlib.suppress(OSError):
-        folder.rmdir()
+    def remove(self) -> None:
+        """Delete the files, once the results are saved."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it holds parts of another evaluation
+                self._folder.parent.rmdir()
 
 
 _FIELDS = {field.name for field in dataclasses.fields(Part)}
+
+
+def _name(identity: Any) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _digest(optimizer: LearnedOptimizer | None) -> str:
@@ -115,3 +147,12 @@ def _digest(optimizer: LearnedOptimizer | None) -> str:
     for path, leaf in jax.tree_util.tree_leaves_with_path(optimizer.theta):
         digest.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
     return digest.hexdigest()
+
+
+def _source(name: str) -> str:
+    """The digest of the file of `package.module:function`; "" where there is none."""
+    try:
+        spec = importlib.util.find_spec(name.partition(":")[0])
+        return hashlib.sha256(Path(spec.origin or "").read_bytes()).hexdigest() if spec else ""
+    except Exception:  # of the user's own package; its import is reported where it is needed
+        return ""

@@ -62,7 +62,7 @@ class Display:
         done = metrics["generation"] + 1
         mean = metrics["meta_loss_mean"]
         if mean is None:
-            self.warn(f"generation {metrics['generation']}: no candidate has a finite loss; the state is kept")
+            self.warn(f"generation {done}: no candidate has a finite loss; the state is kept")
         self._generations.append((metrics["seconds"], metrics["compiled"]))
         left = seconds_left(self._generations, self._total - done, min(self._uncompiled, self._total - done))
         if self._bar:
@@ -73,11 +73,13 @@ class Display:
                 f"{metrics['candidate_steps_per_s']:,.0f} candidate-steps/s  {metrics['workers']} workers{known}"
             )
             self._bar.update(self._task, completed=done, line=line)
-        else:
-            self.log((generation_line if self._log is None else generation_sentence)(metrics, self._total, left))
+        elif self._log is None:
+            self.log(generation_line(metrics, self._total, left))
+        elif mean is not None:
+            self.log(generation_sentence(metrics, self._total, left))
 
     def log(self, sentence: str, level: int = logging.INFO) -> None:
-        """Print a sentence, above the bar in a terminal; elsewhere with its time and level."""
+        """Print a sentence, above the bar in a terminal; in a log with its time and level."""
         if self._console.is_terminal:
             self._console.print(sentence)
         elif self._log is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,9 @@ def regression(dimension: int = 4, poison: str = "", examples: int = 64, seconds
 
     def wait() -> None:
         time.sleep(seconds)
+        if hold:
+            with contextlib.suppress(FileNotFoundError), open(hold, "r+") as opened:  # which never makes it
+                opened.write("standing still")
         while hold and Path(hold).exists():
             time.sleep(0.05)
 

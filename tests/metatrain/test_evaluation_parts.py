@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,14 +18,23 @@ import pytest
 
 import l3rs
 from metatrain.config import Config, dump_config
-from metatrain.evaluation import comparison, parts
+from metatrain.evaluation import comparison
+from metatrain.evaluation import parts as module
 from metatrain.evaluation.comparison import evaluate
-from metatrain.evaluation.records import Results
+from metatrain.evaluation.learned import LearnedOptimizer
+from metatrain.evaluation.parts import Part, Parts
+from metatrain.evaluation.records import MultiplierGrid, Results
+from metatrain.evaluation.runner import Conditions
+from metatrain.outer.code import current_code
 from tests.metatrain.common import small_config
 from tests.metatrain.quadratic import regression
 
 ROOT = Path(__file__).parents[2]
-HOW = {"horizons": [2, 4], "seeds": 2, "schedules": ["constant"], "baselines": ["adam", "mada"]}
+BASELINES = [
+    {"name": "adam", "learning_rate": 0.1, "label": "adam"},
+    {"name": "sgd", "learning_rate": 0.1, "label": "sgd"},
+]
+HOW = {"horizons": [3], "seeds": 2, "schedules": ["constant"], "baselines": BASELINES, "curve_points": 1}
 
 
 def config(**task: Any) -> Config:
@@ -38,56 +48,114 @@ def without_times(results: Results) -> dict[str, Any]:
     return dataclasses.asdict(kept)
 
 
-def test_finished_parts_are_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def learned(seed: int) -> LearnedOptimizer:
     spec = l3rs.Spec.create(regression().params_shape(), hidden=(4,), embedding_dim=2)
-    optimizer = l3rs.save(tmp_path / "optimizer", l3rs.init_meta_params(jax.random.key(0), spec), spec)
-    folder, how = tmp_path / "parts", {"multipliers": [1.0, 2.0]}
-    whole = evaluate(optimizer, config(), **how)
+    return LearnedOptimizer(l3rs.init_meta_params(jax.random.key(seed), spec), spec, False)
+
+
+def run_part(parts: Parts, part: Part) -> tuple[Part, bool]:
+    """The part as it is kept, and whether it was computed."""
+    called: list[jax.Device] = []
+
+    def job(device: jax.Device) -> Part:
+        called.append(device)
+        return part
+
+    return parts.kept("A: l3rs", job)(jax.devices()[0]), bool(called)
+
+
+def a_part() -> Part:
+    """Of a real evaluation, with values that are not finite."""
+    found = Results.load(Path(__file__).parent / "golden" / "results.json")
+    records = [dataclasses.replace(found.records[0], loss=math.nan), *found.records[1:]]
+    grid = MultiplierGrid("A", 3, [1.0, 2.0], [0.5, None], 1.0, 0.5, math.nan)
+    part = Part(records, found.curves, found.paths, multipliers=[grid], tuning=found.tuning, notes=["a note"])
+    assert part.paths
+    return part
+
+
+def test_a_part_is_what_it_was_and_a_damaged_one_is_computed_again(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def parts() -> Parts:
+        return Parts(tmp_path, learned(0), config(), ["A"], said.append)
+
+    part, computed = run_part(parts(), a_part())
+    assert computed
+    kept, computed = run_part(parts(), Part())
+    assert repr(kept) == repr(part)  # NaN equals itself as text
+    assert not computed
+    [file] = (tmp_path / "parts").glob("*/*.json")
+    file.write_text(file.read_text()[:1000])
+    again, computed = run_part(parts(), part)
+    assert computed
+    assert again is part
+    assert said[0] == "A: l3rs: done by an earlier start"
+    assert "A: l3rs: computed again, because" in said[1]
+    parts().remove()
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("what", ["optimizer", "guard", "configuration", "settings", "code", "own code", "devices"])
+def test_parts_of_another_evaluation_are_not_used(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, said = tmp_path / "own_optimizers.py", []
+    own.write_text("def mine(rate, total_steps): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    how: dict[str, Any] = {**HOW, "baselines": ["own_optimizers:mine"]}
+    optimizer, configuration, settings = learned(0), small_config(evaluation=how), ["A"]
+    run_part(Parts(tmp_path / "out", optimizer, configuration, settings, said.append), Part())
+    if what == "optimizer":
+        optimizer = learned(1)
+    elif what == "guard":
+        optimizer = optimizer._replace(guard=True)
+    elif what == "configuration":
+        configuration = configuration.model_copy(update={"seed": 7})
+    elif what == "settings":
+        settings = ["A", "B"]
+    elif what == "code":
+        now = current_code()
+        monkeypatch.setattr(module, "current_code", lambda: now.model_copy(update={"source": "other"}))
+    elif what == "devices":
+        monkeypatch.setattr(module, "environment", lambda: {"devices": "64 × cpu"})
+    else:
+        own.write_text("def mine(rate, total_steps): raise\n")
+    assert said == []
+    parts = Parts(tmp_path / "out", optimizer, configuration, settings, said.append)
+    assert run_part(parts, Part())[1]
+    assert "holds parts of another evaluation" in said[0]
+    parts.remove()
+    assert len([*(tmp_path / "out" / "parts").iterdir()]) == 1  # those stay
+
+
+def test_an_evaluation_that_is_interrupted_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = evaluate("-", config())
 
     def stop(said: str) -> None:
         if said.startswith("B"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(optimizer, config(), log=stop, keep=folder, **how)
-    files = sorted(folder.iterdir())
-    assert len(files) == 4  # in A: L3RS, multiples of its steps, two baselines
-    baseline = next(file for file in files if "/constant" in file.read_text())
-    baseline.write_text('{"records": [')  # half of a file
+        evaluate("-", config(), log=stop, out=tmp_path)
+    assert len([*(tmp_path / "parts").glob("*/*.json")]) == 2  # both baselines in A
     computed: list[str] = []
     run = comparison._run_baseline
-    monkeypatch.setattr(
-        comparison,
-        "_run_baseline",
-        lambda name, baseline, conditions, device: (
-            computed.append(conditions.setting[0]) or run(name, baseline, conditions, device)  # type: ignore[func-returns-value]
-        ),
-    )
-    found = evaluate(optimizer, config(), keep=folder, **how)
-    assert sorted(computed) == ["A", "B", "B"]
+
+    def recorded(name: str, baseline: Any, conditions: Conditions, device: jax.Device) -> Part:
+        computed.append(conditions.setting[0])
+        return run(name, baseline, conditions, device)
+
+    monkeypatch.setattr(comparison, "_run_baseline", recorded)
+    found = evaluate("-", config(), out=tmp_path)
+    assert computed == ["B", "B"]
     assert without_times(found) == without_times(whole)
-    [note] = [note for note in found.notes if "earlier start" in note]
-    assert note.count("A: regression: ") == 3
-
-    computed.clear()
-    evaluate(optimizer, config().model_copy(update={"seed": 7}), keep=folder, settings=["A"], **how)
-    assert computed == ["A", "A"]  # another evaluation
-
-
-def test_only_parts_are_deleted(tmp_path: Path) -> None:
-    evaluate("-", small_config(evaluation=HOW), keep=tmp_path / "parts", horizons=[2])
-    (tmp_path / "parts" / "own.json").write_text("{}")
-    parts.remove_parts(tmp_path / "parts")
-    assert [file.name for file in (tmp_path / "parts").iterdir()] == ["own.json"]
-    (tmp_path / "parts" / "own.json").unlink()
-    parts.remove_parts(tmp_path / "parts")
-    parts.remove_parts(tmp_path / "parts")  # which is not there any more
-    assert not (tmp_path / "parts").exists()
+    assert "2 of its parts were done by an earlier start of this evaluation" in found.notes
+    assert "evaluation_seconds" not in found.environment
+    assert [entry.name for entry in tmp_path.iterdir()] == ["results.json"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_command_is_continued_by_the_same_command(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_command_that_was_stopped_is_continued_by_the_same_command(tmp_path: Path, number: signal.Signals) -> None:
     hold, out, file = tmp_path / "hold", tmp_path / "out", tmp_path / "config.yaml"
     hold.touch()  # B stands still
     file.write_text(dump_config(config(hold=str(hold))))
@@ -99,18 +167,22 @@ def test_a_killed_command_is_continued_by_the_same_command(tmp_path: Path, numbe
 
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, preexec_fn=interruptible)
-    deadline = time.monotonic() + 240
-    while len([*(out / "parts").glob("*.json")]) < 2:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(number)
-    assert process.wait(60) != 0
-    said = "stopped; the same command continues with what is finished"
+    try:
+        deadline = time.monotonic() + 240
+        while not hold.read_text():  # B has begun
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(number)
+        assert process.wait(60) != 0
+    finally:
+        process.kill()
+        process.wait()
+        hold.unlink()
+    said = "stopped; the same command continues with what each optimizer has finished"
     assert (said in (tmp_path / "log").read_text()) == (number == signal.SIGINT)
-    hold.unlink()
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "note: computed by an earlier start of this evaluation: A: regression: adam, A: " in done.stdout
+    assert "note: 2 of its parts were done by an earlier start of this evaluation" in done.stdout
     assert [entry.name for entry in out.iterdir()] == ["results.json"]
-    assert len(json.loads((out / "results.json").read_text())["records"]) == 2 * 2 * 2 * 2
+    assert len(json.loads((out / "results.json").read_text())["records"]) == 2 * 2 * 2

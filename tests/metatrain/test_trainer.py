@@ -304,7 +304,7 @@ def test_generations_without_a_finite_loss_leave_the_state_and_stop_the_run(
     config = small_config(task={"name": "tests.metatrain.quadratic:diverging"}, outer={"max_failures": 3})
     with pytest.raises(UserError, match="3 generations in a row without a finite loss"):
         trainer.run(config, tmp_path / "run")
-    assert "generation 0: no candidate has a finite loss; the state is kept" in capsys.readouterr().out
+    assert "generation 1: no candidate has a finite loss; the state is kept" in capsys.readouterr().out
     assert [line["meta_loss_mean"] for line in metrics(tmp_path / "run")] == [None] * 3
     export(tmp_path / "run", tmp_path / "optimizer")
     setup = Setup.build(config)
