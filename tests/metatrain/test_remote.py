@@ -101,16 +101,15 @@ def test_a_damaged_object_leads_to_the_manifest_before(
         trainer.resume(url, trust_task=True)
 
 
-@pytest.mark.parametrize("name", ["/tmp/x", "../x", "a/../../x", "C:/x", "..\\x"])
+@pytest.mark.parametrize("name", ["ABSOLUTE/x", "../x", "a/../../x", "C:/x", "..\\x"])
 def test_a_manifest_that_names_files_outside_the_run_is_refused(url: str, tmp_path: Path, name: str) -> None:
     store = fsspec.filesystem("memory")
     store.pipe_file("/bucket/runs/small/" + object_name(b"harm"), b"harm")
-    manifest = {"objects": {name: object_name(b"harm")}}
+    manifest = {"objects": {name.replace("ABSOLUTE", str(tmp_path)): object_name(b"harm")}}
     store.pipe_file("/bucket/runs/small/manifest-00000001.json", json.dumps(manifest).encode())
     with pytest.raises(UserError, match="none of the 1 manifests"):
         Store(url).pull(tmp_path / "deep" / "run")
     assert not list(tmp_path.rglob("*x*"))
-    assert not Path("/tmp/x").exists()
 
 
 def test_a_damaged_object_is_written_again(url: str, tmp_path: Path) -> None:
