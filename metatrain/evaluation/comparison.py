@@ -213,7 +213,9 @@ def _jobs(
 
 def _on_devices(jobs: Iterable[Job], conditions: Conditions) -> list[Part]:
     """Run jobs side by side, one per device at a time, those of PyTorch one by one; results in the jobs' order."""
-    devices = jax.local_devices()[:1] if conditions.plan == "torch" else jax.local_devices()
+    devices = jax.local_devices()
+    if conditions.plan == "torch":  # in this thread, which an interrupt ends, as its processes are
+        return [job(devices[0]) for job in jobs]
     pool = ThreadPoolExecutor(len(devices))
     try:
         futures = [pool.submit(job, devices[i % len(devices)]) for i, job in enumerate(jobs)]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import psutil
 import pytest
 
 import l3rs
@@ -30,6 +31,8 @@ from tests.metatrain.common import small_config
 from tests.metatrain.quadratic import regression
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+STOPPED = "stopped; the same command continues with what each optimizer has finished"
 BASELINES = [
     {"name": "adam", "learning_rate": 0.1, "label": "adam"},
     {"name": "sgd", "learning_rate": 0.1, "label": "sgd"},
@@ -153,6 +156,43 @@ def test_an_evaluation_that_is_interrupted_continues(tmp_path: Path, monkeypatch
     assert [entry.name for entry in tmp_path.iterdir()] == ["results.json"]
 
 
+def started(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    def interruptible() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background process of a shell ignores it
+
+    with log.open("wb") as out:
+        return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=out, stderr=out, preexec_fn=interruptible)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_an_evaluation_of_a_pytorch_task_and_its_processes(tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    from tests.metatrain.torch_tasks import TINY
+
+    file, out = tmp_path / "config.yaml", tmp_path / "out"
+    slow = small_config(task={"name": TINY}, execution={"workers": 2}, evaluation={**HOW, "horizons": [20_000]})
+    file.write_text(dump_config(slow))
+    process = started(
+        [sys.executable, "-m", "metatrain.cli", "evaluate", "-", str(file), "--out", str(out)], tmp_path / "log"
+    )
+    try:
+        deadline = time.monotonic() + 240
+        while not [*(out / "parts").glob("*/*.json")]:  # then the second baseline begins
+            assert time.monotonic() < deadline
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+        gone, alive = psutil.wait_procs(children, 10)
+        assert gone
+        assert not alive
+    finally:
+        process.kill()
+        process.wait()
+    assert (tmp_path / "log").read_text().splitlines()[-1] == STOPPED
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_command_that_was_stopped_is_continued_by_the_same_command(tmp_path: Path, number: signal.Signals) -> None:
@@ -160,13 +200,7 @@ def test_a_command_that_was_stopped_is_continued_by_the_same_command(tmp_path: P
     hold.touch()  # B stands still
     file.write_text(dump_config(config(hold=str(hold))))
     command = [sys.executable, "-m", "metatrain.cli", "evaluate", "-", str(file), "--out", str(out)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-
-    def interruptible() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background process of a shell ignores it
-
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, preexec_fn=interruptible)
+    process = started(command, tmp_path / "log")
     try:
         deadline = time.monotonic() + 240
         while not hold.read_text():  # B has begun
@@ -179,9 +213,8 @@ def test_a_command_that_was_stopped_is_continued_by_the_same_command(tmp_path: P
         process.kill()
         process.wait()
         hold.unlink()
-    said = "stopped; the same command continues with what each optimizer has finished"
-    assert (said in (tmp_path / "log").read_text()) == (number == signal.SIGINT)
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (STOPPED in (tmp_path / "log").read_text()) == (number == signal.SIGINT)
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "note: 2 of its parts were done by an earlier start of this evaluation" in done.stdout
     assert [entry.name for entry in out.iterdir()] == ["results.json"]
