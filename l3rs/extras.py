@@ -6,6 +6,11 @@ import importlib
 from typing import Any
 
 
+def pip_install(extra: str) -> str:
+    """The command that installs an extra of this project, for error messages."""
+    return f"pip install 'l3rs[{extra}]' ('.[{extra}]' in a checkout)"
+
+
 def optax_face(module: str, name: str) -> Any:
     """`l3rs.MODULE.NAME`, for which JAX and optax must be installed.
 
@@ -17,6 +22,4 @@ def optax_face(module: str, name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in ("jax", "jaxlib", "optax"):
             raise
-        raise ImportError(
-            f"l3rs.{name} needs {error.name}: pip install 'l3rs[jax]' ('.[jax]' in a checkout)", name=error.name
-        ) from None
+        raise ImportError(f"l3rs.{name} needs {error.name}: {pip_install('jax')}", name=error.name) from None

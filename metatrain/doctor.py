@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from l3rs.extras import pip_install
 from metatrain.config import ExecutionConfig, UserError
 from metatrain.config_errors import reason
 from metatrain.ray.connection import connect, is_loopback, others_can_read, token_file, uses_token
@@ -57,9 +58,7 @@ def machine(folder: str) -> Iterator[Finding]:
     try:
         yield check_ports(listening(), "this machine", uses_token())
     except ImportError:
-        yield Finding(
-            "bad", "ports", "Ray is not installed", "pip install 'l3rs[metatrain]' ('.[metatrain]' in a checkout)"
-        )
+        yield Finding("bad", "ports", "Ray is not installed", pip_install("metatrain"))
     if "://" in folder:
         yield _check_store(folder)
     else:
@@ -114,7 +113,7 @@ def check_versions(versions: dict[str, str]) -> Finding:
             "bad",
             "versions",
             shown,
-            f"{', '.join(missing)} missing: pip install 'l3rs[metatrain]' ('.[metatrain]' in a checkout)",
+            f"{', '.join(missing)} missing: {pip_install('metatrain')}",
         )
     return Finding("ok", "versions", shown)
 

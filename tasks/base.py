@@ -22,6 +22,11 @@ Batch = Any  # a pytree of arrays with a leading batch axis
 Data = Mapping[str, Any]  # {split: Batch of all its examples}, and whatever else `init` reads
 
 
+def pip_install(extra: str) -> str:
+    """The command that installs an extra of this project, for error messages; tasks do not import l3rs."""
+    return f"pip install 'l3rs[{extra}]' ('.[{extra}]' in a checkout)"
+
+
 class TaskError(ValueError):
     """The caller's input is wrong; the message is one sentence: what, where, what is allowed."""
 

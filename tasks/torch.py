@@ -7,16 +7,17 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from tasks.base import AnyTask, Data, TaskError, pip_install
+
 try:
     import torch
 except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
-    raise ImportError("tasks.torch needs torch: pip install 'l3rs[torch]' ('.[torch]' in a checkout)") from None
+    raise ImportError(f"tasks.torch needs torch: {pip_install('torch')}") from None
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset, default_collate
 
-from tasks.base import AnyTask, Data, TaskError
 from tasks.user_code import first_line
 
 _HELD_OUT = 1 << 20  # inits of this index and above are never used in meta-training

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from l3rs.extras import pip_install
 from l3rs.io.files import first_line
 from l3rs.io.orbax_limits import check_arrays, check_files
 from l3rs.spec import L3RSError, Theta
@@ -33,9 +34,7 @@ def write_orbax(folder: Path, theta: Theta, target: Path) -> None:
     try:
         import orbax.checkpoint as ocp
     except ImportError as error:
-        raise L3RSError(
-            f"{target} cannot be saved without {error.name}: pip install 'l3rs[jax]' ('.[jax]' in a checkout)"
-        ) from None
+        raise L3RSError(f"{target} cannot be saved without {error.name}: {pip_install('jax')}") from None
     n_bytes = sum(np.asarray(leaf).nbytes for part in theta.values() for leaf in _values(part))
     with ocp.PyTreeCheckpointer() as checkpointer, saving(target, n_bytes):
         checkpointer.save(folder, theta)
@@ -65,9 +64,7 @@ def read_orbax(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Theta:
     except L3RSError:
         raise
     except ImportError as error:
-        raise L3RSError(
-            f"{folder} (a checkpoint of format 1) needs {error.name}: pip install 'l3rs[jax]' ('.[jax]' in a checkout)"
-        ) from None
+        raise L3RSError(f"{folder} (a checkpoint of format 1) needs {error.name}: {pip_install('jax')}") from None
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged folder
         raise L3RSError(f"{folder} cannot be read: {first_line(error, 200)}") from None
 

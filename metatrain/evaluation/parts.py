@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from l3rs.io.files import write_atomically
+from l3rs.theta import digest
 from metatrain.config import Config, UserError
 from metatrain.evaluation.environment import environment
 from metatrain.evaluation.learned import LearnedOptimizer
@@ -90,7 +90,7 @@ class Parts:
         if out is None:
             return
         identity = {
-            "optimizer": _digest(optimizer),
+            "optimizer": optimizer and [digest(optimizer.theta), repr(optimizer.spec), repr(optimizer.guard)],
             "config": config.model_dump(
                 mode="json", exclude={"execution", "checkpoint", "logging", "measured", "code"}
             ),
@@ -138,15 +138,6 @@ _FIELDS = {field.name for field in dataclasses.fields(Part)}
 
 def _name(identity: Any) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _digest(optimizer: LearnedOptimizer | None) -> str:
-    if optimizer is None:
-        return ""
-    digest = hashlib.sha256(repr((optimizer.spec, optimizer.guard)).encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(optimizer.theta):
-        digest.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
-    return digest.hexdigest()
 
 
 def _source(name: str) -> str:

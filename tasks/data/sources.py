@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from tasks.base import TaskError
+from tasks.base import TaskError, pip_install
 from tasks.data.cache import cached
 from tasks.data.tfds_folder import read_metadata
 
@@ -261,9 +261,7 @@ def _tfds_records(folder: Path, image: str, split: str) -> tuple[int, Callable[[
 
 def _download_and_prepare(name: str, root: Path) -> None:
     if importlib.util.find_spec("tensorflow") is None:
-        raise TaskError(
-            f"preparing {name!r} needs TensorFlow: pip install 'l3rs[prepare]' ('.[prepare]' in a checkout)"
-        )
+        raise TaskError(f"preparing {name!r} needs TensorFlow: {pip_install('prepare')}")
     import tensorflow_datasets as tfds
 
     try:
