@@ -4,15 +4,16 @@ Per layer l with n_l parameters, directions d_p, and outputs (μ, out, a) of the
 
     b_l  = RMS of the layer when training began, or its natural size if it began at zero
     s_p  = how much signal a direction carries, in [0, 1]; 0 for weight decay
-    λ_l  = step_scale · √n_l · b_l · √(100 / (T M)) · exp(min(step_gain · out, step_limit) + A_l + C_l) · s_l
+    λ_l  = step_scale · √n_l · b_l · (100 / T)^h / √M · exp(min(step_gain · out, step_limit) + A_l + C_l) · s_l
     s_l  = Σ_p μ_p s_p / Σ_p μ_p, without weight decay
     A_l  = the sum of adaptation · tanh(a) over all steps so far, in ±5
     C_l  = layer_gain · c, with c learned for the layer's row of the embedding, in ±10
     Δθ_l = -λ_l · unit( Σ_p μ_p unit(d_p) )
 
-with T the horizon and M the number of matrices that train. Multiplying a layer's parameters by c > 0 and its gradients
-by 1/c multiplies its update by c; multiplying the loss and all gradients by c changes nothing. step_limit holds where
-the network sees what it was not meta-trained on: a single step of e⁵ times its base undoes a training.
+with T the horizon, h the horizon_power and M the number of matrices that train. Multiplying a layer's parameters by
+c > 0 and its gradients by 1/c multiplies its update by c; multiplying the loss and all gradients by c changes nothing.
+step_limit holds where the network sees what it was not meta-trained on: a single step of e⁵ times its base undoes a
+training.
 
 The signal of a direction is its norm over a reference that only a gradient moves: for Adam, RMSprop and Lion an RMS of
 1, which they have for a steady gradient; for SGD and momentum the root mean square of their norms so far. So a step
@@ -156,8 +157,8 @@ def decide(
         adaptation = xp.where(has_gradient, adapted, adaptation)
     depth = math.sqrt(max(facts.n_matrices, 1)) if spec.depth_scaling else 1.0
     base = np.float32(spec.step_scale / depth) * measured.root_n * layers.size
-    if spec.horizon_scaling:
-        base = base * xp.sqrt(USUAL_HORIZON / total_steps.astype(xp.float32))
+    if spec.horizon_power:
+        base = base * (USUAL_HORIZON / total_steps.astype(xp.float32)) ** spec.horizon_power
     log_factor = log_step + adaptation if facts.log_factor is None else log_step + adaptation + facts.log_factor
     step_norm = base * xp.exp(log_factor) * _signal(mix, signals, spec, kinds, xp)
     decision = Decision(core.mixture_coefficients(mix, step_norm, cosines, scale, xp), mix, step_norm)

@@ -85,7 +85,8 @@ class Spec:
         network sees; > 0.
       natural_size: the RMS of a layer that begins at zero, over `descriptors.natural_rms`; > 0.
       depth_scaling: divide λ by the root of the number of matrices that train.
-      horizon_scaling: divide λ by the root of the horizon, as theory has it for a constant learning rate.
+      horizon_power: multiply λ by (100 / T)^horizon_power with T the horizon. 0.5 is what theory has for a constant
+        learning rate on a convex problem; networks that are fine-tuned want less; in [0, 1].
       signal: shorten a step as its gradient loses signal; without it only a gradient of zero stops it.
       adaptation: how far a layer's log λ may move in a step for good; 0 for not at all.
       layer_gain: multiply a layer's λ by exp(layer_gain · c), with c learned for each row of the embedding, as a column
@@ -111,7 +112,7 @@ class Spec:
     step_limit: float = 2.0
     natural_size: float = 0.5
     depth_scaling: bool = True
-    horizon_scaling: bool = True
+    horizon_power: float = 0.5
     signal: bool = True
     adaptation: float = 0.0
     layer_gain: float = 0.0
@@ -159,7 +160,7 @@ class Spec:
         Raises:
           L3RSError: the fields are not those of a spec, or one has a value that is not allowed.
         """
-        known = {f.name for f in dataclasses.fields(cls)}
+        data, known = with_present_names(data), {f.name for f in dataclasses.fields(cls)}
         if set(data) | {"embedding", "step_limit", "layer_gain", *(() if "form" in data else _FORM_2)} != known:
             raise L3RSError(f"spec has fields {sorted(data)}; expected are {sorted(known)}")
         # Before there was a limit, it was that of form 1.
@@ -175,11 +176,31 @@ _FORM_2 = (
     "step_limit",
     "natural_size",
     "depth_scaling",
-    "horizon_scaling",
+    "horizon_power",
     "signal",
     "adaptation",
     "layer_gain",
 )  # fields that form 1 does not store
+
+
+_NUMBERS = (
+    "step_scale",
+    "step_gain",
+    "mix_bias",
+    "step_limit",
+    "natural_size",
+    "horizon_power",
+    "adaptation",
+    "layer_gain",
+)
+
+
+def with_present_names(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a spec that an earlier version may have written, under the names that they have now."""
+    known = dict(fields)
+    if "horizon_scaling" in known and "horizon_power" not in known:
+        known["horizon_power"] = 0.5 if known.pop("horizon_scaling") else 0.0
+    return known
 
 
 def require_spec(value: object) -> None:
@@ -198,10 +219,10 @@ def _check_types(spec: Spec) -> None:
     for name, values in (("hidden", spec.hidden), ("embedding_dim", (spec.embedding_dim,))):
         if any(type(value) is not int or value < 1 for value in values):
             raise L3RSError(f"spec.{name} is {getattr(spec, name)!r}; it must hold whole numbers ≥ 1")
-    for name in ("step_scale", "step_gain", "mix_bias", "step_limit", "natural_size", "adaptation", "layer_gain"):
+    for name in _NUMBERS:
         if type(getattr(spec, name)) not in (int, float) or not math.isfinite(getattr(spec, name)):
             raise L3RSError(f"spec.{name} is {getattr(spec, name)!r}; it must be a finite number")
-    for name in ("absolute_time", "depth_scaling", "horizon_scaling", "signal"):
+    for name in ("absolute_time", "depth_scaling", "signal"):
         if type(getattr(spec, name)) is not bool:
             raise L3RSError(f"spec.{name} is {getattr(spec, name)!r}; it must be true or false")
     for layer in spec.layers:
@@ -238,8 +259,9 @@ def _check_form(spec: Spec) -> None:
     for name in ("step_scale", "step_limit", "natural_size"):
         if not getattr(spec, name) > 0:
             raise L3RSError(f"spec.{name} is {getattr(spec, name)}; it must be > 0")
-    if not 0 <= spec.adaptation <= 1:
-        raise L3RSError(f"spec.adaptation is {spec.adaptation}; it must lie in [0, 1]")
+    for name in ("adaptation", "horizon_power"):
+        if not 0 <= getattr(spec, name) <= 1:
+            raise L3RSError(f"spec.{name} is {getattr(spec, name)}; it must lie in [0, 1]")
     if not 0 <= spec.layer_gain <= _LAYER_GAIN_LIMIT:
         raise L3RSError(f"spec.layer_gain is {spec.layer_gain}; it must lie in [0, {_LAYER_GAIN_LIMIT:g}]")
     if spec.form == 1 and spec.layer_gain:

@@ -21,6 +21,7 @@ from l3rs.descriptors import ROLE_NAMES
 from l3rs.directions import direction_options
 from l3rs.io.files import read_regular
 from l3rs.io.manifest import check_spec_limits
+from l3rs.spec import with_present_names
 from metatrain import yaml_text
 from metatrain.config_errors import one_sentence
 from metatrain.config_fields import Count, Few, Flag, Name, Positive, Section, SpecFields, Text
@@ -75,6 +76,11 @@ class OptimizerConfig(SpecFields):
     def spec_fields(self) -> dict[str, Any]:
         """The fields of `l3rs.Spec` without the layers."""
         return self.model_dump(exclude={"start", "start_multiplier", "start_by_role"})
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, given: Any) -> Any:
+        return with_present_names(given) if isinstance(given, Mapping) else given
 
     @pydantic.model_validator(mode="after")
     def _checked(self) -> OptimizerConfig:

@@ -41,7 +41,9 @@ def resolve_start(config: Config) -> Config:
         asked, found = getattr(optimizer, name), fields[name]
         if name == "directions":
             asked, found = (tuple(map(Direction.parse, each)) for each in (asked, found))
-        if (name, found, asked) == ("embedding", "descriptor", "table") or (name, found) == ("layer_gain", 0):
+        if (name, spec.form) == ("horizon_power", 2) or (name, found) == ("layer_gain", 0):
+            fields[name] = asked
+        elif (name, found, asked) == ("embedding", "descriptor", "table"):
             fields[name] = asked
         elif asked != found:
             raise UserError(
@@ -65,7 +67,8 @@ def start_theta(begin: OptimizerConfig, spec: Spec, task: AnyTask) -> Theta:
 
     Args:
       begin: its `start` is the checkpoint, with factors of its steps.
-      spec: the run's spec; its embedding is the checkpoint's, or "table"; its `layer_gain` may be new.
+      spec: the run's spec; its embedding is the checkpoint's, or "table"; its `layer_gain` may be new, and its
+        `horizon_power` another: then its steps begin as the checkpoint's at a horizon of 100 steps alone.
       task: whose layers `spec` holds.
 
     Raises:

@@ -339,7 +339,7 @@ FORM_2 = {
     "step_limit": 1.5,
     "natural_size": 0.1,
     "depth_scaling": False,
-    "horizon_scaling": False,
+    "horizon_power": 0.25,
     "signal": False,
     "adaptation": 0.1,
     "layer_gain": 5.0,

@@ -163,10 +163,15 @@ def test_layers_that_start_at_zero_have_their_natural_size():
     np.testing.assert_array_equal(np.asarray(state.layers.from_zero), [1, 1, 0, 0, 0, 0])
 
 
-@pytest.mark.parametrize(("total_steps", "factor"), [(100, 1.0), (400, 0.5)])
-def test_untrained_steps_shrink_with_depth_and_horizon(total_steps, factor):
-    """λ of a step: step_scale · √n · RMS · √(100 / T) / √(number of matrices), along Adam, with signal 1 at first."""
-    spec = l3rs.Spec.create(tree(0), ("adam",), form=2, step="initial", embedding="descriptor", step_scale=0.05)
+@pytest.mark.parametrize(
+    ("total_steps", "power", "factor"),
+    [(100, 0.5, 1.0), (400, 0.5, 0.5), (1600, 0.25, 0.5), (25, 0.25, np.sqrt(2)), (400, 0.0, 1.0)],
+)
+def test_untrained_steps_shrink_with_depth_and_horizon(total_steps, power, factor):
+    """λ of a step: step_scale · √n · RMS · (100 / T)^power / √(number of matrices), along Adam, with signal 1 at first."""
+    spec = l3rs.Spec.create(
+        tree(0), ("adam",), form=2, step="initial", embedding="descriptor", step_scale=0.05, horizon_power=power
+    )
     theta = jax.tree.map(jnp.zeros_like, l3rs.init_meta_params(jax.random.key(0), spec))
     updates, _, _ = run(l3rs.learned_optimizer(theta, spec, total_steps), tree(1), [tree(2)], [1.0])
     expected = factor * 0.05 / np.sqrt(2) * norms(tree(1))
@@ -218,6 +223,14 @@ def test_a_form_2_spec_saved_without_a_limit_keeps_its_steps():
     assert l3rs.Spec.from_json(stored) == spec
     del stored["step_limit"]
     assert l3rs.Spec.from_json(stored).step_limit == 10
+
+
+@pytest.mark.parametrize(("scaling", "power"), [(True, 0.5), (False, 0.0)])
+def test_a_spec_saved_with_a_root_of_the_horizon_or_without_keeps_its_steps(scaling, power):
+    spec = l3rs.Spec.create(tree(0), form=2, step="initial", embedding="descriptor", horizon_power=power)
+    stored = spec.to_json()
+    del stored["horizon_power"]
+    assert l3rs.Spec.from_json({**stored, "horizon_scaling": scaling}) == spec
 
 
 def layers(*described):

@@ -70,6 +70,15 @@ def test_generation_0_is_the_checkpoint(general: str, embedding: str | None, lay
     assert np.ptp(np.stack(expected), axis=0).min() > 1e-3  # every parameter moves
 
 
+def test_a_start_may_have_another_power_of_the_horizon(general: str) -> None:
+    asked = {"start": general, "horizon_power": 0.25}
+    if l3rs.restore(general)[1].form == 1:
+        with pytest.raises(UserError, match=r"optimizer.horizon_power is 0.25, but optimizer.start=.* has 0.5"):
+            Setup.build(small_bare(optimizer=asked))
+    else:
+        assert Setup.build(small_bare(optimizer=asked)).spec.horizon_power == 0.25
+
+
 def test_generation_0_is_the_checkpoint_in_pytorch(general: str) -> None:
     pytest.importorskip("torch")
     from metatrain.inner.network import task_layers
