@@ -259,10 +259,8 @@ def _check_form(spec: Spec) -> None:
     for name in ("step_scale", "step_limit", "natural_size"):
         if not getattr(spec, name) > 0:
             raise L3RSError(f"spec.{name} is {getattr(spec, name)}; it must be > 0")
-    for name in ("adaptation", "horizon_power"):
-        if not 0 <= getattr(spec, name) <= 1:
-            raise L3RSError(f"spec.{name} is {getattr(spec, name)}; it must lie in [0, 1]")
-    if not 0 <= spec.layer_gain <= _LAYER_GAIN_LIMIT:
-        raise L3RSError(f"spec.layer_gain is {spec.layer_gain}; it must lie in [0, {_LAYER_GAIN_LIMIT:g}]")
+    for name, most in (("adaptation", 1), ("horizon_power", 1), ("layer_gain", _LAYER_GAIN_LIMIT)):
+        if not 0 <= getattr(spec, name) <= most:
+            raise L3RSError(f"spec.{name} is {getattr(spec, name)}; it must lie in [0, {most:g}]")
     if spec.form == 1 and spec.layer_gain:
         raise L3RSError(f"spec.layer_gain is {spec.layer_gain}; it is of form 2, and form 1 has none")

@@ -28,7 +28,15 @@ from metatrain.outer.estimate import Estimate, estimate
 from metatrain.outer.loop import refuse_existing, run
 from metatrain.outer.setup import Setup
 from metatrain.outer.start import resolve_start
-from metatrain.start_search import MULTIPLIERS, ROLE_FACTORS, SAMPLES, StartFactors, find_factors, searched_roles
+from metatrain.start_search import (
+    HORIZON_POWERS,
+    MULTIPLIERS,
+    ROLE_FACTORS,
+    SAMPLES,
+    StartFactors,
+    find_factors,
+    searched_roles,
+)
 from metatrain.system import check_destination, usable_cpus
 from tasks import make_task
 from tasks.base import AnyTask
@@ -172,6 +180,7 @@ def _config(
                 "start_by_role": dict(factors.by_role),
                 "embedding": "table",
                 **_layer_gain(start),
+                **({} if factors.horizon_power is None else {"horizon_power": factors.horizon_power}),
             },
             "outer": {
                 "steps": plan.generations,
@@ -265,7 +274,7 @@ class Work:
 
     def search(self, longest: int) -> float:
         """For the factors of the start's steps."""
-        choices = len(MULTIPLIERS) + len(ROLE_FACTORS) * self.roles
+        choices = len(MULTIPLIERS) + len(HORIZON_POWERS) - 1 + len(ROLE_FACTORS) * self.roles
         return choices * SAMPLES * self._run(longest, 1) / self.runs
 
     def evaluation(self, longest: int, seeds: int) -> float:

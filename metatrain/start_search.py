@@ -1,7 +1,8 @@
 """Where a specialised optimizer begins: factors of a checkpoint's steps that suit the task, found before evolution.
 
 Evolution moves every meta-parameter by a little. What a task needs first is few numbers: how far all layers should go,
-and how much further or less far those of a role (input, hidden, output, norm; kernel, bias, scale).
+how much less far over a longer horizon, and how much further or less far those of a role (input, hidden, output, norm;
+kernel, bias, scale).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import numpy as np
 
 import l3rs
 from l3rs.descriptors import roles
+from l3rs.scale_free import USUAL_HORIZON
+from l3rs.spec import Theta
 from l3rs.theta import multiply_steps
 from metatrain.evaluation.learned import LearnedOptimizer
 from metatrain.evaluation.multipliers import best_multiplier
@@ -25,20 +28,27 @@ from metatrain.outer.setup import Setup
 from tasks import sample
 
 MULTIPLIERS = (0.25, 0.5, 1.0, 2.0)  # of all steps
+HORIZON_POWERS = (0.0, 0.25, 0.5)  # of 100 over the horizon
 ROLE_FACTORS = (0.25, 4.0)  # of those of a role
 SAMPLES = 2  # inits and batches on which they are compared
 
 
 @dataclasses.dataclass(frozen=True)
 class StartFactors:
-    """Of the steps of a checkpoint; see `optimizer.start_multiplier` and `optimizer.start_by_role`."""
+    """Of the steps of a checkpoint; see `optimizer.start_multiplier` and `optimizer.start_by_role`.
+
+    `horizon_power` is that of the form; None for the checkpoint's.
+    """
 
     multiplier: float = 1.0
+    horizon_power: float | None = None
     by_role: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def find_factors(setup: Setup, horizons: Sequence[int], log: Callable[[str], None]) -> StartFactors:
-    """The factors with the lowest mean meta-loss over the horizons: of all steps, then of one role after another.
+    """The factors with the lowest mean meta-loss over the horizons.
+
+    First that of all steps, then the power of the horizon in form 2, then one role after another.
 
     Args:
       setup: of a run that begins with a checkpoint, with a table; without a `layer_gain` no role has a factor.
@@ -67,14 +77,30 @@ def find_factors(setup: Setup, horizons: Sequence[int], log: Callable[[str], Non
         run = Runner(conditions, learned_maker(ours, conditions), jax.local_devices()[0])
 
         def losses(choices: Sequence[StartFactors]) -> list[float]:
-            thetas = [multiply_steps(start, setup.spec, each.multiplier, each.by_role) for each in choices]
-            rows: list[Any] = [jax.tree.map(lambda *x: jnp.stack(x), *part) for part in _parts(thetas)]
-            found = [
-                np.concatenate([run(part, horizon, "outer_valid")[0].loss for part in rows]) for horizon in horizons
-            ]
+            found = []
+            for horizon in horizons:
+                thetas = [at_horizon(horizon, start, setup.spec, each) for each in choices]
+                rows: list[Any] = [jax.tree.map(lambda *x: jnp.stack(x), *part) for part in _parts(thetas)]
+                found.append(np.concatenate([run(part, horizon, "outer_valid")[0].loss for part in rows]))
             return [mean_or_inf(loss) for loss in np.concatenate(found, axis=1)]
 
-        return search(losses, searched_roles(setup.spec), log)
+        return search(losses, searched_powers(setup.spec, horizons), searched_roles(setup.spec), log)
+
+
+def at_horizon(horizon: int, start: Theta, spec: l3rs.Spec, factors: StartFactors) -> Theta:
+    """Meta-parameters of the form `spec` that take the steps of other factors, at one horizon."""
+    power = spec.horizon_power if factors.horizon_power is None else factors.horizon_power
+    by_horizon = (USUAL_HORIZON / horizon) ** (power - spec.horizon_power)
+    return multiply_steps(start, spec, factors.multiplier * float(by_horizon), factors.by_role)
+
+
+def searched_powers(spec: l3rs.Spec, horizons: Sequence[int]) -> list[float]:
+    """The other powers of the horizon that are searched: none in form 1, or where there is one horizon."""
+    return (
+        [power for power in HORIZON_POWERS if power != spec.horizon_power]
+        if spec.form == 2 and len(horizons) > 1
+        else []
+    )
 
 
 def searched_roles(spec: l3rs.Spec) -> list[str]:
@@ -88,7 +114,10 @@ def _parts(thetas: Sequence[Any]) -> list[Sequence[Any]]:
 
 
 def search(
-    losses: Callable[[Sequence[StartFactors]], list[float]], role_names: Sequence[str], log: Callable[[str], None]
+    losses: Callable[[Sequence[StartFactors]], list[float]],
+    powers: Sequence[float],
+    role_names: Sequence[str],
+    log: Callable[[str], None],
 ) -> StartFactors:
     """Coordinate by coordinate: each keeps the factor with the lowest loss."""
     found = losses([StartFactors(multiplier) for multiplier in MULTIPLIERS])
@@ -96,6 +125,12 @@ def search(
     best = StartFactors(best_multiplier(by_multiplier))
     lowest = by_multiplier[best.multiplier]
     log(f"meta-loss with all steps {_listed(MULTIPLIERS, found)}")
+    if powers:
+        found = losses([dataclasses.replace(best, horizon_power=power) for power in powers])
+        log(f"meta-loss so far {lowest:.4g}; with a horizon_power of {_listed(powers, found, '')}")
+        for loss, power in zip(found, powers, strict=True):
+            if loss < lowest:
+                lowest, best = loss, dataclasses.replace(best, horizon_power=power)
     for role in role_names:
         choices = [dataclasses.replace(best, by_role={**best.by_role, role: factor}) for factor in ROLE_FACTORS]
         found = losses(choices)
@@ -103,10 +138,11 @@ def search(
         for loss, each in zip(found, choices, strict=True):
             if loss < lowest:
                 lowest, best = loss, each
-    kept = [f"{best.multiplier:g}", *(f"those of {role} × {factor:g}" for role, factor in best.by_role.items())]
-    log(f"meta-training begins with all steps × {', '.join(kept)}: meta-loss {lowest:.4g}")
+    chosen = [] if best.horizon_power is None else [f"a horizon_power of {best.horizon_power:g}"]
+    chosen += [f"those of {role} × {factor:g}" for role, factor in best.by_role.items()]
+    log(f"meta-training begins with all steps × {', '.join([f'{best.multiplier:g}', *chosen])}: meta-loss {lowest:.4g}")
     return best
 
 
-def _listed(factors: Sequence[float], losses: Sequence[float]) -> str:
-    return ", ".join(f"× {factor:g}: {loss:.4g}" for factor, loss in zip(factors, losses, strict=True))
+def _listed(factors: Sequence[float], losses: Sequence[float], sign: str = "× ") -> str:
+    return ", ".join(f"{sign}{factor:g}: {loss:.4g}" for factor, loss in zip(factors, losses, strict=True))

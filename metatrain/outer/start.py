@@ -41,9 +41,7 @@ def resolve_start(config: Config) -> Config:
         asked, found = getattr(optimizer, name), fields[name]
         if name == "directions":
             asked, found = (tuple(map(Direction.parse, each)) for each in (asked, found))
-        if (name, spec.form) == ("horizon_power", 2) or (name, found) == ("layer_gain", 0):
-            fields[name] = asked
-        elif (name, found, asked) == ("embedding", "descriptor", "table"):
+        if _may_be_asked(name, found, asked, spec.form):
             fields[name] = asked
         elif asked != found:
             raise UserError(
@@ -57,6 +55,13 @@ def resolve_start(config: Config) -> Config:
             "outer": config.outer.model_copy(update=outer),
         }
     )
+
+
+def _may_be_asked(name: str, found: Any, asked: Any, form: int) -> bool:
+    """Whether a run may have another value of a field than the checkpoint with which it begins."""
+    if name == "horizon_power":
+        return form == 2  # form 1 does not read it
+    return (name, found) == ("layer_gain", 0) or (name, found, asked) == ("embedding", "descriptor", "table")
 
 
 def start_theta(begin: OptimizerConfig, spec: Spec, task: AnyTask) -> Theta:

@@ -168,7 +168,7 @@ def test_layers_that_start_at_zero_have_their_natural_size():
     [(100, 0.5, 1.0), (400, 0.5, 0.5), (1600, 0.25, 0.5), (25, 0.25, np.sqrt(2)), (400, 0.0, 1.0)],
 )
 def test_untrained_steps_shrink_with_depth_and_horizon(total_steps, power, factor):
-    """λ of a step: step_scale · √n · RMS · (100 / T)^power / √(number of matrices), along Adam, with signal 1 at first."""
+    """λ of a step: step_scale · √n · RMS · (100 / T)^power / √(number of matrices), along Adam, signal 1 at first."""
     spec = l3rs.Spec.create(
         tree(0), ("adam",), form=2, step="initial", embedding="descriptor", step_scale=0.05, horizon_power=power
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +19,15 @@ from metatrain.config import UserError
 from metatrain.inner.network import task_layers
 from metatrain.outer.setup import Setup
 from metatrain.specialize import Work, horizons_of, make_plan
-from metatrain.start_search import MULTIPLIERS, StartFactors, find_factors, search, searched_roles
+from metatrain.start_search import (
+    MULTIPLIERS,
+    StartFactors,
+    at_horizon,
+    find_factors,
+    search,
+    searched_powers,
+    searched_roles,
+)
 from tasks import TaskError, make_task
 from tests.metatrain.common import REGRESSION
 
@@ -114,15 +124,37 @@ def test_the_search_keeps_what_lowers_the_meta_loss() -> None:
     )
     assert searched_roles(spec) == ["output_bias", "output_kernel"]
 
+    powers = searched_powers(spec, [30, 100])
+    assert powers == [0.0, 0.25]
+    assert searched_powers(spec, [100]) == []
+
     def losses(choices: Sequence[StartFactors]) -> list[float]:
         return [
-            abs(math.log(each.multiplier / 0.5)) + abs(math.log(each.by_role.get("output_kernel", 1.0) / 4))
+            abs(math.log(each.multiplier / 0.5))
+            + abs(math.log(each.by_role.get("output_kernel", 1.0) / 4))
+            + abs((0.5 if each.horizon_power is None else each.horizon_power) - 0.25)
             for each in choices
         ]
 
-    found = search(losses, searched_roles(spec), print)
-    assert found == StartFactors(0.5, {"output_kernel": 4.0})
-    assert search(lambda choices: [math.inf] * len(choices), searched_roles(spec), print) == StartFactors()
+    found = search(losses, powers, searched_roles(spec), print)
+    assert found == StartFactors(0.5, 0.25, {"output_kernel": 4.0})
+    nothing = search(lambda choices: [math.inf] * len(choices), powers, searched_roles(spec), print)
+    assert nothing == StartFactors()
+
+
+def test_a_searched_power_takes_the_steps_of_a_form_that_has_it() -> None:
+    """To a rounding, at a horizon other than 100."""
+    params, grads = {"w": np.ones((3, 2), np.float32)}, {"w": np.full((3, 2), 0.1, np.float32)}
+    spec = l3rs.Spec.create(params, form=2, step="initial")
+    theta = l3rs.init_meta_params(jax.random.key(0), spec)
+
+    def update(values: Any, form: l3rs.Spec) -> Any:
+        tx = l3rs.learned_optimizer(values, form, 25)
+        return tx.update(grads, tx.init(params), params, value=1.0)[0]["w"]
+
+    of_form = update(theta, dataclasses.replace(spec, horizon_power=0.25))
+    np.testing.assert_allclose(update(at_horizon(25, theta, spec, StartFactors(1.0, 0.25)), spec), of_form, rtol=1e-5)
+    np.testing.assert_allclose(np.sqrt(2) * of_form, update(theta, spec), rtol=1e-5)
 
 
 def test_refused(tmp_path: Path) -> None:
