@@ -157,8 +157,8 @@ def decide(
         adaptation = xp.where(has_gradient, adapted, adaptation)
     depth = math.sqrt(max(facts.n_matrices, 1)) if spec.depth_scaling else 1.0
     base = np.float32(spec.step_scale / depth) * measured.root_n * layers.size
-    if spec.horizon_power:
-        base = base * (USUAL_HORIZON / total_steps.astype(xp.float32)) ** spec.horizon_power
+    ratio = USUAL_HORIZON / total_steps.astype(xp.float32)
+    base = base * (xp.sqrt(ratio) if spec.horizon_power == 0.5 else ratio**spec.horizon_power)  # √ to the last bit
     log_factor = log_step + adaptation if facts.log_factor is None else log_step + adaptation + facts.log_factor
     step_norm = base * xp.exp(log_factor) * _signal(mix, signals, spec, kinds, xp)
     decision = Decision(core.mixture_coefficients(mix, step_norm, cosines, scale, xp), mix, step_norm)

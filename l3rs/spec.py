@@ -85,8 +85,8 @@ class Spec:
         network sees; > 0.
       natural_size: the RMS of a layer that begins at zero, over `descriptors.natural_rms`; > 0.
       depth_scaling: divide λ by the root of the number of matrices that train.
-      horizon_power: multiply λ by (100 / T)^horizon_power with T the horizon. 0.5 is what theory has for a constant
-        learning rate on a convex problem; networks that are fine-tuned want less; in [0, 1].
+      horizon_power: multiply λ by (100 / T)^horizon_power with T the horizon, in [0, 1]. 0.5 is what theory has for a
+        constant learning rate on a convex problem; a published ResNet-20 wanted 0.14.
       signal: shorten a step as its gradient loses signal; without it only a gradient of zero stops it.
       adaptation: how far a layer's log λ may move in a step for good; 0 for not at all.
       layer_gain: multiply a layer's λ by exp(layer_gain · c), with c learned for each row of the embedding, as a column
@@ -160,7 +160,7 @@ class Spec:
         Raises:
           L3RSError: the fields are not those of a spec, or one has a value that is not allowed.
         """
-        data, known = with_present_names(data), {f.name for f in dataclasses.fields(cls)}
+        data, known = _with_present_names(data), {f.name for f in dataclasses.fields(cls)}
         if set(data) | {"embedding", "step_limit", "layer_gain", *(() if "form" in data else _FORM_2)} != known:
             raise L3RSError(f"spec has fields {sorted(data)}; expected are {sorted(known)}")
         # Before there was a limit, it was that of form 1.
@@ -195,11 +195,14 @@ _NUMBERS = (
 )
 
 
-def with_present_names(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _with_present_names(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a spec that an earlier version may have written, under the names that they have now."""
     known = dict(fields)
-    if "horizon_scaling" in known and "horizon_power" not in known:
-        known["horizon_power"] = 0.5 if known.pop("horizon_scaling") else 0.0
+    if "horizon_scaling" in known:
+        root = known.pop("horizon_scaling")
+        if type(root) is not bool or "horizon_power" in known:
+            raise L3RSError(f"spec.horizon_scaling is {root!r:.100}; it must be true or false, without a horizon_power")
+        known["horizon_power"] = 0.5 if root else 0.0
     return known
 
 

@@ -21,7 +21,6 @@ from l3rs.descriptors import ROLE_NAMES
 from l3rs.directions import direction_options
 from l3rs.io.files import read_regular
 from l3rs.io.manifest import check_spec_limits
-from l3rs.spec import with_present_names
 from metatrain import yaml_text
 from metatrain.config_errors import one_sentence
 from metatrain.config_fields import Count, Few, Flag, Name, Positive, Section, SpecFields, Text
@@ -55,6 +54,9 @@ class TaskConfig(pydantic.BaseModel):
         return options.pop("name"), options
 
 
+_START_FIELDS = {"start", "start_multiplier", "start_by_role", "start_horizon_power"}
+
+
 class OptimizerConfig(SpecFields):
     """The form of L3RS: the fields of `l3rs.Spec`, with its defaults and its checks; and where meta-training begins.
 
@@ -63,24 +65,21 @@ class OptimizerConfig(SpecFields):
       start_multiplier: factor of that checkpoint's steps, which its form's limit still bounds.
       start_by_role: further factors of the steps of layers by their role, such as {output_kernel: 4}; with a table and
         a layer_gain.
+      start_horizon_power: another horizon_power than that checkpoint's, for form 2; null for its own.
     """
 
     start: Text | None = None
     start_multiplier: Positive = 1.0
+    start_horizon_power: float | None = None
     start_by_role: dict[str, Positive] = Field(default_factory=dict)
 
     def start_fields(self) -> dict[str, Any]:
         """What says where meta-training begins."""
-        return self.model_dump(include={"start", "start_multiplier", "start_by_role"})
+        return self.model_dump(include=_START_FIELDS)
 
     def spec_fields(self) -> dict[str, Any]:
         """The fields of `l3rs.Spec` without the layers."""
-        return self.model_dump(exclude={"start", "start_multiplier", "start_by_role"})
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _renamed(cls, given: Any) -> Any:
-        return with_present_names(given) if isinstance(given, Mapping) else given
+        return self.model_dump(exclude=_START_FIELDS)
 
     @pydantic.model_validator(mode="after")
     def _checked(self) -> OptimizerConfig:
@@ -101,9 +100,9 @@ class OptimizerConfig(SpecFields):
             Spec((Layer("layer", (1,)),), directions, **fields)
         except L3RSError as error:
             raise ValueError(str(error).replace("spec.", "")) from None
-        for name in ("start_multiplier", "start_by_role") if self.start is None else ():
-            if name in self.model_fields_set and getattr(self, name) not in (1, {}):
-                raise ValueError(f"{name} is {getattr(self, name)}, but there is no start whose steps it multiplies")
+        for name in sorted(_START_FIELDS) if self.start is None else ():
+            if name in self.model_fields_set and getattr(self, name) not in (1, {}, None):
+                raise ValueError(f"{name} is {getattr(self, name)}, but there is no start whose steps it changes")
         if unknown := sorted(set(self.start_by_role) - set(ROLE_NAMES)):
             raise ValueError(f"start_by_role has {unknown[0]!r:.100}; allowed are {', '.join(ROLE_NAMES)}")
         if self.start_by_role and (self.embedding != "table" or not self.layer_gain):

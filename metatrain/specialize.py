@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from l3rs.io.checkpoint import read_spec
+from l3rs.spec import Spec
 from metatrain import report
 from metatrain.config import Config, UserError, check_config
 from metatrain.evaluation.analysis import Analysis
@@ -29,12 +30,12 @@ from metatrain.outer.loop import refuse_existing, run
 from metatrain.outer.setup import Setup
 from metatrain.outer.start import resolve_start
 from metatrain.start_search import (
-    HORIZON_POWERS,
     MULTIPLIERS,
     ROLE_FACTORS,
     SAMPLES,
     StartFactors,
     find_factors,
+    searched_powers,
     searched_roles,
 )
 from metatrain.system import check_destination, usable_cpus
@@ -136,7 +137,7 @@ def specialize(
         "meta-loss of a candidate"
     )
     spec = make_spec(layers, resolve_start(trial).optimizer.spec_fields())
-    plan = make_plan(Work.of(measured, built, len(searched_roles(spec))), 60 * minutes, steps)
+    plan = make_plan(Work.of(measured, built, spec), 60 * minutes, steps)
     log(
         f"plan: {plan.generations} generations of {plan.population} candidates over {_SHORTEST} to {plan.longest} "
         f"steps, {plan.training_seconds / 60:,.1f} min; evaluation with {plan.seeds} seeds, "
@@ -178,9 +179,9 @@ def _config(
                 "start": start,
                 "start_multiplier": factors.multiplier,
                 "start_by_role": dict(factors.by_role),
+                "start_horizon_power": factors.horizon_power,
                 "embedding": "table",
                 **_layer_gain(start),
-                **({} if factors.horizon_power is None else {"horizon_power": factors.horizon_power}),
             },
             "outer": {
                 "steps": plan.generations,
@@ -247,6 +248,7 @@ class Work:
       candidates: how many train side by side in a generation.
       runs: how many train side by side in the search and in the evaluation.
       roles: how many have a factor that is searched.
+      powers: how many powers of the horizon are searched where there are several horizons.
     """
 
     step: float
@@ -254,9 +256,10 @@ class Work:
     candidates: int = 1
     runs: int = 1
     roles: int = 0
+    powers: int = 0
 
     @classmethod
-    def of(cls, measured: Estimate, task: AnyTask, n_roles: int) -> Work:
+    def of(cls, measured: Estimate, task: AnyTask, spec: Spec) -> Work:
         """What was measured of a task, on the cores of this machine."""
         processes = local_processes([task], "auto", usable_cpus()) if is_torch(task) else len(jax.local_devices())
         return cls(
@@ -264,7 +267,8 @@ class Work:
             call=measured.seconds_per_call / measured.members_per_call,
             candidates=processes,
             runs=processes if is_torch(task) else 1,
-            roles=n_roles,
+            roles=len(searched_roles(spec)),
+            powers=len(searched_powers(spec, horizons_of(_LONGEST[0]))),
         )
 
     def generation(self, longest: int, population: int) -> float:
@@ -274,7 +278,8 @@ class Work:
 
     def search(self, longest: int) -> float:
         """For the factors of the start's steps."""
-        choices = len(MULTIPLIERS) + len(HORIZON_POWERS) - 1 + len(ROLE_FACTORS) * self.roles
+        powers = self.powers if len(horizons_of(longest)) > 1 else 0
+        choices = len(MULTIPLIERS) + powers + len(ROLE_FACTORS) * self.roles
         return choices * SAMPLES * self._run(longest, 1) / self.runs
 
     def evaluation(self, longest: int, seeds: int) -> float:

@@ -8,6 +8,7 @@ kernel, bias, scale).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import l3rs
-from l3rs.descriptors import roles
+from l3rs.descriptors import ROLE_NAMES, roles
 from l3rs.scale_free import USUAL_HORIZON
 from l3rs.spec import Theta
 from l3rs.theta import multiply_steps
@@ -37,7 +38,7 @@ SAMPLES = 2  # inits and batches on which they are compared
 class StartFactors:
     """Of the steps of a checkpoint; see `optimizer.start_multiplier` and `optimizer.start_by_role`.
 
-    `horizon_power` is that of the form; None for the checkpoint's.
+    `horizon_power` is another than the checkpoint's, or None.
     """
 
     multiplier: float = 1.0
@@ -48,7 +49,7 @@ class StartFactors:
 def find_factors(setup: Setup, horizons: Sequence[int], log: Callable[[str], None]) -> StartFactors:
     """The factors with the lowest mean meta-loss over the horizons.
 
-    First that of all steps, then the power of the horizon in form 2, then one role after another.
+    First that of all steps, then the power of the horizon, then one role after another.
 
     Args:
       setup: of a run that begins with a checkpoint, with a table; without a `layer_gain` no role has a factor.
@@ -84,23 +85,31 @@ def find_factors(setup: Setup, horizons: Sequence[int], log: Callable[[str], Non
                 found.append(np.concatenate([run(part, horizon, "outer_valid")[0].loss for part in rows]))
             return [mean_or_inf(loss) for loss in np.concatenate(found, axis=1)]
 
-        return search(losses, searched_powers(setup.spec, horizons), searched_roles(setup.spec), log)
+        return search(losses, setup.spec, horizons, log)
 
 
 def at_horizon(horizon: int, start: Theta, spec: l3rs.Spec, factors: StartFactors) -> Theta:
     """Meta-parameters of the form `spec` that take the steps of other factors, at one horizon."""
-    power = spec.horizon_power if factors.horizon_power is None else factors.horizon_power
-    by_horizon = (USUAL_HORIZON / horizon) ** (power - spec.horizon_power)
-    return multiply_steps(start, spec, factors.multiplier * float(by_horizon), factors.by_role)
+    if factors.horizon_power is None:
+        return multiply_steps(start, spec, factors.multiplier, factors.by_role)
+    # In the layers' own factors, because these are outside of step_limit, as the power is.
+    by_horizon = float(USUAL_HORIZON / horizon) ** (factors.horizon_power - spec.horizon_power)
+    by_role = {name: factors.by_role.get(name, 1.0) * by_horizon for name in ROLE_NAMES}
+    return multiply_steps(start, spec, factors.multiplier, by_role)
+
+
+def turned(factors: StartFactors, power: float, spec: l3rs.Spec, horizons: Sequence[int]) -> StartFactors:
+    """Factors with another power of the horizon, and the same steps at the geometric mean of the horizons."""
+    middle = math.exp(sum(map(math.log, horizons)) / len(horizons))
+    multiplier = factors.multiplier * (middle / float(USUAL_HORIZON)) ** (power - spec.horizon_power)
+    return dataclasses.replace(factors, multiplier=multiplier, horizon_power=power)
 
 
 def searched_powers(spec: l3rs.Spec, horizons: Sequence[int]) -> list[float]:
-    """The other powers of the horizon that are searched: none in form 1, or where there is one horizon."""
-    return (
-        [power for power in HORIZON_POWERS if power != spec.horizon_power]
-        if spec.form == 2 and len(horizons) > 1
-        else []
-    )
+    """The other powers of the horizon that are searched: none where layers have no factors or there is one horizon."""
+    if not spec.layer_gain or len(horizons) == 1:
+        return []
+    return [power for power in HORIZON_POWERS if power != spec.horizon_power]
 
 
 def searched_roles(spec: l3rs.Spec) -> list[str]:
@@ -115,8 +124,8 @@ def _parts(thetas: Sequence[Any]) -> list[Sequence[Any]]:
 
 def search(
     losses: Callable[[Sequence[StartFactors]], list[float]],
-    powers: Sequence[float],
-    role_names: Sequence[str],
+    spec: l3rs.Spec,
+    horizons: Sequence[int],
     log: Callable[[str], None],
 ) -> StartFactors:
     """Coordinate by coordinate: each keeps the factor with the lowest loss."""
@@ -125,13 +134,14 @@ def search(
     best = StartFactors(best_multiplier(by_multiplier))
     lowest = by_multiplier[best.multiplier]
     log(f"meta-loss with all steps {_listed(MULTIPLIERS, found)}")
-    if powers:
-        found = losses([dataclasses.replace(best, horizon_power=power) for power in powers])
+    if powers := searched_powers(spec, horizons):
+        choices = [turned(best, power, spec, horizons) for power in powers]
+        found = losses(choices)
         log(f"meta-loss so far {lowest:.4g}; with a horizon_power of {_listed(powers, found, '')}")
-        for loss, power in zip(found, powers, strict=True):
+        for loss, each in zip(found, choices, strict=True):
             if loss < lowest:
-                lowest, best = loss, dataclasses.replace(best, horizon_power=power)
-    for role in role_names:
+                lowest, best = loss, each
+    for role in searched_roles(spec):
         choices = [dataclasses.replace(best, by_role={**best.by_role, role: factor}) for factor in ROLE_FACTORS]
         found = losses(choices)
         log(f"meta-loss so far {lowest:.4g}; with those of {role} {_listed(ROLE_FACTORS, found)}")

@@ -34,13 +34,15 @@ def test_another_power_of_the_horizon_and_another_factor(tmp_path: Path) -> None
     """At 100 steps the update is the factor times what it was; at 25 it is also 4^(difference of the powers) times."""
     params, grads = {"w": np.ones((2, 3), np.float32)}, {"w": np.full((2, 3), 0.1, np.float32)}
     spec = l3rs.Spec.create(params, form=2, step="initial")
-    l3rs.save(tmp_path / "a", l3rs.init_meta_params(jax.random.key(0), spec), spec, {"name": "a"})
+    l3rs.save(tmp_path / "a", l3rs.init_meta_params(jax.random.key(0), spec), spec, {"name": "a", "results": {}})
     rescale_optimizer.main(str(tmp_path / "a"), str(tmp_path / "b"), 0.25, 1.5)
     for horizon, factor in ((100, 1.5), (25, 1.5 / np.sqrt(2))):
         was, now = (l3rs.load(tmp_path / name, horizon) for name in ("a", "b"))
         expected, found = (tx.update(grads, tx.init(params), params, value=1.0)[0]["w"] for tx in (was, now))
         np.testing.assert_allclose(found, factor * expected, rtol=1e-5)
-    assert l3rs.restore(tmp_path / "b")[2] == {"name": "a"}
+    assert l3rs.restore(tmp_path / "b")[2] == {"name": "a", "rescaled": {"horizon_power": 0.25, "factor": 1.5}}
+    with pytest.raises(SystemExit, match="the factor is 0; it must be > 0"):
+        rescale_optimizer.main(str(tmp_path / "a"), str(tmp_path / "never"), 0.25, 0.0)
 
     form_1 = l3rs.Spec.create(params)
     l3rs.save(tmp_path / "1", l3rs.init_meta_params(jax.random.key(0), form_1), form_1)

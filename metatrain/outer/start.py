@@ -28,7 +28,7 @@ def resolve_start(config: Config) -> Config:
     defaults. A configuration without `start`, or that was resolved before, stays as it is.
 
     Raises:
-      UserError: `optimizer` has another form than the checkpoint.
+      UserError: `optimizer` has another form than the checkpoint, or a power for one of form 1.
       L3RSError: not a checkpoint.
     """
     optimizer = config.optimizer
@@ -37,11 +37,18 @@ def resolve_start(config: Config) -> Config:
     spec = read_spec(optimizer.start)
     fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec) if field.name != "layers"}
     fields["directions"] = tuple(direction.to_json() for direction in spec.directions)
+    if optimizer.start_horizon_power is not None:
+        if spec.form != 2:
+            raise UserError(
+                f"optimizer.start_horizon_power is {optimizer.start_horizon_power}, but optimizer.start="
+                f"{optimizer.start} is of form {spec.form}, which has none"
+            )
+        fields["horizon_power"] = optimizer.start_horizon_power
     for name in sorted(optimizer.model_fields_set & set(fields)):
         asked, found = getattr(optimizer, name), fields[name]
         if name == "directions":
             asked, found = (tuple(map(Direction.parse, each)) for each in (asked, found))
-        if _may_be_asked(name, found, asked, spec.form):
+        if (name, found, asked) == ("embedding", "descriptor", "table") or (name, found) == ("layer_gain", 0):
             fields[name] = asked
         elif asked != found:
             raise UserError(
@@ -55,13 +62,6 @@ def resolve_start(config: Config) -> Config:
             "outer": config.outer.model_copy(update=outer),
         }
     )
-
-
-def _may_be_asked(name: str, found: Any, asked: Any, form: int) -> bool:
-    """Whether a run may have another value of a field than the checkpoint with which it begins."""
-    if name == "horizon_power":
-        return form == 2  # form 1 does not read it
-    return (name, found) == ("layer_gain", 0) or (name, found, asked) == ("embedding", "descriptor", "table")
 
 
 def start_theta(begin: OptimizerConfig, spec: Spec, task: AnyTask) -> Theta:

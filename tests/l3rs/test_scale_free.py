@@ -231,6 +231,15 @@ def test_a_spec_saved_with_a_root_of_the_horizon_or_without_keeps_its_steps(scal
     stored = spec.to_json()
     del stored["horizon_power"]
     assert l3rs.Spec.from_json({**stored, "horizon_scaling": scaling}) == spec
+    for wrong in (
+        {"horizon_scaling": "no"},
+        {"horizon_scaling": None},
+        {"horizon_scaling": scaling, "horizon_power": power},
+    ):
+        with pytest.raises(
+            l3rs.L3RSError, match=r"horizon_scaling is .*; it must be true or false, without a horizon_p"
+        ):
+            l3rs.Spec.from_json({**stored, **wrong})
 
 
 def layers(*described):

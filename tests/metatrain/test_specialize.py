@@ -124,29 +124,59 @@ def test_the_search_keeps_what_lowers_the_meta_loss() -> None:
     )
     assert searched_roles(spec) == ["output_bias", "output_kernel"]
 
-    powers = searched_powers(spec, [30, 100])
-    assert powers == [0.0, 0.25]
-    assert searched_powers(spec, [100]) == []
-
     def losses(choices: Sequence[StartFactors]) -> list[float]:
         return [
-            abs(math.log(each.multiplier / 0.5))
-            + abs(math.log(each.by_role.get("output_kernel", 1.0) / 4))
-            + abs((0.5 if each.horizon_power is None else each.horizon_power) - 0.25)
+            abs(math.log(each.multiplier / 0.5)) + abs(math.log(each.by_role.get("output_kernel", 1.0) / 4))
             for each in choices
         ]
 
-    found = search(losses, powers, searched_roles(spec), print)
-    assert found == StartFactors(0.5, 0.25, {"output_kernel": 4.0})
-    nothing = search(lambda choices: [math.inf] * len(choices), powers, searched_roles(spec), print)
+    assert search(losses, spec, [100], print) == StartFactors(0.5, None, {"output_kernel": 4.0})
+    nothing = search(lambda choices: [math.inf] * len(choices), spec, [30, 100], print)
     assert nothing == StartFactors()
 
 
-def test_a_searched_power_takes_the_steps_of_a_form_that_has_it() -> None:
-    """To a rounding, at a horizon other than 100."""
+@pytest.mark.parametrize("horizons", [[10, 30], [33, 100], [333, 1000]])
+@pytest.mark.parametrize(("best", "found"), [(0.1, 0.0), (0.28, 0.25), (0.45, None)])
+def test_the_search_finds_the_power_of_the_horizon_wherever_the_horizons_lie(
+    horizons: list[int], best: float, found: float | None
+) -> None:
+    """The loss is the squared distance of a step's log from that of the best steps, which are right in the middle."""
+    spec = l3rs.Spec.create({"a": {"kernel": np.ones((2, 2))}}, form=2, step="initial", layer_gain=9.0)
+    middle = math.sqrt(horizons[0] * horizons[1])
+
+    def losses(choices: Sequence[StartFactors]) -> list[float]:
+        def error(each: StartFactors, horizon: int) -> float:
+            power = 0.5 if each.horizon_power is None else each.horizon_power
+            taken = math.log(each.multiplier) + (power - 0.5) * math.log(100 / horizon)
+            other = sum(abs(math.log(factor)) for factor in each.by_role.values())
+            return (taken - (best - 0.5) * math.log(middle / horizon)) ** 2 + other
+
+        return [sum(error(each, horizon) for horizon in horizons) for each in choices]
+
+    kept = search(losses, spec, horizons, print)
+    assert kept.horizon_power == found
+    power = 0.5 if found is None else found
+    assert kept.multiplier * (100 / middle) ** (power - 0.5) == pytest.approx(1)
+
+
+def test_a_power_is_searched_where_layers_have_factors_and_there_are_horizons() -> None:
+    params = {"a": {"kernel": np.ones((2, 2))}}
+    spec = l3rs.Spec.create(params, form=2, step="initial", layer_gain=9.0)
+    assert searched_powers(spec, [30, 100]) == [0.0, 0.25]
+    assert searched_powers(dataclasses.replace(spec, horizon_power=0.14), [30, 100]) == [0.0, 0.25, 0.5]
+    assert searched_powers(spec, [100]) == []
+    assert searched_powers(dataclasses.replace(spec, layer_gain=0.0), [30, 100]) == []
+    assert Work(1.0, 0.0, powers=2).search(100) == pytest.approx(6 / 4 * Work(1.0, 0.0).search(100))
+    assert Work(1.0, 0.0, powers=2).search(10) == Work(1.0, 0.0).search(10)  # one horizon
+
+
+@pytest.mark.parametrize("output", [0.0, 5.0])
+def test_a_searched_power_takes_the_steps_of_a_form_that_has_it(output: float) -> None:
+    """To a rounding, also where the network's output is at its limit, with the power's effect outside of it."""
     params, grads = {"w": np.ones((3, 2), np.float32)}, {"w": np.full((3, 2), 0.1, np.float32)}
-    spec = l3rs.Spec.create(params, form=2, step="initial")
+    spec = l3rs.Spec.create(params, form=2, step="initial", layer_gain=9.0)
     theta = l3rs.init_meta_params(jax.random.key(0), spec)
+    theta["dense_2"]["bias"] = theta["dense_2"]["bias"].at[len(spec.directions)].set(output)
 
     def update(values: Any, form: l3rs.Spec) -> Any:
         tx = l3rs.learned_optimizer(values, form, 25)
@@ -155,6 +185,13 @@ def test_a_searched_power_takes_the_steps_of_a_form_that_has_it() -> None:
     of_form = update(theta, dataclasses.replace(spec, horizon_power=0.25))
     np.testing.assert_allclose(update(at_horizon(25, theta, spec, StartFactors(1.0, 0.25)), spec), of_form, rtol=1e-5)
     np.testing.assert_allclose(np.sqrt(2) * of_form, update(theta, spec), rtol=1e-5)
+
+
+def test_a_found_power_is_that_of_the_run(tmp_path: Path) -> None:
+    spec = l3rs.Spec.create({"w": np.ones((3, 2))}, form=2, step="initial", embedding="descriptor", hidden=(4,))
+    start = l3rs.save(tmp_path / "start", l3rs.init_meta_params(jax.random.key(0), spec), spec, {})
+    config = specialize._config(REGRESSION, {}, str(start), specialize._TRIAL, StartFactors(1.0, 0.25))
+    assert Setup.build(config).spec.horizon_power == 0.25
 
 
 def test_refused(tmp_path: Path) -> None:

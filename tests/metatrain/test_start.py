@@ -71,12 +71,16 @@ def test_generation_0_is_the_checkpoint(general: str, embedding: str | None, lay
 
 
 def test_a_start_may_have_another_power_of_the_horizon(general: str) -> None:
-    asked = {"start": general, "horizon_power": 0.25}
+    asked = {"start": general, "start_horizon_power": 0.25}
     if l3rs.restore(general)[1].form == 1:
-        with pytest.raises(UserError, match=r"optimizer.horizon_power is 0.25, but optimizer.start=.* has 0.5"):
+        with pytest.raises(UserError, match=r"optimizer.start_horizon_power is 0.25, but .* is of form 1, which has"):
             Setup.build(small_bare(optimizer=asked))
-    else:
-        assert Setup.build(small_bare(optimizer=asked)).spec.horizon_power == 0.25
+        return
+    setup = Setup.build(small_bare(optimizer=asked))
+    assert setup.spec.horizon_power == 0.25
+    assert Setup.build(setup.config).spec.horizon_power == 0.25  # a resolved configuration stays as it is
+    with pytest.raises(UserError, match=r"optimizer.horizon_power is 0.3, but .* has 0.5; leave it out"):
+        Setup.build(small_bare(optimizer={"start": general, "horizon_power": 0.3}))
 
 
 def test_generation_0_is_the_checkpoint_in_pytorch(general: str) -> None:
@@ -138,6 +142,7 @@ def test_factors_by_role_multiply_the_steps_of_those_layers(tmp_path: Path) -> N
     [
         ({"start_multiplier": 0.5}, "start_multiplier is 0.5, but there is no start"),
         ({"start_by_role": {"output_kernel": 2.0}}, "start_by_role is .*, but there is no start"),
+        ({"start_horizon_power": 0.2}, "start_horizon_power is 0.2, but there is no start"),
         ({"start": "universal", "start_by_role": {"head": 2.0}}, "start_by_role has 'head'; allowed are input_kernel"),
         ({"start": "universal", "start_by_role": {"output_bias": 2.0}}, "start_by_role needs embedding: table and a"),
         ({"layer_gain": 5.0}, "layer_gain"),

@@ -79,7 +79,7 @@ def assert_parity(
         ),
         (
             ("adam", "first_moment", "sgd", "weight_decay"),
-            {"form": 2, "step": "initial", "step_scale": 0.02},
+            {"form": 2, "step": "initial", "step_scale": 0.02, "horizon_power": 0.2},
         ),
         (
             ("momentum", "lion", "rmsprop"),
