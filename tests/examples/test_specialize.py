@@ -67,3 +67,22 @@ def test_lora_trains_adapters_and_head_alone() -> None:
     model = task(examples=16).model(0)
     names = {name.rpartition(".")[0].rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
     assert names == {"up", "down", "classifier"}
+
+
+def test_paraphrases_in_a_file(tmp_path: Path) -> None:
+    """Adapters of six layers of both blocks and the head train; a word's type says whether both sentences have it."""
+    pytest.importorskip("transformers", reason="the extra `integrations`")
+    rows = [f"{i % 2}\tsome words {i}\t{'some words' if i % 2 else 'others'} {i}" for i in range(40)]
+    file = tmp_path / "pairs.tsv"
+    file.write_text("\n".join(["Quality\t#1 String\t#2 String", *rows]) + "\n")
+    built = make_task("examples.specialize_mrpc:task", {"file": str(file)})
+    layers = task_layers(built)
+    assert len(layers) == 2 * 6 * 2 + 2
+    example = next(each for each in built.train if each["labels"] == 1)
+    assert example["token_type_ids"][:8].tolist() == [0, 1, 1, 1, 0, 1, 1, 1]
+    assert example["attention_mask"].sum() == 8
+    spec = make_spec(layers, {})
+    theta = jax.tree.map(np.asarray, l3rs.init_meta_params(jax.random.key(0), spec))
+    scores = torch_rollout(Training(built), LearnedTorch(spec), ())(theta, {}, _SAMPLE, 3, ("outer_valid",), [0, 3])
+    assert np.isfinite(scores["outer_valid"].loss).all()
+    assert scores["outer_valid"].loss[0] != scores["outer_valid"].loss[1]
