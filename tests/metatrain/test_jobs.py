@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -20,17 +21,18 @@ from metatrain.ray.connection import is_loopback, require_token, split_address
 from metatrain.ray.jobs import CLIENT, check_client, client, submit_job
 from tests.metatrain.common import assert_same_theta, small_config
 from tests.metatrain.nodes import cluster_command, free_port, ray_nodes
+from tests.metatrain.test_trainer import count_lines
 
 ROOT = Path(__file__).parents[2]
 
 
-_SECONDS = 0.4  # of a candidate: a job must still be running when the commands about it have started
+_SECONDS = 0.4  # of a candidate: a job must still be running when the command that stops it has started
 
 
-def _user_config(folder: Path, **execution: object) -> Path:
-    """A run of a user's task: the cluster has l3rs, but the module exists only here."""
+def _user_config(folder: Path, hold: str = "", **execution: object) -> Path:
+    """A run of a user's task: the cluster has l3rs, but the module exists only here. See `quadratic` for `hold`."""
     (folder / "mytask.py").write_text((ROOT / "tests" / "metatrain" / "quadratic.py").read_text())
-    task = {"name": "mytask:regression", "seconds": _SECONDS}
+    task = {"name": "mytask:regression", "seconds": _SECONDS, "hold": hold}
     outer = {"steps": 30, "population": 4}
     config = folder / "config.yaml"
     config.write_text(dump_config(small_config(task=task, outer=outer, execution={"workers": 1, **execution})))
@@ -47,12 +49,18 @@ def _logged_generations(text: str) -> list[int]:
 
 @pytest.mark.slow
 def test_submit_status_logs_stop_resume(tmp_path: Path) -> None:
-    config, folder = _user_config(tmp_path), tmp_path / "run"
+    hold = tmp_path / "hold"  # the run stands still while the commands about it start, however slow they are
+    config, folder = _user_config(tmp_path, hold=str(hold)), tmp_path / "run"
     with ray_nodes(cpus=2, token=True, dashboard=True) as nodes:
         metatrain = cluster_command(nodes, tmp_path)
         code, out, err = metatrain("submit", config, "--out", folder)
         assert code == 0, err
         assert f"job small-1, run directory {folder}" in out
+        deadline = time.monotonic() + 300
+        while not count_lines(folder):
+            assert time.monotonic() < deadline, metatrain("logs", "small")[1]
+            time.sleep(0.05)
+        hold.touch()
         code, _, err = metatrain("submit", config, "--out", folder)
         assert (code, "the run small is running" in err) == (2, True), err
         code, out, err = metatrain("status", "small")
@@ -60,6 +68,7 @@ def test_submit_status_logs_stop_resume(tmp_path: Path) -> None:
         assert out.startswith("small: running, generation ")
         assert "/30, meta-loss" in out
         assert "1 workers, about" in out
+        hold.unlink()
         code, out, err = metatrain("stop", "small")
         assert (code, "small is stopped" in out) == (0, True), err
         assert "generations and saved" in metatrain("logs", "small")[1]
@@ -149,6 +158,7 @@ def test_the_sequence_of_the_readme(tmp_path: Path, earlier_token: bool) -> None
         code, out, err = metatrain("submit", config, *words, "--out", tmp_path / "run", *accepted)
         assert code == 0, err
         assert ("with Ray's token" in out) == earlier_token
+        assert "generation 2/2" in metatrain("logs", "small", "-f")[1]  # until it ends
         code, out, err = metatrain("status", "small")
         assert (code, "generation 2/2" in out) == (0, True), err
         assert ("with Ray's token" if earlier_token else "without a token") in err
