@@ -8,7 +8,7 @@ kernel, bias, scale).
 from __future__ import annotations
 
 import dataclasses
-import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -100,7 +100,7 @@ def at_horizon(horizon: int, start: Theta, spec: l3rs.Spec, factors: StartFactor
 
 def turned(factors: StartFactors, power: float, spec: l3rs.Spec, horizons: Sequence[int]) -> StartFactors:
     """Factors with another power of the horizon, and the same steps at the geometric mean of the horizons."""
-    middle = math.exp(sum(map(math.log, horizons)) / len(horizons))
+    middle = statistics.geometric_mean(horizons)
     multiplier = factors.multiplier * (middle / float(USUAL_HORIZON)) ** (power - spec.horizon_power)
     return dataclasses.replace(factors, multiplier=multiplier, horizon_power=power)
 
