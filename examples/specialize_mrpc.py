@@ -1,6 +1,6 @@
 """An optimizer for LoRA on a small BERT with random weights that learns whether two sentences say the same.
 
-    metatrain specialize examples.specialize_mrpc:task file=mrpc_train.tsv --minutes 15 --steps 100
+    metatrain specialize examples.specialize_mrpc:task file=mrpc_train.tsv --minutes 30 --steps 100
 
 FILE is a list of the Microsoft Research Paraphrase Corpus: columns Quality, #1 String and #2 String, separated by tabs.
 """
@@ -29,7 +29,7 @@ def task(file: str, rank: int = 4, batch_size: int = 16) -> TorchTask:
     def start(_: int) -> nn.Module:  # the adapters and the classifier are new for each seed
         with torch.random.fork_rng([]):
             torch.manual_seed(0)  # the frozen weights are the same for all seeds
-            shape = BertConfig(**_SIZES, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.1)
+            shape = BertConfig(**_SIZES, num_hidden_layers=2, num_attention_heads=2)
             network = BertForSequenceClassification(shape)
         network.bert.requires_grad_(False)
         network.classifier = nn.Linear(64, classes)
