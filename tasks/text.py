@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,37 +15,53 @@ from tasks.base import Aux, Batch, Data, Params, Stats, Task, TaskError, check_k
 from tasks.classification import RANDOM_POOLS
 from tasks.data.text import TextSource, load_text
 from tasks.models.gpt import gpt
+from tasks.pretrained import cached_inits, pretrain
 
+_PRETRAIN_BATCH = 32
 _MODEL = {name: p.default for name, p in inspect.signature(gpt).parameters.items() if p.kind is p.KEYWORD_ONLY}
 
 
 def text(
     source: Mapping[str, Any],
+    init: Mapping[str, Any] | Literal["random"] = "random",
     model: Mapping[str, Any] | None = None,
     context: int = 64,
     batch_size: int = 32,
     evaluation_windows: int = 256,
+    inits: int = 4,
+    held_out_inits: int = 3,
+    pretrain_steps: int = 2000,
 ) -> Task:
-    """Train a small GPT from scratch to predict the next character of a text.
+    """Train a small GPT to predict the next character of a text, from scratch or pretrained on another text.
 
     The loss is the mean cross-entropy per character in nats, and the accuracy the share of characters predicted right.
 
     Args:
       source: the text: {file: PATH} or {tfds: tiny_shakespeare}, see `TextSource`.
+      init: the text that the networks are pretrained on, likewise, or "random" for random initialization.
       model: n_layer, n_head and width of the GPT.
       context: the number of characters that the model reads at once.
       batch_size: windows per step, from anywhere in inner_train.
       evaluation_windows: the number of windows of each other split that is used, evenly spread; 0 for all.
+      inits: the number of pretrained networks for meta-training; they differ in seed.
+      held_out_inits: the number of further networks, never used in meta-training.
+      pretrain_steps: the steps of their pretraining.
     """
-    for name, value, least in (("context", context, 1), ("batch_size", batch_size, 1)):
+    for name, value, least in (
+        ("context", context, 1),
+        ("batch_size", batch_size, 1),
+        ("evaluation_windows", evaluation_windows, 0),
+        ("inits", inits, 1),
+        ("held_out_inits", held_out_inits, 1),
+        ("pretrain_steps", pretrain_steps, 1),
+    ):
         if type(value) is not int or value < least:
             raise TaskError(f"task.{name} is {value!r}; it must be an integer ≥ {least}")
-    if type(evaluation_windows) is not int or evaluation_windows < 0:
-        raise TaskError(f"task.evaluation_windows is {evaluation_windows!r}; it must be an integer ≥ 0")
     options = dict(model or {})
     check_keys(options, _MODEL, "task.model", "an option of the GPT")
     chosen = TextSource.parse(source, "task.source")
-    splits, vocabulary = load_text(chosen, context)
+    donor = None if init == "random" else TextSource.parse(init, "task.init")
+    splits, vocabulary = load_text(chosen, context, donor)
     for name, split in splits.items():
         if name != "inner_train":
             split["text"] = _spread(split["text"], evaluation_windows)
@@ -67,13 +83,41 @@ def text(
         value = optax.softmax_cross_entropy(logits, jax.nn.one_hot(target, vocabulary)).mean()
         return value, Aux(stats, jnp.mean(jnp.argmax(logits, -1) == target))
 
-    name = f"gpt({chosen.name})"
-    return Task(name, splits, lambda _, i: network.init(jax.random.key(i)), batch, loss, RANDOM_POOLS)
+    if donor is None:
+        name = f"gpt({chosen.name})"
+        return Task(name, splits, lambda _, i: network.init(jax.random.key(i)), batch, loss, RANDOM_POOLS)
+
+    first, _ = load_text(donor, context, chosen)
+    count = inits + held_out_inits
+    key = {
+        "gpt": donor.digest(),
+        "characters_of": chosen.digest(),
+        "model": options,
+        "context": context,
+        "steps": pretrain_steps,
+        "inits": count,
+        "batch_size": _PRETRAIN_BATCH,
+    }
+    stacked = cached_inits(
+        key,
+        jax.eval_shape(network.init, jax.random.key(0)),
+        lambda: pretrain(network, loss, first, range(count), [pretrain_steps] * count, _PRETRAIN_BATCH),
+    )
+
+    def pretrained(data: Data, i: jax.Array) -> tuple[Params, Stats]:
+        return jax.tree.map(lambda x: jnp.asarray(x)[i], data["inits"])
+
+    pools = {"meta_train": range(inits), "held_out": range(inits, count)}
+    name = f"gpt({donor.name} → {chosen.name})"
+    return Task(name, {**splits, "inits": stacked}, pretrained, batch, loss, pools)
 
 
-def prepare_text(source: Mapping[str, Any], **_: Any) -> list[str]:
-    """Download and prepare the text that `text` would read; returns its location."""
-    return [TextSource.parse(source, "task.source").prepare()]
+def prepare_text(source: Mapping[str, Any], init: Mapping[str, Any] | str = "random", **_: Any) -> list[str]:
+    """Download and prepare the texts that `text` would read; returns their locations."""
+    texts = [TextSource.parse(source, "task.source")]
+    if init != "random":
+        texts.append(TextSource.parse(init, "task.init"))
+    return [each.prepare() for each in texts]
 
 
 def _spread(windows: np.ndarray, count: int) -> np.ndarray:

@@ -101,6 +101,7 @@ class Interleaved(NamedTuple):
     """
 
     options: Mapping[str, Any]  # fields of `iomt.Options`
+    optimizers: iomt.Space = iomt.SPACE
     learning_rate: float = 1e-2
     schedules: Sequence[str] = ("constant",)
     tuned: bool = True
@@ -118,12 +119,13 @@ class Interleaved(NamedTuple):
     def space(self, rate: float) -> iomt.Space:
         """The optimizers that the controller chooses from, with learning rates around `rate`."""
         rates = (10 * rate, rate, rate / 10)
-        return {name: optimizer._replace(hyperparameters={"learning_rate": rates}) for name, optimizer in _SPACE}
+        return {
+            name: optimizer._replace(hyperparameters={**optimizer.hyperparameters, "learning_rate": rates})
+            for name, optimizer in self.optimizers.items()
+        }
 
 
-_SPACE = tuple(iomt.SPACE.items())
-
-# IOMT, and the ablations of the paper's Tables 7 to 9. `transferability` is measured unless it is given.
+# IOMT, and the ablations of the paper's Tables 7 to 9 and Figure 11. `transferability` is measured unless it is given.
 INTERLEAVED = {
     "iomt": Interleaved({}),
     "doit": Interleaved({"variant": "doit"}),
@@ -132,6 +134,7 @@ INTERLEAVED = {
     "iomt_no_transferability": Interleaved({"transferability": 0.0}),
     "iomt_no_halving": Interleaved({"halving": None}),
     "iomt_unweighted": Interleaved({"start": "uniform"}),
+    "iomt_larger_space": Interleaved({}, iomt.LARGER_SPACE),
 }
 
 ALL = (*BASELINES, "iomt", "doit")  # what "all" stands for; the ablations have to be named

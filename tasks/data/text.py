@@ -68,6 +68,10 @@ class TextSource:
                 raise TaskError(f"the text {self.file} is not UTF-8 ({error.reason} at byte {error.start})") from None
         return _tfds_text(Tfds(self.tfds, self.data_dir).folder())
 
+    def digest(self) -> str:
+        """The SHA-256 of the text's UTF-8."""
+        return hashlib.sha256(self.read().encode()).hexdigest()
+
     def prepare(self) -> str:
         """Download and prepare the text if it is missing; returns its location."""
         if self.tfds is not None:
@@ -92,7 +96,9 @@ def _tfds_text(folder: Path) -> str:
     return b"".join(part if isinstance(part, bytes) else str(part).encode() for part in parts).decode()
 
 
-def load_text(source: TextSource, context: int) -> tuple[dict[str, dict[str, np.ndarray]], int]:
+def load_text(
+    source: TextSource, context: int, other: TextSource | None = None
+) -> tuple[dict[str, dict[str, np.ndarray]], int]:
     """The four splits as windows, and the number of distinct characters.
 
     A split is a block of the text, and its windows tile it: a window's first `context` characters are the input, its
@@ -102,22 +108,26 @@ def load_text(source: TextSource, context: int) -> tuple[dict[str, dict[str, np.
     Args:
       source: where the text is.
       context: the number of characters that the model reads at once.
+      other: a text whose characters are numbered, too, so that a model of one text can go on with the other.
 
     Returns:
       {split: {"text": uint8 [n, context + 1]}}, characters numbered in code-point order; and the number of distinct
-      characters.
+      characters of both texts.
 
     Raises:
-      TaskError: the text is missing, too short, or has too many characters.
+      TaskError: a text is missing or too short, or they have too many characters.
     """
-    text = source.read()
-    key = {"text": _VERSION, "sha256": hashlib.sha256(text.encode()).hexdigest(), "context": context}
+    text, further = source.read(), other.read() if other else ""
+    key = {"text": _VERSION, "sha256": source.digest(), "context": context}
+    if other:
+        key["characters_of"] = other.digest()
+    name = f"{source.name} and {other.name} have" if other else f"{source.name} has"
 
     def build() -> dict[str, np.ndarray]:
-        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        characters, numbers = np.unique(codes, return_inverse=True)
+        characters = np.unique(_codes(text + further))
+        numbers = np.searchsorted(characters, _codes(text))
         if len(characters) > _MOST:
-            raise TaskError(f"{source.name} has {len(characters)} distinct characters; at most {_MOST} are allowed")
+            raise TaskError(f"{name} {len(characters)} distinct characters; at most {_MOST} are allowed")
         ends = np.rint(np.cumsum([FRACTIONS[split] for split in SPLITS]) * len(numbers)).astype(int)
         blocks = zip(SPLITS, np.split(numbers.astype(np.uint8), ends[:-1]), strict=True)
         arrays = {split: _windows(block, context) for split, block in blocks}
@@ -130,6 +140,10 @@ def load_text(source: TextSource, context: int) -> tuple[dict[str, dict[str, np.
 
     arrays = cached(key, build)
     return {split: {"text": arrays[split]} for split in SPLITS}, int(arrays["vocabulary"])
+
+
+def _codes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le"), np.uint32)
 
 
 def _windows(block: np.ndarray, context: int) -> np.ndarray:

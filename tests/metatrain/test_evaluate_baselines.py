@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from l3rs.baselines import iomt, mada_coefficients
+from l3rs.baselines.iomt.space import choices
 from metatrain.config import UserError, load_config
 from metatrain.evaluation.baselines import (
     ALL,
@@ -180,6 +181,10 @@ def test_iomt_s_stages_follow_the_horizon() -> None:
     assert [options[f"iomt_{name}"].switch for name in ("random", "cyclical")] == ["random", "cyclical"]
     assert options["iomt_no_halving"].halving is None
     assert options["iomt_unweighted"].start == "uniform"
+    larger = find_baseline("iomt_larger_space")
+    assert isinstance(larger, Interleaved)
+    assert list(larger.space(0.1)["sgd"].hyperparameters.values()) == [(1.0, 0.1, 0.01), (1e-2, 1e-3, 1e-4)]
+    assert [len(of_one) for of_one in choices(larger.space(0.1))] == [9, 15, 9, 45, 9]
 
 
 @pytest.fixture(scope="module")

@@ -142,6 +142,39 @@ def test_inits_differ_and_pools_do_not_meet(file: Path) -> None:
     assert not set(task.pools["meta_train"]) & set(task.pools["held_out"])
 
 
+def test_inits_pretrained_on_another_text(tmp_path: Path, file: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("xyzab" * 400)  # five characters, of which the story has two
+    options = {"init": {"file": str(other)}, "pretrain_steps": 150, "inits": 2, "held_out_inits": 1}
+    task, fresh = text(file, **options), text(file)
+    assert task.name == "gpt(other → story)"
+    assert task.pools == {"meta_train": range(2), "held_out": range(2, 3)}
+    assert task.params_shape()["head"]["kernel"].shape == (16, 23)  # the characters of both
+    # The story's own text is what it was, but for the numbers of its characters.
+    characters = sorted(set(story()) | set("xyz"))
+    own = np.asarray(task.data["test"]["text"])
+    decoded = [[sorted(set(story())).index(characters[i]) for i in row] for row in own]
+    np.testing.assert_array_equal(decoded, fresh.data["test"]["text"])
+    # A network knows what follows in the other text, which is periodic.
+    params, stats = task.init(task.data, jnp.int32(0))
+    window = np.array([[characters.index(c) for c in ("xyzab" * 2)[: CONTEXT + 1]]] * 2, np.uint8)
+    loss, aux = task.loss(params, stats, {"text": window}, False)
+    assert float(aux.accuracy) > 0.9
+    assert float(loss) < 0.5
+    one, two = (task.init(task.data, jnp.int32(i))[0]["head"]["kernel"] for i in (0, 2))
+    assert not np.array_equal(one, two)
+    # It is pretrained once, and again for another text of the same name.
+    assert isinstance(jax.tree.leaves(task.data["inits"])[0], np.memmap)
+    files = [jax.tree.leaves(text(file, **options).data["inits"])[0].filename for _ in range(2)]
+    assert files[0] == files[1] == jax.tree.leaves(task.data["inits"])[0].filename
+    other.write_text("zyxba" * 400)
+    assert jax.tree.leaves(text(file, **options).data["inits"])[0].filename != files[0]
+    assert prepare_task("text", {"source": {"file": str(file)}, "init": {"file": str(other)}}) == [
+        str(file),
+        str(other),
+    ]
+
+
 def write_tfds(folder: Path, splits: dict[str, str], feature: str = "text") -> None:
     """A prepared TFDS text without TensorFlow: one record a split, as tiny_shakespeare has them."""
     import tensorflow_datasets as tfds
@@ -199,6 +232,11 @@ def test_a_text_is_split_once(file: Path) -> None:
         ({"context": 300}, "story has 2000 characters.* 301 .*inner_valid"),
         ({"batch_size": 1.5}, "task.batch_size is 1.5"),
         ({"evaluation_windows": -1}, "task.evaluation_windows is -1"),
+        ({"init": "mnist"}, "task.init is 'mnist'; it must be {file: PATH}"),
+        ({"init": {"file": "/none.txt"}}, "the text /none.txt cannot be read"),
+        ({"inits": 0}, "task.inits is 0; .*≥ 1"),
+        ({"held_out_inits": 0}, "task.held_out_inits is 0; .*≥ 1"),
+        ({"pretrain_steps": 0}, "task.pretrain_steps is 0; .*≥ 1"),
         ({"model": {"depth": 3}}, "task.model.depth is not an option of the GPT; allowed are n_layer, n_head, width"),
         ({"model": {"width": 15}}, "n_head is 4; it must divide width, which is 15"),
         ({"model": {"n_layer": 0}}, "n_layer is 0; .*≥ 1"),
@@ -216,6 +254,9 @@ def test_bad_files(tmp_path: Path) -> None:
     (tmp_path / "many.txt").write_text("".join(chr(0x4E00 + i) for i in range(300)))
     with pytest.raises(TaskError, match=r"many has 300 distinct characters.*256"):
         text(tmp_path / "many.txt")
+    (tmp_path / "few.txt").write_text(story())
+    with pytest.raises(TaskError, match=r"few and many have 320 distinct characters.*256"):
+        text(tmp_path / "few.txt", init={"file": str(tmp_path / "many.txt")})
 
 
 @needs_shared

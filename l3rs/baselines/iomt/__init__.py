@@ -13,11 +13,21 @@ for the compressor "umap". `metatrain.report.switches.plot_history` draws a run.
 from l3rs.baselines.iomt.compress import key_parameters
 from l3rs.baselines.iomt.controller import Controller, Options, Stage
 from l3rs.baselines.iomt.score import acquisition, sampling_weight, stage_score
-from l3rs.baselines.iomt.space import SPACE, Choice, InterleavedState, Optimizer, Space, encode, interleave
+from l3rs.baselines.iomt.space import (
+    LARGER_SPACE,
+    SPACE,
+    Choice,
+    InterleavedState,
+    Optimizer,
+    Space,
+    encode,
+    interleave,
+)
 from l3rs.baselines.iomt.train import Result, make_train
 from l3rs.baselines.iomt.transferability import leep, logme, transferability
 
 __all__ = [
+    "LARGER_SPACE",
     "SPACE",
     "Choice",
     "Controller",

@@ -46,6 +46,30 @@ SPACE: Space = {
 }
 
 
+def _with_decay(make: Callable[..., Any]) -> Callable[..., Any]:
+    """An optimizer of gradients to which weight_decay · θ is added, as in PyTorch."""
+
+    def build(*, weight_decay: Any, **rest: Any) -> optax.GradientTransformation:
+        return optax.chain(optax.add_decayed_weights(weight_decay), make(**rest))
+
+    return build
+
+
+_DECAYS, _TENTHS = (1e-2, 1e-3, 1e-4), (0.5, 0.6, 0.7, 0.8, 0.9)
+
+# What the paper adds for its Figure 11: weight decay, momentum, and RMSprop's decay (PyTorch's alpha).
+LARGER_SPACE: Space = {
+    "sgd": Optimizer(_with_decay(optax.sgd), {**_RATES, "weight_decay": _DECAYS}),
+    "sgdm": Optimizer(optax.sgd, {**_RATES, "momentum": _TENTHS}),
+    "adagrad": Optimizer(_with_decay(SPACE["adagrad"].make), {**_RATES, "weight_decay": _DECAYS}),
+    "rmsprop": Optimizer(
+        _with_decay(functools.partial(optax.rmsprop, eps_in_sqrt=False)),
+        {**_RATES, "weight_decay": _DECAYS, "decay": _TENTHS},
+    ),
+    "adam": Optimizer(_with_decay(optax.adam), {**_RATES, "weight_decay": _DECAYS}),
+}
+
+
 def choices(space: Space) -> list[list[Choice]]:
     """For each optimizer, every combination of its hyper-parameters.
 

@@ -81,23 +81,27 @@ def test_dtypes(dtype, moments):
         assert types(after) == types(jax.eval_shape(lambda: state))
 
 
-@pytest.mark.parametrize("name", list(iomt.SPACE))
-def test_the_optimizers_equal_pytorchs(name):
-    """Gradients from 1 to 1e-6, 20 steps: each optimizer is torch.optim's, with its defaults."""
+@pytest.mark.parametrize(
+    ("space", "name"), [(space, name) for space in (iomt.SPACE, iomt.LARGER_SPACE) for name in space]
+)
+def test_the_optimizers_equal_pytorchs(space, name):
+    """Gradients from 1 to 1e-6, 20 steps: each is torch.optim's, with its defaults or the last of further values."""
     torch = pytest.importorskip("torch", reason="the extra `torch` is not installed")
     make = {
         "sgd": torch.optim.SGD,
-        "sgdm": lambda params, lr: torch.optim.SGD(params, lr, momentum=0.9),
+        "sgdm": lambda params, **given: torch.optim.SGD(params, **{"momentum": 0.9, **given}),
         "adagrad": torch.optim.Adagrad,
         "rmsprop": torch.optim.RMSprop,
         "adam": torch.optim.Adam,
     }[name]
+    values = {key: choices[-1] for key, choices in space[name].hyperparameters.items()} | {"learning_rate": 0.01}
+    by_pytorchs_names = {{"learning_rate": "lr", "decay": "alpha"}.get(key, key): x for key, x in values.items()}
     gradients = np.random.default_rng(0).normal(size=(20, 7)) * 10.0 ** -np.arange(7)
-    tx = iomt.SPACE[name].make(learning_rate=0.01)
-    ours = jnp.zeros(7)
+    tx = space[name].make(**values)
+    ours = jnp.ones(7)
     state = tx.init(ours)
-    theirs = torch.nn.Parameter(torch.zeros(7))
-    optimizer = make([theirs], lr=0.01)
+    theirs = torch.nn.Parameter(torch.ones(7))
+    optimizer = make([theirs], **by_pytorchs_names)
     for gradient in gradients.astype(np.float32):
         updates, state = tx.update(jnp.asarray(gradient), state, ours)
         ours = optax.apply_updates(ours, updates)
