@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +39,24 @@ def test_a_task_trains_offline(name: str) -> None:
     assert (scores["outer_valid"].accuracy >= 0).all()
 
 
-def test_a_resnet20_with_weights_of_a_file(tmp_path: Path) -> None:
+def _write_images(folder: Path, pixels: Callable[[int, tuple[int, ...]], np.ndarray]) -> str:
+    """Twenty images of each of two classes, uint8 [32, 32, 3]."""
     from PIL import Image
+
+    for label in range(2):
+        (folder / str(label)).mkdir(parents=True)
+        for i in range(20):
+            Image.fromarray(pixels(label, (32, 32, 3))).save(folder / str(label) / f"{i}.png")
+    return str(folder)
+
+
+def test_a_resnet20_with_weights_of_a_file(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     from examples.specialize_resnet20 import ResNet20, task
 
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 20, 32, 32, 3), dtype=np.uint8)
-    for label, images in enumerate(pixels):
-        (tmp_path / "images" / str(label)).mkdir(parents=True)
-        for i, image in enumerate(images):
-            Image.fromarray(image).save(tmp_path / "images" / str(label) / f"{i}.png")
+    rng = np.random.default_rng(0)
+    _write_images(tmp_path / "images", lambda _, shape: rng.integers(0, 256, shape, dtype=np.uint8))
     published = {k: v for k, v in ResNet20().state_dict().items() if "num_batches" not in k}
     save_file(published, tmp_path / "weights.safetensors")
     built = task(str(tmp_path / "images"), str(tmp_path / "weights.safetensors"), batch_size=4)
@@ -58,6 +66,29 @@ def test_a_resnet20_with_weights_of_a_file(tmp_path: Path) -> None:
     save_file({"conv.weight": published["conv1.weight"]}, tmp_path / "other.safetensors")
     with pytest.raises(RuntimeError, match="Unexpected key"):
         task(str(tmp_path / "images"), str(tmp_path / "other.safetensors"), batch_size=4).model(0)
+
+
+def test_leep_and_logme_of_a_resnet20(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Dark and light images, which any network tells apart, and images whose classes mean nothing."""
+    pytest.importorskip("sklearn", reason="the extra `iomt`")
+    from safetensors.torch import save_file
+
+    from examples.specialize_resnet20 import ResNet20
+    from examples.transferability import main
+
+    rng = np.random.default_rng(0)
+    save_file(ResNet20().state_dict(), tmp_path / "weights.safetensors")
+    light = _write_images(
+        tmp_path / "light", lambda label, shape: rng.integers(0, 100, shape, dtype=np.uint8) + 150 * label
+    )
+    noise = _write_images(tmp_path / "noise", lambda _, shape: rng.integers(0, 256, shape, dtype=np.uint8))
+    main(str(tmp_path / "weights.safetensors"), [light, noise])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [row[1] for row in rows] == ["pretrained", "random"] * 2
+    scores = np.array([[float(x.rstrip("%")) for x in row[2:]] for row in rows])
+    assert (scores[:2, 2] == 100).all()
+    assert (scores[:2, 1] > scores[2:, 1]).all()  # LogME
+    assert (scores[:, 0] <= 0).all()  # LEEP
 
 
 def test_lora_trains_adapters_and_head_alone() -> None:
