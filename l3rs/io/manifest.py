@@ -30,7 +30,7 @@ MAX_TEXT = 10_000  # characters of a layer's path or another text
 class Manifest(NamedTuple):
     """A manifest that has been checked."""
 
-    content: dict[str, Any]  # the parsed JSON object: format, features, spec, sha256, info
+    content: dict[str, Any]  # format, features, spec with the names that its fields have now, sha256, info
     spec: Spec
 
 
@@ -75,7 +75,8 @@ def read_manifest(folder: Path) -> Manifest:
     except ValueError as error:
         raise L3RSError(f"{file} is damaged: {str(error)[:200]}") from None
     _check_content(content, file)
-    return Manifest(content, parse_spec(content["spec"], file))
+    spec = parse_spec(content["spec"], file)
+    return Manifest({**content, "spec": spec.to_json()}, spec)
 
 
 def _check_content(content: Any, file: Path) -> None:

@@ -158,3 +158,14 @@ def test_without_a_name_it_is_universal():
     made = [l3rs.load(*name, total_steps=10) for name in ((), ("universal",))]
     first, second = (jax.jit(tx.update)(params, tx.init(params), params, value=1.0)[0] for tx in made)
     assert_same(first, second)
+
+
+def test_the_info_of_an_older_checkpoint_has_the_present_names(tmp_path):
+    spec = l3rs.Spec.create(PARAMS, form=2, step="initial", embedding="descriptor")
+    l3rs.save(tmp_path / "old", l3rs.init_meta_params(jax.random.key(0), spec), spec)
+    file = tmp_path / "old" / "l3rs.json"
+    written = json.loads(file.read_text())
+    assert l3rs.info(tmp_path / "old") == written
+    del written["spec"]["horizon_power"]
+    file.write_text(json.dumps({**written, "spec": {**written["spec"], "horizon_scaling": True}}))
+    assert l3rs.info(tmp_path / "old")["spec"] == spec.to_json()
