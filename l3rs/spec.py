@@ -171,28 +171,13 @@ class Spec:
         return cls(**fields)
 
 
-_FORM_2 = (
-    "form",
-    "step_limit",
-    "natural_size",
-    "depth_scaling",
-    "horizon_power",
-    "signal",
-    "adaptation",
-    "layer_gain",
-)  # fields that form 1 does not store
+def _fields_of_type(name: str) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(Spec) if field.type == name)
 
 
-_NUMBERS = (
-    "step_scale",
-    "step_gain",
-    "mix_bias",
-    "step_limit",
-    "natural_size",
-    "horizon_power",
-    "adaptation",
-    "layer_gain",
-)
+_NAMES = [field.name for field in dataclasses.fields(Spec)]
+_FORM_2 = tuple(_NAMES[_NAMES.index("form") :])  # fields that form 1 does not store
+_NUMBERS, _SWITCHES = _fields_of_type("float"), _fields_of_type("bool")
 
 
 def _with_present_names(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,7 +210,7 @@ def _check_types(spec: Spec) -> None:
     for name in _NUMBERS:
         if type(getattr(spec, name)) not in (int, float) or not math.isfinite(getattr(spec, name)):
             raise L3RSError(f"spec.{name} is {getattr(spec, name)!r}; it must be a finite number")
-    for name in ("absolute_time", "depth_scaling", "signal"):
+    for name in _SWITCHES:
         if type(getattr(spec, name)) is not bool:
             raise L3RSError(f"spec.{name} is {getattr(spec, name)!r}; it must be true or false")
     for layer in spec.layers:
