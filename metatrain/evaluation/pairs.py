@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from metatrain.config import UserError
 from metatrain.evaluation.records import RecordTable, Results, family, nan_as_inf
@@ -69,6 +70,38 @@ def find_label(results: RecordTable, name: str) -> str:
         problem = f"{len(found)} optimizers are" if found else "no optimizer is"
         raise UserError(f"{problem} called {name}; choose one of {', '.join(labels)}")
     return found[0]
+
+
+def joined(results: Results, other: Results, name: str) -> Results:
+    """The runs of two evaluations that share a setting, a horizon and a seed; of `other` as "LABEL of NAME".
+
+    Such runs had the same init and the same batches, so differences between them are paired.
+
+    Raises:
+      UserError: their tasks or seeds are different, or they have no setting, horizon and seed in common.
+    """
+    for what, ours, theirs in zip(("task", "seed"), _task(results), _task(other), strict=True):
+        if ours != theirs:
+            raise UserError(f"{name} has another {what} than the evaluation it is compared with: {theirs}, not {ours}")
+    sample = lambda record: (record.setting, record.horizon, record.seed)  # noqa: E731
+    common = set(map(sample, results.records)) & set(map(sample, other.records))
+    for setting in {setting for setting, _, _ in common}:
+        ours, theirs = (_setting(each, setting) for each in (results, other))
+        if ours != theirs:
+            raise UserError(f"{name} has another setting {setting!r}: {theirs}, not {ours}")
+    if not common:
+        raise UserError(f"{name} has no setting, horizon and seed in common with the evaluation it is compared with")
+    renamed = [dataclasses.replace(record, optimizer=f"{record.optimizer} of {name}") for record in other.records]
+    shared = [record for record in [*results.records, *renamed] if sample(record) in common]
+    return dataclasses.replace(results, records=shared)
+
+
+def _task(results: Results) -> tuple[Any, Any]:
+    return results.config.get("task"), results.config.get("seed")
+
+
+def _setting(results: Results, name: str) -> Any:
+    return results.config.get("evaluation", {}).get("settings", {}).get(name)
 
 
 def overheads(results: Results, setting: str) -> list[Overhead]:

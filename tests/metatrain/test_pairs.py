@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from metatrain.cli import app
 from metatrain.config import UserError
-from metatrain.evaluation.pairs import find_label, overheads, pairs
+from metatrain.evaluation.pairs import find_label, joined, overheads, pairs
 from metatrain.evaluation.records import Cost, Record, Results, SwitchHistory
 from metatrain.evaluation.statistics import mean_interval
 from metatrain.report.pairs import pair_table
@@ -88,6 +89,37 @@ def test_the_command_prints_the_table_and_the_overhead(results: Results, tmp_pat
     assert "10.0 % of the training" in shown.output
     shown = CliRunner().invoke(app, ["compare", str(tmp_path), "iomt", "--by", "time"])
     assert isinstance(shown.exception, UserError)
+
+
+def test_two_evaluations_are_joined_on_the_runs_that_they_share(results: Results, tmp_path: Path) -> None:
+    config = {"seed": 0, "task": {"name": "digits"}, "evaluation": {"settings": {"a": {"init": "mnist"}}}}
+    ours = dataclasses.replace(results, config=config)
+    rows = [Record("a", "l3rs", steps, seed, 0.2, 0.9, 0.1, {}, 1.0) for steps in (100, 200) for seed in range(1, 6)]
+    other = Results("universal", rows, [], {}, config=config)
+    both = joined(ours, other, "runs/other")
+    assert both.horizons() == [200]
+    assert {record.seed for record in both.records} == {1, 2, 3}
+    assert both.values("a", "iomt/constant", 200).tolist() == ours.values("a", "iomt/constant", 200).tolist()[1:]
+    (pair,) = [p for p in pairs(both, "iomt/constant", "a", 200, "accuracy") if p.optimizer == "l3rs of runs/other"]
+    assert pair.difference == pytest.approx(mean_interval(np.array([0.91, 0.92, 0.93]) - 0.9))
+    ours.save(tmp_path / "a")
+    other.save(tmp_path / "b")
+    shown = CliRunner().invoke(app, ["compare", str(tmp_path / "a"), "iomt", "--with", str(tmp_path / "b")])
+    assert shown.exit_code == 0
+    assert "200 steps" in shown.output
+    assert "100 steps" not in shown.output
+    for change, sentence in (
+        ({"task": {"name": "text"}}, r"runs/other has another task than .*text"),
+        ({"seed": 1}, "runs/other has another seed than .*: 1, not 0"),
+        (
+            {"evaluation": {"settings": {"a": {"init": "uci"}}}},
+            "runs/other has another setting 'a': .*uci.*, not .*mnist",
+        ),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            joined(ours, dataclasses.replace(other, config=config | change), "runs/other")
+    with pytest.raises(UserError, match="runs/other has no setting, horizon and seed in common"):
+        joined(ours, dataclasses.replace(other, records=rows[:5]), "runs/other")
 
 
 def test_one_seed_has_no_interval(results: Results) -> None:
