@@ -112,7 +112,9 @@ def text(
     return Task(name, {**splits, "inits": stacked}, pretrained, batch, loss, pools)
 
 
-def prepare_text(source: Mapping[str, Any], init: Mapping[str, Any] | str = "random", **_: Any) -> list[str]:
+def prepare_text(
+    source: Mapping[str, Any], init: Mapping[str, Any] | Literal["random"] = "random", **_: Any
+) -> list[str]:
     """Download and prepare the texts that `text` would read; returns their locations."""
     texts = [TextSource.parse(source, "task.source")]
     if init != "random":
