@@ -8,8 +8,8 @@ from __future__ import annotations
 import functools
 import math
 import statistics as plain_statistics
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -24,7 +24,7 @@ class GridSummary(NamedTuple):
     """How one learning rate was tuned."""
 
     chosen: float
-    tried: int  # learning rates
+    tried: int  # learning rates; 0 where it was given
     grown: bool  # whether the grid had to grow beyond the smallest one of the setting
     at_edge: bool
 
@@ -268,17 +268,20 @@ class Analysis:
     def grids(self, setting: str) -> dict[str, dict[int, GridSummary]]:
         """{baseline: {horizon: how its learning rate was tuned}}, the strongest baseline first."""
         grids = self.results.tuning.get(setting) or {}
-        smallest = min((len(grid["inner_valid_loss"]) for of in grids.values() for grid in of.values()), default=0)
+        smallest = min((tried for of in grids.values() for grid in of.values() if (tried := _tried(grid))), default=0)
 
         def summary(grid: dict) -> GridSummary:
-            tried = len(grid["inner_valid_loss"])
-            return GridSummary(grid["chosen"], tried, tried > smallest, grid["at_edge"])
+            return GridSummary(grid["chosen"], _tried(grid), _tried(grid) > smallest, grid["at_edge"])
 
         return {
             label: {int(horizon): summary(grid) for horizon, grid in grids[label].items()}
             for label in self.ranked_in(setting)
             if label in grids
         }
+
+
+def _tried(grid: Mapping[str, Any]) -> int:
+    return len(grid["inner_valid_loss"]) if grid["seeds"] else 0
 
 
 def speedups(records: RecordTable) -> list[Speedup]:

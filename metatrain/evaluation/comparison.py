@@ -255,7 +255,10 @@ def _run_baseline(name: str, baseline: Baseline | Interleaved, conditions: Condi
             part.records += records
             part.curves.append(curve)
             part.notes += stage_notes(f"{where}, {horizon} steps", run.stages)
-            conditions.log(f"{where}, {horizon} steps, best of {len(grid['learning_rate'])} learning rates")
+            chosen = (
+                f"best of {len(grid['learning_rate'])} learning rates" if grid["seeds"] else "learning rate as given"
+            )
+            conditions.log(f"{where}, {horizon} steps, {chosen}")
         if run.stages:
             part.switches.append(switch_history(conditions.setting, label, run.stages))
         if isinstance(baseline, Baseline) and conditions.plan != "torch":

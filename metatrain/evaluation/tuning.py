@@ -23,16 +23,24 @@ def search(
 ) -> dict[str, Any]:
     """Search the learning rate with the lowest mean inner_valid loss over the first `tuning_seeds` samples.
 
-    A grid whose best value is at its edge grows outwards. A baseline whose learning rate was given has that one
-    value as its grid. The test split is not read.
+    A grid whose best value is at its edge grows outwards. A baseline whose learning rate was given is not run: it has
+    that one value as its grid. The test split is not read.
 
     Returns:
       learning_rate: the grid, increasing; inner_valid_loss: of each; seeds; chosen: the best learning rate;
       at_edge: whether it still is at the edge of the grid.
     """
-    losses: dict[float, float] = {}
     start = baseline.learning_rate
-    exponents = list(range(-(_GRID // 2), _GRID - _GRID // 2)) if baseline.tuned else [0]
+    if not baseline.tuned:
+        return {
+            "learning_rate": [start],
+            "inner_valid_loss": [None],
+            "seeds": 0,
+            "chosen": start,
+            "at_edge": False,
+        }
+    losses: dict[float, float] = {}
+    exponents = list(range(-(_GRID // 2), _GRID - _GRID // 2))
     for growth in range(_GROWTHS + 1):
         for first in range(0, len(exponents), PER_CALL):
             rates = [start * 2.0**k for k in exponents[first : first + PER_CALL]]
@@ -40,7 +48,7 @@ def search(
             losses |= {rate: mean_or_inf(loss) for rate, loss in zip(rates, scores.loss, strict=True)}
         ordered = sorted(losses)
         best = min(ordered, key=lambda rate: losses[rate])
-        if growth == _GROWTHS or not baseline.tuned or best not in (ordered[0], ordered[-1]):
+        if growth == _GROWTHS or best not in (ordered[0], ordered[-1]):
             break
         edge = round(math.log2(best / start))
         outwards = -1 if best == ordered[0] else 1
@@ -50,7 +58,7 @@ def search(
         "inner_valid_loss": [losses[rate] for rate in ordered],
         "seeds": tuning_seeds,
         "chosen": best,
-        "at_edge": baseline.tuned and best in (ordered[0], ordered[-1]),
+        "at_edge": best in (ordered[0], ordered[-1]),
     }
 
 

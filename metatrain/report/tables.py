@@ -223,7 +223,8 @@ def tuning(analysis: Analysis, setting: str) -> Grid | None:
     def cell(label: str, horizon: int) -> Cell:
         if (grid := grids[label].get(horizon)) is None:
             return Cell(formatting.MISSING)
-        small = f"{grid.tried} tried{', grown' if grid.grown else ''}{', at the edge' if grid.at_edge else ''}"
+        small = f"{grid.tried} tried" if grid.tried else "given"
+        small += f"{', grown' if grid.grown else ''}{', at the edge' if grid.at_edge else ''}"
         return Cell(formatting.number(grid.chosen), small, "worse" if grid.at_edge else "")
 
     return _by_horizon(analysis, f"{setting or 'The task'}: chosen learning rates", list(grids), cell)

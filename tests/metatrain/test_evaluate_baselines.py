@@ -15,6 +15,7 @@ import pytest
 from l3rs.baselines import iomt, mada_coefficients
 from l3rs.baselines.iomt.space import choices
 from metatrain.config import UserError, load_config
+from metatrain.evaluation.analysis import Analysis
 from metatrain.evaluation.baselines import (
     ALL,
     BASELINES,
@@ -29,6 +30,7 @@ from metatrain.evaluation.comparison import evaluate
 from metatrain.evaluation.interleaved import interleaved_rollout, trainers
 from metatrain.evaluation.records import Results
 from metatrain.evaluation.runner import held_out_samples
+from metatrain.report.tables import tuning
 from tasks import Task, uniform_batches
 from tasks.classification import classification_loss
 from tasks.models import make_model
@@ -262,8 +264,16 @@ def test_iomt_is_tuned_and_judged_like_the_others(results: Results) -> None:
     assert len(grid["learning_rate"]) >= 12
     assert 0.01 in grid["learning_rate"]
     assert grid["seeds"] == 2
-    # A rate that is given is not tuned.
-    assert results.tuning["regression"]["doit at .1/constant"]["60"]["learning_rate"] == [0.1]
+    # A rate that is given is not tuned: there are no runs for it, and no other grid is the longer for it.
+    given = results.tuning["regression"]["doit at .1/constant"]["60"]
+    assert (given["learning_rate"], given["inner_valid_loss"], given["seeds"]) == ([0.1], [None], 0)
+    summaries = {label: of[60] for label, of in Analysis(results).grids("regression").items()}
+    assert (summaries["doit at .1/constant"].tried, summaries["iomt/constant"].tried >= 12) == (0, True)
+    smallest = min(summary.tried for summary in summaries.values() if summary.tried)
+    assert {summary.grown for summary in summaries.values() if summary.tried == smallest} == {False}
+    table = tuning(Analysis(results), "regression")
+    assert table is not None
+    assert [row.cells[0].small for row in table.rows if row.cells[0].small == "given"] == ["given"]
     assert {r.hparams["learning_rate"] for r in results.records if r.optimizer.startswith("doit")} == {0.1}
     first = {curve.loss[0] for curve in results.curves}
     assert len(first) == 1  # the same inits
