@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 Theta = dict[str, Any]  # the meta-parameters: nested dicts of float32 arrays, see `init_meta_params`
 
@@ -108,7 +108,7 @@ class Spec:
     loss_decays: tuple[float, ...] = (0.8, 0.97)
     norm_decays: tuple[float, float] = (0.8, 0.97)
     absolute_time: bool = False
-    form: Literal[1, 2] = 1
+    form: Literal[1, 2] = 1  # this and all that follow are of form 2 only
     step_limit: float = 2.0
     natural_size: float = 0.5
     depth_scaling: bool = True
@@ -171,13 +171,13 @@ class Spec:
         return cls(**fields)
 
 
-def _fields_of_type(name: str) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(Spec) if field.type == name)
+def _fields_of_type(wanted: type) -> tuple[str, ...]:
+    return tuple(name for name, hint in get_type_hints(Spec).items() if hint is wanted)
 
 
 _NAMES = [field.name for field in dataclasses.fields(Spec)]
 _FORM_2 = tuple(_NAMES[_NAMES.index("form") :])  # fields that form 1 does not store
-_NUMBERS, _SWITCHES = _fields_of_type("float"), _fields_of_type("bool")
+_NUMBERS, _SWITCHES = _fields_of_type(float), _fields_of_type(bool)
 
 
 def _with_present_names(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -58,6 +58,7 @@ def pretrain(
         return params, stats
 
     source = {"inner_train": data["inner_train"]}
+    _log.info("pretraining %d networks for up to %d steps; they are kept", len(seeds), max(steps))
     return jax.jit(jax.vmap(train, (None, 0, 0, 0)))(source, jnp.asarray(seeds), jnp.asarray(steps), start)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -13,10 +13,12 @@ import optax
 
 from tasks.base import Aux, Batch, Data, Params, Stats, Task, TaskError, check_keys
 from tasks.classification import RANDOM_POOLS
-from tasks.data.text import TextSource, load_text
+from tasks.data.text import TextSource, alphabet_of, digest, load_text, tile
+from tasks.models import Model
 from tasks.models.gpt import gpt
-from tasks.pretrained import cached_inits, pretrain
+from tasks.pretrained import Loss, cached_inits, pretrain
 
+_PRETRAINING = 1  # a change of how networks are pretrained is a new version
 _PRETRAIN_BATCH = 32
 _MODEL = {name: p.default for name, p in inspect.signature(gpt).parameters.items() if p.kind is p.KEYWORD_ONLY}
 
@@ -59,9 +61,10 @@ def text(
             raise TaskError(f"task.{name} is {value!r}; it must be an integer ≥ {least}")
     options = dict(model or {})
     check_keys(options, _MODEL, "task.model", "an option of the GPT")
-    chosen = TextSource.parse(source, "task.source")
-    donor = None if init == "random" else TextSource.parse(init, "task.init")
-    splits, vocabulary = load_text(chosen, context, donor)
+    chosen, donor = TextSource.parse(source, "task.source"), _donor(init)
+    content, donor_text = chosen.read(), donor.read() if donor else ""
+    alphabet = alphabet_of(content, donor_text)
+    splits, vocabulary = load_text(chosen.name, content, context, alphabet if donor else None)
     for name, split in splits.items():
         if name != "inner_train":
             split["text"] = _spread(split["text"], evaluation_windows)
@@ -87,22 +90,22 @@ def text(
         name = f"gpt({chosen.name})"
         return Task(name, splits, lambda _, i: network.init(jax.random.key(i)), batch, loss, RANDOM_POOLS)
 
-    first, _ = load_text(donor, context, chosen)
     count = inits + held_out_inits
+    source_windows = tile(donor_text, context, alphabet)
+    if not len(source_windows):
+        raise TaskError(
+            f"task.init: {donor.name} has {len(donor_text)} characters, too few for a window of {context + 1}; use a "
+            "longer text or a smaller task.context"
+        )
     key = {
-        "gpt": donor.digest(),
-        "characters_of": chosen.digest(),
-        "model": options,
+        "text": digest(donor_text),
+        "alphabet": alphabet,
         "context": context,
+        "model": {**_MODEL, **options},
         "steps": pretrain_steps,
         "inits": count,
-        "batch_size": _PRETRAIN_BATCH,
     }
-    stacked = cached_inits(
-        key,
-        jax.eval_shape(network.init, jax.random.key(0)),
-        lambda: pretrain(network, loss, first, range(count), [pretrain_steps] * count, _PRETRAIN_BATCH),
-    )
+    stacked = _pretrained(key, network, loss, source_windows, [pretrain_steps] * count)
 
     def pretrained(data: Data, i: jax.Array) -> tuple[Params, Stats]:
         return jax.tree.map(lambda x: jnp.asarray(x)[i], data["inits"])
@@ -112,14 +115,33 @@ def text(
     return Task(name, {**splits, "inits": stacked}, pretrained, batch, loss, pools)
 
 
+def _pretrained(
+    key: Mapping[str, Any], network: Model, loss: Loss, windows: np.ndarray, steps: Sequence[int]
+) -> tuple[Params, Stats]:
+    """Networks that were trained on windows, stacked, from the cache if it has them."""
+    data = {"inner_train": {"text": windows}}
+    return cached_inits(
+        {"gpt": _PRETRAINING, "batch_size": _PRETRAIN_BATCH, **key},
+        jax.eval_shape(network.init, jax.random.key(0)),
+        lambda: pretrain(network, loss, data, range(len(steps)), steps, _PRETRAIN_BATCH),
+    )
+
+
 def prepare_text(
     source: Mapping[str, Any], init: Mapping[str, Any] | Literal["random"] = "random", **_: Any
 ) -> list[str]:
     """Download and prepare the texts that `text` would read; returns their locations."""
-    texts = [TextSource.parse(source, "task.source")]
-    if init != "random":
-        texts.append(TextSource.parse(init, "task.init"))
-    return [each.prepare() for each in texts]
+    texts = [TextSource.parse(source, "task.source"), _donor(init)]
+    return [each.prepare() for each in texts if each]
+
+
+def _donor(init: Mapping[str, Any] | str) -> TextSource | None:
+    """The text that networks are pretrained on, if they are."""
+    if init == "random":
+        return None
+    if not isinstance(init, Mapping):
+        raise TaskError(f"task.init is {init!r}; it must be random, {{file: PATH}} or {{tfds: NAME}}")
+    return TextSource.parse(init, "task.init")
 
 
 def _spread(windows: np.ndarray, count: int) -> np.ndarray:

@@ -93,6 +93,8 @@ def save(
 def info(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The checkpoint's manifest: format, features, spec, sha256, info.
 
+    The spec is `Spec.to_json` of the checkpoint's spec, also where an earlier version wrote other fields.
+
     Args:
       path: as of `load`.
 

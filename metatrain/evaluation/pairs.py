@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from metatrain.config import UserError
-from metatrain.evaluation.records import RecordTable, Results, family, nan_as_inf
+from metatrain.evaluation.records import Record, RecordTable, Results, family, nan_as_inf, setting_name
 from metatrain.evaluation.statistics import Interval, mean_interval
 
 Field = Literal["loss", "accuracy"]
@@ -75,33 +77,37 @@ def find_label(results: RecordTable, name: str) -> str:
 def joined(results: Results, other: Results, name: str) -> Results:
     """The runs of two evaluations that share a setting, a horizon and a seed; of `other` as "LABEL of NAME".
 
-    Such runs had the same init and the same batches, so differences between them are paired.
+    Such runs had the same init and the same batches, if the data in their files are the same, which is not known here:
+    differences between them are paired.
 
     Raises:
-      UserError: their tasks or seeds are different, or they have no setting, horizon and seed in common.
+      UserError: one does not say what its task is, the tasks or the seeds differ, or they share no run.
     """
-    for what, ours, theirs in zip(("task", "seed"), _task(results), _task(other), strict=True):
-        if ours != theirs:
-            raise UserError(f"{name} has another {what} than the evaluation it is compared with: {theirs}, not {ours}")
-    sample = lambda record: (record.setting, record.horizon, record.seed)  # noqa: E731
-    common = set(map(sample, results.records)) & set(map(sample, other.records))
-    for setting in {setting for setting, _, _ in common}:
-        ours, theirs = (_setting(each, setting) for each in (results, other))
-        if ours != theirs:
-            raise UserError(f"{name} has another setting {setting!r}: {theirs}, not {ours}")
+    if not (results.config and other.config):
+        raise UserError("an evaluation of an earlier version does not say what its task is; evaluate again")
+    common = set(map(_sample, results.records)) & set(map(_sample, other.records))
+    compared = [("task",), ("seed",), *(("evaluation", "settings", setting_name(of)) for of, _, _ in sorted(common))]
+    for keys in compared:
+        ours, theirs = (functools.reduce(lambda x, key: x.get(key, {}), keys, each.config) for each in (results, other))
+        if difference := _difference(ours, theirs, ".".join(keys)):
+            raise UserError(f"{name} is not of the same task: {difference}")
     if not common:
         raise UserError(f"{name} has no setting, horizon and seed in common with the evaluation it is compared with")
     renamed = [dataclasses.replace(record, optimizer=f"{record.optimizer} of {name}") for record in other.records]
-    shared = [record for record in [*results.records, *renamed] if sample(record) in common]
+    shared = [record for record in [*results.records, *renamed] if _sample(record) in common]
     return dataclasses.replace(results, records=shared)
 
 
-def _task(results: Results) -> tuple[Any, Any]:
-    return results.config.get("task"), results.config.get("seed")
+def _sample(record: Record) -> tuple[str, int, int]:
+    return record.setting, record.horizon, record.seed
 
 
-def _setting(results: Results, name: str) -> Any:
-    return results.config.get("evaluation", {}).get("settings", {}).get(name)
+def _difference(ours: Any, theirs: Any, name: str) -> str | None:
+    """The first value of a configuration that another one has otherwise, in words."""
+    if not (isinstance(ours, Mapping) and isinstance(theirs, Mapping)):
+        return None if ours == theirs else f"{name} is {theirs!r:.100}, not {ours!r:.100}"
+    found = (_difference(ours.get(key), theirs.get(key), f"{name}.{key}") for key in {**ours, **theirs})
+    return next(filter(None, found), None)
 
 
 def overheads(results: Results, setting: str) -> list[Overhead]:

@@ -214,6 +214,11 @@ class RecordTable:
         return {field: list(dict.fromkeys(getattr(r, field) for r in self.records)) for field in fields}
 
 
+def setting_name(setting: str) -> str:
+    """`A` of `A: resnet8(imagenet → places)`; nothing where it has no such prefix."""
+    return setting.partition(": ")[0] if ": " in setting else ""
+
+
 _Horizon = Annotated[str, pydantic.Field(pattern=r"^[1-9][0-9]{0,14}$")]
 _TUNING = pydantic.TypeAdapter(dict[str, dict[str, dict[_Horizon, Grid]]])
 

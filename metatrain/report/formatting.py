@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from metatrain.evaluation.records import L3RS
+from metatrain.evaluation.records import L3RS, setting_name
 from metatrain.evaluation.statistics import Interval
 
 MISSING = "–"
@@ -99,7 +99,7 @@ def optimizer(label: str) -> str:
 
 def short(setting: str) -> str:
     """`A` of `A: resnet8(imagenet → places)`; the whole name where it has no such prefix."""
-    return setting.partition(": ")[0] or "the task"
+    return setting_name(setting) or setting or "the task"
 
 
 def listed(names: Sequence[str]) -> str:

@@ -68,10 +68,6 @@ class TextSource:
                 raise TaskError(f"the text {self.file} is not UTF-8 ({error.reason} at byte {error.start})") from None
         return _tfds_text(Tfds(self.tfds, self.data_dir).folder())
 
-    def digest(self) -> str:
-        """The SHA-256 of the text's UTF-8."""
-        return hashlib.sha256(self.read().encode()).hexdigest()
-
     def prepare(self) -> str:
         """Download and prepare the text if it is missing; returns its location."""
         if self.tfds is not None:
@@ -97,7 +93,7 @@ def _tfds_text(folder: Path) -> str:
 
 
 def load_text(
-    source: TextSource, context: int, other: TextSource | None = None
+    name: str, text: str, context: int, alphabet: str | None = None
 ) -> tuple[dict[str, dict[str, np.ndarray]], int]:
     """The four splits as windows, and the number of distinct characters.
 
@@ -106,47 +102,66 @@ def load_text(
     splits, or an input in one and a target in another.
 
     Args:
-      source: where the text is.
+      name: of the text, for messages.
+      text: the whole text.
       context: the number of characters that the model reads at once.
-      other: a text whose characters are numbered, too, so that a model of one text can go on with the other.
+      alphabet: all characters that are numbered, in code-point order; those of the text by default.
 
     Returns:
-      {split: {"text": uint8 [n, context + 1]}}, characters numbered in code-point order; and the number of distinct
-      characters of both texts.
+      {split: {"text": uint8 [n, context + 1]}}, characters by their numbers; and how many are numbered.
 
     Raises:
-      TaskError: a text is missing or too short, or they have too many characters.
+      TaskError: the text is too short, or too many characters are numbered.
     """
-    text, further = source.read(), other.read() if other else ""
-    key = {"text": _VERSION, "sha256": source.digest(), "context": context}
-    if other:
-        key["characters_of"] = other.digest()
-    name = f"{source.name} and {other.name} have" if other else f"{source.name} has"
+    key = {"text": _VERSION, "sha256": digest(text), "context": context}
+    if alphabet is not None:
+        key["alphabet"] = alphabet
+    known = alphabet_of(text) if alphabet is None else alphabet
+    if len(known) > _MOST:
+        further = "" if alphabet is None else " with those of the text of task.init"
+        raise TaskError(f"{name} has {len(known)} distinct characters{further}; at most {_MOST} are allowed")
 
     def build() -> dict[str, np.ndarray]:
-        characters = np.unique(_codes(text + further))
-        numbers = np.searchsorted(characters, _codes(text))
-        if len(characters) > _MOST:
-            raise TaskError(f"{name} {len(characters)} distinct characters; at most {_MOST} are allowed")
-        ends = np.rint(np.cumsum([FRACTIONS[split] for split in SPLITS]) * len(numbers)).astype(int)
-        blocks = zip(SPLITS, np.split(numbers.astype(np.uint8), ends[:-1]), strict=True)
-        arrays = {split: _windows(block, context) for split, block in blocks}
+        ends = np.rint(np.cumsum([FRACTIONS[split] for split in SPLITS]) * len(text)).astype(int)
+        blocks = [text[first:end] for first, end in zip([0, *ends], ends, strict=False)]
+        arrays = {split: tile(block, context, known) for split, block in zip(SPLITS, blocks, strict=True)}
         if short := [split for split, windows in arrays.items() if not len(windows)]:
             raise TaskError(
-                f"{source.name} has {len(numbers)} characters, too few for a window of {context + 1} in {short[0]}; "
+                f"{name} has {len(text)} characters, too few for a window of {context + 1} in {short[0]}; "
                 "use a longer text or a smaller task.context"
             )
-        return {**arrays, "vocabulary": np.asarray(len(characters))}
+        return {**arrays, "vocabulary": np.asarray(len(known))}
 
     arrays = cached(key, build)
     return {split: {"text": arrays[split]} for split in SPLITS}, int(arrays["vocabulary"])
 
 
+def alphabet_of(*texts: str) -> str:
+    """The distinct characters of texts, in code-point order."""
+    return "".join(sorted(set().union(*texts)))
+
+
+def digest(text: str) -> str:
+    """The SHA-256 of a text's UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def tile(text: str, context: int, alphabet: str) -> np.ndarray:
+    """A text as windows that overlap by one character; characters left over at the end are dropped.
+
+    Args:
+      text: characters of `alphabet`.
+      context: a window has one more.
+      alphabet: at most 256 characters, in code-point order.
+
+    Returns:
+      uint8 [n, context + 1], characters by their numbers; n is 0 where the text is too short.
+    """
+    block = np.searchsorted(_codes(alphabet), _codes(text)).astype(np.uint8)
+    count = max(len(block) - 1, 0) // context
+    rows = [block[i * context : (i + 1) * context + 1] for i in range(count)]
+    return np.stack(rows) if rows else np.empty((0, context + 1), np.uint8)
+
+
 def _codes(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le"), np.uint32)
-
-
-def _windows(block: np.ndarray, context: int) -> np.ndarray:
-    """[n, context + 1], overlapping by one character; characters left over at the end are dropped."""
-    count = max(len(block) - 1, 0) // context
-    return np.stack([block[i * context : (i + 1) * context + 1] for i in range(count)]) if count else block[:0]

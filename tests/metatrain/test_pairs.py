@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from metatrain.cli import app
 from metatrain.config import UserError
+from metatrain.evaluation.comparison import evaluate
 from metatrain.evaluation.pairs import find_label, joined, overheads, pairs
 from metatrain.evaluation.records import Cost, Record, Results, SwitchHistory
 from metatrain.evaluation.statistics import mean_interval
 from metatrain.report.pairs import pair_table
+from tests.metatrain.common import REGRESSION, small_config
 from tests.metatrain.synthetic import switched
 
 ACCURACIES = {
@@ -91,35 +94,51 @@ def test_the_command_prints_the_table_and_the_overhead(results: Results, tmp_pat
     assert isinstance(shown.exception, UserError)
 
 
-def test_two_evaluations_are_joined_on_the_runs_that_they_share(results: Results, tmp_path: Path) -> None:
-    config = {"seed": 0, "task": {"name": "digits"}, "evaluation": {"settings": {"a": {"init": "mnist"}}}}
-    ours = dataclasses.replace(results, config=config)
+def test_two_evaluations_are_joined_on_the_runs_that_they_share(results: Results) -> None:
+    ours = dataclasses.replace(results, config={"seed": 0, "task": {"name": "digits"}})
     rows = [Record("a", "l3rs", steps, seed, 0.2, 0.9, 0.1, {}, 1.0) for steps in (100, 200) for seed in range(1, 6)]
-    other = Results("universal", rows, [], {}, config=config)
-    both = joined(ours, other, "runs/other")
+    other = Results("universal", rows, [], {}, config=ours.config)
+    both = joined(ours, other, "other")
     assert both.horizons() == [200]
     assert {record.seed for record in both.records} == {1, 2, 3}
     assert both.values("a", "iomt/constant", 200).tolist() == ours.values("a", "iomt/constant", 200).tolist()[1:]
-    (pair,) = [p for p in pairs(both, "iomt/constant", "a", 200, "accuracy") if p.optimizer == "l3rs of runs/other"]
+    (pair,) = [p for p in pairs(both, "iomt/constant", "a", 200, "accuracy") if p.optimizer == "l3rs of other"]
     assert pair.difference == pytest.approx(mean_interval(np.array([0.91, 0.92, 0.93]) - 0.9))
-    ours.save(tmp_path / "a")
-    other.save(tmp_path / "b")
-    shown = CliRunner().invoke(app, ["compare", str(tmp_path / "a"), "iomt", "--with", str(tmp_path / "b")])
-    assert shown.exit_code == 0
-    assert "200 steps" in shown.output
-    assert "100 steps" not in shown.output
-    for change, sentence in (
-        ({"task": {"name": "text"}}, r"runs/other has another task than .*text"),
-        ({"seed": 1}, "runs/other has another seed than .*: 1, not 0"),
-        (
-            {"evaluation": {"settings": {"a": {"init": "uci"}}}},
-            "runs/other has another setting 'a': .*uci.*, not .*mnist",
-        ),
+    with pytest.raises(UserError, match="other has no setting, horizon and seed in common"):
+        joined(ours, dataclasses.replace(other, records=rows[:5]), "other")
+    for one, two in ((results, other), (ours, dataclasses.replace(other, config={}))):
+        with pytest.raises(UserError, match="of an earlier version does not say what its task is"):
+            joined(one, two, "other")
+
+
+def test_evaluations_of_different_tasks_are_not_joined(tmp_path: Path) -> None:
+    """On what `evaluate` writes: the same seed of the same task has the same result."""
+    sgd = {"name": "sgd", "learning_rate": 0.1, "label": "sgd"}
+    kept = {"settings": {"few": {"examples": 32}}, "baselines": [sgd], "schedules": ["constant"], "seeds": 2}
+    changes: dict[str, dict] = {
+        "one": {},
+        "same": {},
+        "batch": {"evaluation": {**kept, "settings": {"few": {"examples": 48}}}},
+        "seed": {"seed": 1},
+        "task": {"task": {"name": REGRESSION, "dimension": 6}},
+    }
+    for name, change in changes.items():
+        evaluate(
+            "-", small_config(**{"evaluation": kept, **change}), horizons=(5,), schedules=["constant"], seeds=2
+        ).save(tmp_path / name)
+
+    def compare(other: str) -> Result:
+        return CliRunner().invoke(app, ["compare", str(tmp_path / "one"), "sgd", "--with", str(tmp_path / other)])
+
+    same = compare("same")
+    assert "constant of same" in same.output
+    assert "+0.00" in same.output
+    for name, sentence in (
+        ("batch", r"batch is not of the same task: evaluation\.settings\.few\.examples is 48, not 32"),
+        ("seed", r"seed is not of the same task: seed is 1, not 0"),
+        ("task", r"task is not of the same task: task\.dimension is 6, not None"),
     ):
-        with pytest.raises(UserError, match=sentence):
-            joined(ours, dataclasses.replace(other, config=config | change), "runs/other")
-    with pytest.raises(UserError, match="runs/other has no setting, horizon and seed in common"):
-        joined(ours, dataclasses.replace(other, records=rows[:5]), "runs/other")
+        assert re.search(sentence, str(compare(name).exception))
 
 
 def test_one_seed_has_no_interval(results: Results) -> None:

@@ -142,33 +142,53 @@ def test_inits_differ_and_pools_do_not_meet(file: Path) -> None:
     assert not set(task.pools["meta_train"]) & set(task.pools["held_out"])
 
 
-def test_inits_pretrained_on_another_text(tmp_path: Path, file: Path) -> None:
+OTHER = "xyzab"  # of these characters the story has two
+
+
+def test_a_network_pretrained_on_another_text_knows_it(tmp_path: Path, file: Path) -> None:
     other = tmp_path / "other.txt"
-    other.write_text("xyzab" * 400)  # five characters, of which the story has two
-    options = {"init": {"file": str(other)}, "pretrain_steps": 150, "inits": 2, "held_out_inits": 1}
-    task, fresh = text(file, **options), text(file)
+    other.write_text(OTHER * 400)
+    task = text(file, init={"file": str(other)}, pretrain_steps=150, inits=1, held_out_inits=1)
+    assert task.params_shape()["head"]["kernel"].shape == (16, 23)  # the characters of both
+    characters = sorted(set(story()) | set(OTHER))
+    window = np.array([[characters.index(c) for c in (OTHER * 2)[: CONTEXT + 1]]] * 2, np.uint8)
+    losses = []
+    for i in task.pools["meta_train"], task.pools["held_out"]:
+        loss, aux = task.loss(*task.init(task.data, jnp.int32(i[0])), {"text": window}, False)
+        assert float(aux.accuracy) > 0.9
+        losses.append(float(loss))
+    assert max(losses) < 0.5
+    assert losses[0] != losses[1]
+
+
+def test_pretrained_networks_are_kept(tmp_path: Path, file: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(OTHER * 100)
+    options = {"init": {"file": str(other)}, "pretrain_steps": 2, "inits": 2, "held_out_inits": 1}
+
+    def kept(**changes: object) -> object:
+        return jax.tree.leaves(text(file, **(options | changes)).data["inits"])[0].filename
+
+    task = text(file, **options)
     assert task.name == "gpt(other → story)"
     assert task.pools == {"meta_train": range(2), "held_out": range(2, 3)}
-    assert task.params_shape()["head"]["kernel"].shape == (16, 23)  # the characters of both
-    # The story's own text is what it was, but for the numbers of its characters.
-    characters = sorted(set(story()) | set("xyz"))
-    own = np.asarray(task.data["test"]["text"])
-    decoded = [[sorted(set(story())).index(characters[i]) for i in row] for row in own]
-    np.testing.assert_array_equal(decoded, fresh.data["test"]["text"])
-    # A network knows what follows in the other text, which is periodic.
-    params, stats = task.init(task.data, jnp.int32(0))
-    window = np.array([[characters.index(c) for c in ("xyzab" * 2)[: CONTEXT + 1]]] * 2, np.uint8)
-    loss, aux = task.loss(params, stats, {"text": window}, False)
-    assert float(aux.accuracy) > 0.9
-    assert float(loss) < 0.5
-    one, two = (task.init(task.data, jnp.int32(i))[0]["head"]["kernel"] for i in (0, 2))
-    assert not np.array_equal(one, two)
-    # It is pretrained once, and again for another text of the same name.
-    assert isinstance(jax.tree.leaves(task.data["inits"])[0], np.memmap)
-    files = [jax.tree.leaves(text(file, **options).data["inits"])[0].filename for _ in range(2)]
-    assert files[0] == files[1] == jax.tree.leaves(task.data["inits"])[0].filename
-    other.write_text("zyxba" * 400)
-    assert jax.tree.leaves(text(file, **options).data["inits"])[0].filename != files[0]
+    file.write_text(story(1900))  # of the text to come, only the characters count
+    assert kept() == jax.tree.leaves(task.data["inits"])[0].filename == kept(model=SMALL["model"])
+    before = kept()
+    assert kept(pretrain_steps=3) != before
+    other.write_text(OTHER[::-1] * 100)
+    assert kept() != before
+
+
+def test_the_characters_of_both_texts_have_numbers(tmp_path: Path, file: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(OTHER * 10)
+    task = text(file, init={"file": str(other)}, pretrain_steps=1, inits=1, held_out_inits=1)
+    numbers = {c: i for i, c in enumerate(sorted(set(story()) | set(OTHER)))}
+    own = dict(enumerate(sorted(set(story()))))
+    for split in SPLITS:
+        expected = np.vectorize(lambda i: numbers[own[i]])(text(file).data[split]["text"])
+        np.testing.assert_array_equal(task.data[split]["text"], expected)
     assert prepare_task("text", {"source": {"file": str(file)}, "init": {"file": str(other)}}) == [
         str(file),
         str(other),
@@ -232,7 +252,7 @@ def test_a_text_is_split_once(file: Path) -> None:
         ({"context": 300}, "story has 2000 characters.* 301 .*inner_valid"),
         ({"batch_size": 1.5}, "task.batch_size is 1.5"),
         ({"evaluation_windows": -1}, "task.evaluation_windows is -1"),
-        ({"init": "mnist"}, "task.init is 'mnist'; it must be {file: PATH}"),
+        ({"init": "mnist"}, "task.init is 'mnist'; it must be random, {file: PATH}"),
         ({"init": {"file": "/none.txt"}}, "the text /none.txt cannot be read"),
         ({"inits": 0}, "task.inits is 0; .*≥ 1"),
         ({"held_out_inits": 0}, "task.held_out_inits is 0; .*≥ 1"),
@@ -255,8 +275,11 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"many has 300 distinct characters.*256"):
         text(tmp_path / "many.txt")
     (tmp_path / "few.txt").write_text(story())
-    with pytest.raises(TaskError, match=r"few and many have 320 distinct characters.*256"):
+    with pytest.raises(TaskError, match=r"few has 320 distinct characters with .*task.init; .*256"):
         text(tmp_path / "few.txt", init={"file": str(tmp_path / "many.txt")})
+    (tmp_path / "short.txt").write_text("abc")
+    with pytest.raises(TaskError, match=r"task.init: short has 3 characters, too few for a window of 9"):
+        text(tmp_path / "few.txt", init={"file": str(tmp_path / "short.txt")})
 
 
 @needs_shared

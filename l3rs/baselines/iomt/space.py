@@ -55,18 +55,22 @@ def _with_decay(make: Callable[..., Any]) -> Callable[..., Any]:
     return build
 
 
-_DECAYS, _TENTHS = (1e-2, 1e-3, 1e-4), (0.5, 0.6, 0.7, 0.8, 0.9)
+_DECAYS: Mapping[str, Sequence[float]] = {"weight_decay": (1e-2, 1e-3, 1e-4)}
+_TENTHS = (0.5, 0.6, 0.7, 0.8, 0.9)
+_FURTHER: Mapping[str, Mapping[str, Sequence[float]]] = {
+    "sgd": _DECAYS,
+    "sgdm": {"momentum": _TENTHS},
+    "adagrad": _DECAYS,
+    "rmsprop": {**_DECAYS, "decay": _TENTHS},  # the second is PyTorch's alpha
+    "adam": _DECAYS,
+}
 
-# What the paper adds for its Figure 11: weight decay, momentum, and RMSprop's decay (PyTorch's alpha).
+# With all hyper-parameters that the paper adds for its Figure 11, and its values of them.
 LARGER_SPACE: Space = {
-    "sgd": Optimizer(_with_decay(optax.sgd), {**_RATES, "weight_decay": _DECAYS}),
-    "sgdm": Optimizer(optax.sgd, {**_RATES, "momentum": _TENTHS}),
-    "adagrad": Optimizer(_with_decay(SPACE["adagrad"].make), {**_RATES, "weight_decay": _DECAYS}),
-    "rmsprop": Optimizer(
-        _with_decay(functools.partial(optax.rmsprop, eps_in_sqrt=False)),
-        {**_RATES, "weight_decay": _DECAYS, "decay": _TENTHS},
-    ),
-    "adam": Optimizer(_with_decay(optax.adam), {**_RATES, "weight_decay": _DECAYS}),
+    name: Optimizer(
+        _with_decay(SPACE[name].make) if "weight_decay" in further else SPACE[name].make, {**_RATES, **further}
+    )
+    for name, further in _FURTHER.items()
 }
 
 

@@ -85,7 +85,7 @@ def test_dtypes(dtype, moments):
     ("space", "name"), [(space, name) for space in (iomt.SPACE, iomt.LARGER_SPACE) for name in space]
 )
 def test_the_optimizers_equal_pytorchs(space, name):
-    """Gradients from 1 to 1e-6, 20 steps: each is torch.optim's, with its defaults or the last of further values."""
+    """Gradients from 1 to 1e-6, 20 steps: each is torch.optim's, with its defaults or the first of further values."""
     torch = pytest.importorskip("torch", reason="the extra `torch` is not installed")
     make = {
         "sgd": torch.optim.SGD,
@@ -94,13 +94,15 @@ def test_the_optimizers_equal_pytorchs(space, name):
         "rmsprop": torch.optim.RMSprop,
         "adam": torch.optim.Adam,
     }[name]
-    values = {key: choices[-1] for key, choices in space[name].hyperparameters.items()} | {"learning_rate": 0.01}
+    values = {key: choices[0] for key, choices in space[name].hyperparameters.items()} | {"learning_rate": 0.01}
     by_pytorchs_names = {{"learning_rate": "lr", "decay": "alpha"}.get(key, key): x for key, x in values.items()}
-    gradients = np.random.default_rng(0).normal(size=(20, 7)) * 10.0 ** -np.arange(7)
+    sizes = 10.0 ** -np.arange(7)
+    gradients = np.random.default_rng(0).normal(size=(20, 7)) * sizes
+    start = np.float32(sizes if space is iomt.LARGER_SPACE else 0 * sizes)  # of a size at which weight decay shows
     tx = space[name].make(**values)
-    ours = jnp.ones(7)
+    ours = jnp.asarray(start)
     state = tx.init(ours)
-    theirs = torch.nn.Parameter(torch.ones(7))
+    theirs = torch.nn.Parameter(torch.tensor(start))
     optimizer = make([theirs], **by_pytorchs_names)
     for gradient in gradients.astype(np.float32):
         updates, state = tx.update(jnp.asarray(gradient), state, ours)
@@ -108,6 +110,17 @@ def test_the_optimizers_equal_pytorchs(space, name):
         theirs.grad = torch.tensor(gradient)
         optimizer.step()
     np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=2e-4)
+
+
+@pytest.mark.parametrize("name", list(iomt.LARGER_SPACE))
+def test_a_choice_of_the_larger_space_is_its_optimizer(name):
+    space = iomt.LARGER_SPACE
+    values = {key: choices[0] for key, choices in space[name].hyperparameters.items()}
+    params, grads = jnp.arange(1.0, 4.0), jnp.array([1.0, -2.0, 0.5])
+    tx, alone = iomt.interleave(space), space[name].make(**values)
+    found, _ = jax.jit(tx.update)(grads, tx.init(params), params, **iomt.encode(space, iomt.Choice(name, values)))
+    expected, _ = alone.update(grads, alone.init(params), params)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_key_parameters():
