@@ -93,6 +93,9 @@ BASELINES = {
 }
 
 
+SPACES: Mapping[str, iomt.Space] = {"usual": iomt.SPACE, "larger": iomt.LARGER_SPACE}
+
+
 class Interleaved(NamedTuple):
     """IOMT: every τ steps, a controller on the host chooses which of five optimizers trains the next stage.
 
@@ -101,7 +104,7 @@ class Interleaved(NamedTuple):
     """
 
     options: Mapping[str, Any]  # fields of `iomt.Options`
-    optimizers: iomt.Space = iomt.SPACE
+    optimizers: str = "usual"  # a name in `SPACES`
     learning_rate: float = 1e-2
     schedules: Sequence[str] = ("constant",)
     tuned: bool = True
@@ -121,7 +124,7 @@ class Interleaved(NamedTuple):
         rates = (10 * rate, rate, rate / 10)
         return {
             name: optimizer._replace(hyperparameters={**optimizer.hyperparameters, "learning_rate": rates})
-            for name, optimizer in self.optimizers.items()
+            for name, optimizer in SPACES[self.optimizers].items()
         }
 
 
@@ -134,7 +137,7 @@ INTERLEAVED = {
     "iomt_no_transferability": Interleaved({"transferability": 0.0}),
     "iomt_no_halving": Interleaved({"halving": None}),
     "iomt_unweighted": Interleaved({"start": "uniform"}),
-    "iomt_larger_space": Interleaved({}, iomt.LARGER_SPACE),
+    "iomt_larger_space": Interleaved({}, "larger"),
 }
 
 ALL = (*BASELINES, "iomt", "doit")  # what "all" stands for; the ablations have to be named

@@ -12,22 +12,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l3rs import L3RSError
 from l3rs.baselines import iomt
 from metatrain.config import Plan
-from metatrain.evaluation.baselines import Interleaved, Tuned
+from metatrain.evaluation.baselines import SPACES, Interleaved, Tuned
 from metatrain.inner.rollout import Rollout, Score, evaluate_split, host_scorer
 from tasks import Task, TaskSample
 from tasks.base import Data, Params, Stats
 
 _PROBE = 256  # examples on which the accuracy of an init is measured
 
-# (stage steps, moments) -> training of the task in such stages
-Trainers = Callable[[int, iomt.space.Moments], Callable[..., iomt.Result]]
+# (stage steps, moments, name in `SPACES`) -> training of the task in such stages
+Trainers = Callable[[int, iomt.space.Moments, str], Callable[..., iomt.Result]]
 
 
 def trainers(task: Task, plan: Plan) -> Trainers:
-    """Compiled training for each τ, shared by all variants of IOMT. The batches are those of other rollouts."""
+    """Compiled training for each τ and space, shared by the variants of IOMT that have them.
+
+    The batches are those of other rollouts.
+    """
 
     def loss(params: Params, stats: Stats, batch: Any) -> tuple[jax.Array, Stats]:
         value, aux = task.loss(params, stats, batch, True)
@@ -41,9 +43,10 @@ def trainers(task: Task, plan: Plan) -> Trainers:
     warnings.filterwarnings("ignore", "The optimal value found", module=r"sklearn\.gaussian_process")
 
     @functools.cache
-    def trainer(stage_steps: int, moments: iomt.space.Moments) -> Callable[..., iomt.Result]:
+    def trainer(stage_steps: int, moments: iomt.space.Moments, space: str) -> Callable[..., iomt.Result]:
         assert plan != "torch", "IOMT trains tasks of JAX"
-        return iomt.make_train(loss, batch, options=iomt.Options(stage_steps=stage_steps, moments=moments), plan=plan)
+        options = iomt.Options(stage_steps=stage_steps, moments=moments)
+        return iomt.make_train(loss, batch, space=SPACES[space], options=options, plan=plan)
 
     return trainer
 
@@ -101,12 +104,12 @@ def interleaved_rollout(
         controller = iomt.Controller(entry.space(float(hyper.learning_rate)), options, seed)
         judge(params, stats, 0)
         try:
-            train = trainer(options.stage_steps, options.moments)
+            train = trainer(options.stage_steps, options.moments, entry.optimizers)
             inputs = {"data": data, "key": sample.key}
             result = train(params, stats, inputs, steps, controller=controller, after_stage=judge)
             if watch is not None:
                 watch(result.history, result.losses)
-        except L3RSError:  # the loss was not finite before the first step
+        except iomt.NoFiniteStartError:
             found = {step: {split: np.full(2, np.nan) for split in splits} for step in wanted}
         if points is None:
             return {split: Score(*found[steps][split]) for split in splits}

@@ -28,7 +28,7 @@ def main() -> None:
     data, chosen = jax.device_put((task.data, sample(task, jax.random.key(0))), jax.devices()[0])
     params, stats = jax.jit(task.init)(data, jnp.int32(0))
     options = iomt.Options()
-    train = trainers(task, "stepwise")(options.stage_steps, options.moments)
+    train = trainers(task, "stepwise")(options.stage_steps, options.moments, "usual")
     inputs = {"data": data, "key": chosen.key}
     train(params, stats, inputs, 1)  # compiles
     ends = [time.perf_counter()]

@@ -295,10 +295,11 @@ def test_tuning_of_iomt_never_reads_test() -> None:
 
 
 @pytest.mark.parametrize("plan", ["fused", "stepwise"])
-def test_a_run_of_iomt_can_be_reproduced(plan: Any) -> None:
+@pytest.mark.parametrize("name", ["iomt", "iomt_larger_space"])
+def test_a_run_of_iomt_can_be_reproduced(plan: Any, name: str) -> None:
     """It is repeated with optax: the stages that the controller chose, on the batches of all other runs."""
     task, horizon = regression(), 30
-    entry = find_baseline("iomt", {"stage_steps": 5, "initial_stages": 3, "transferability": 0.3})
+    entry = find_baseline(name, {"stage_steps": 5, "initial_stages": 3, "transferability": 0.3})
     assert isinstance(entry, Interleaved)
     data = jax.tree.map(jnp.asarray, task.data)
     sample = jax.tree.map(lambda x: x[1], held_out_samples(task, 0, 2))
@@ -306,9 +307,9 @@ def test_a_run_of_iomt_can_be_reproduced(plan: Any) -> None:
     kept: list[iomt.Result] = []
     made = trainers(task, plan)
 
-    def trainer(stage_steps: int, moments: Any) -> Any:
+    def trainer(*form: Any) -> Any:
         def train(*args: Any, **more: Any) -> iomt.Result:
-            kept.append(made(stage_steps, moments)(*args, **more))
+            kept.append(made(*form)(*args, **more))
             return kept[-1]
 
         return train
@@ -319,10 +320,12 @@ def test_a_run_of_iomt_can_be_reproduced(plan: Any) -> None:
     gradient = jax.jit(jax.grad(lambda p, batch: task.loss(p, stats, batch, True)[0]))
     space = entry.space(float(np.float32(0.02)))
     made_of = {name: optimizer.make for name, optimizer in space.items()}
-    states = {name: make(learning_rate=0.1).init(params) for name, make in made_of.items()}
+    first = {of: {key: choices[0] for key, choices in space[of].hyperparameters.items()} for of in space}
+    states = {of: make(**first[of]).init(params) for of, make in made_of.items()}
     losses = {0: float(task.loss(params, stats, data["test"], False)[0])}
     for stage in kept[0].history:
-        assert stage.hyperparameters["learning_rate"] in space[stage.optimizer].hyperparameters["learning_rate"]
+        for key, value in stage.hyperparameters.items():
+            assert value in space[stage.optimizer].hyperparameters[key]
         tx = made_of[stage.optimizer](**stage.hyperparameters)
         for i in range(stage.step, stage.step + stage.steps):
             key = jax.random.fold_in(jax.random.wrap_key_data(sample.key), i)

@@ -23,7 +23,7 @@ from l3rs.baselines.iomt.space import (
     encode,
     interleave,
 )
-from l3rs.baselines.iomt.train import Result, make_train
+from l3rs.baselines.iomt.train import NoFiniteStartError, Result, make_train
 from l3rs.baselines.iomt.transferability import leep, logme, transferability
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Choice",
     "Controller",
     "InterleavedState",
+    "NoFiniteStartError",
     "Optimizer",
     "Options",
     "Result",

@@ -20,6 +20,10 @@ Batches = Callable[[Any, jax.Array], Any]  # (data, step int32 []) -> batch
 Plan = Literal["fused", "stepwise"]
 
 
+class NoFiniteStartError(L3RSError):
+    """The loss is not finite before the first step."""
+
+
 class Result(NamedTuple):
     """The result of a training run. `losses` include those of stages that were rolled back."""
 
@@ -82,8 +86,8 @@ def make_train(
       times with rollback.
 
     Raises:
-      L3RSError: a bad space or option; and in training, steps < 1, another controller's stages or
-        moments, or a loss that is not finite before the first step.
+      L3RSError: a bad space or option; and in training, steps < 1, or another controller's stages or moments.
+      NoFiniteStartError: in training, a loss that is not finite before the first step.
 
     Example:
       >>> import jax, optax
@@ -130,7 +134,9 @@ def make_train(
         losses = np.full(steps + 1, np.nan)
         losses[0] = float(carry.value)
         if not np.isfinite(losses[0]):
-            raise L3RSError(f"the loss is {losses[0]} before the first step; IOMT needs a finite one to begin with")
+            raise NoFiniteStartError(
+                f"the loss is {losses[0]} before the first step; IOMT needs a finite one to begin with"
+            )
         for first in range(0, steps, options.stage_steps):
             count = min(options.stage_steps, steps - first)
             choice = controller.choose(key_parameters(carry.params))
