@@ -26,6 +26,9 @@ def measure_costs(
     ours: LearnedOptimizer | None, rivals: Mapping[str, Baseline | Interleaved], conditions: Conditions
 ) -> list[Cost]:
     """The cost of a training step with each optimizer and schedule, on the first device."""
+    conditions.log(
+        f"{conditions.setting}: what a step costs with each of the {len(rivals) + (ours is not None)} optimizers"
+    )
     if conditions.plan == "torch":
         from metatrain.evaluation.torch_runs import torch_costs
 
