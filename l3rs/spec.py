@@ -108,7 +108,7 @@ class Spec:
     loss_decays: tuple[float, ...] = (0.8, 0.97)
     norm_decays: tuple[float, float] = (0.8, 0.97)
     absolute_time: bool = False
-    form: Literal[1, 2] = 1  # this and all that follow are of form 2 only
+    form: Literal[1, 2] = 1  # form 1 stores neither this nor any field below
     step_limit: float = 2.0
     natural_size: float = 0.5
     depth_scaling: bool = True

@@ -34,7 +34,7 @@ def compare(
     results = Results.load(folder / "results.json")
     label = find_label(results, optimizer)
     if other is not None:
-        results = joined(results, Results.load(other / "results.json"), other.resolve().name)
+        results = joined(results, Results.load(other / "results.json"), str(other))
     for setting in results.settings():
         for horizon in results.horizons():
             console.print(pair_table(results, label, setting, horizon, fields[by]))

@@ -13,7 +13,7 @@ import optax
 
 from tasks.base import Aux, Batch, Data, Params, Stats, Task, TaskError, check_keys
 from tasks.classification import RANDOM_POOLS
-from tasks.data.text import TextSource, alphabet_of, digest, load_text, tile
+from tasks.data.text import TextSource, alphabet_of, blocks, digest, load_text, tile
 from tasks.models import Model
 from tasks.models.gpt import gpt
 from tasks.pretrained import Loss, cached_inits, pretrain
@@ -40,7 +40,7 @@ def text(
 
     Args:
       source: the text: {file: PATH} or {tfds: tiny_shakespeare}, see `TextSource`.
-      init: the text that the networks are pretrained on, likewise, or "random" for random initialization.
+      init: the text on whose inner_train the networks are pretrained, likewise, or "random" for random initialization.
       model: n_layer, n_head and width of the GPT.
       context: the number of characters that the model reads at once.
       batch_size: windows per step, from anywhere in inner_train.
@@ -91,11 +91,11 @@ def text(
         return Task(name, splits, lambda _, i: network.init(jax.random.key(i)), batch, loss, RANDOM_POOLS)
 
     count = inits + held_out_inits
-    source_windows = tile(donor_text, context, alphabet)
+    source_windows = tile(blocks(donor_text)["inner_train"], context, alphabet)
     if not len(source_windows):
         raise TaskError(
-            f"task.init: {donor.name} has {len(donor_text)} characters, too few for a window of {context + 1}; use a "
-            "longer text or a smaller task.context"
+            f"task.init: {donor.name} has {len(donor_text)} characters, too few for a window of {context + 1} in "
+            "inner_train; use a longer text or a smaller task.context"
         )
     key = {
         "text": digest(donor_text),

@@ -268,10 +268,12 @@ class Analysis:
     def grids(self, setting: str) -> dict[str, dict[int, GridSummary]]:
         """{baseline: {horizon: how its learning rate was tuned}}, the strongest baseline first."""
         grids = self.results.tuning.get(setting) or {}
-        smallest = min((tried for of in grids.values() for grid in of.values() if (tried := _tried(grid))), default=0)
+        smallest = min(
+            (tried for of in grids.values() for grid in of.values() if (tried := tried_rates(grid))), default=0
+        )
 
         def summary(grid: dict) -> GridSummary:
-            return GridSummary(grid["chosen"], _tried(grid), _tried(grid) > smallest, grid["at_edge"])
+            return GridSummary(grid["chosen"], tried_rates(grid), tried_rates(grid) > smallest, grid["at_edge"])
 
         return {
             label: {int(horizon): summary(grid) for horizon, grid in grids[label].items()}
@@ -280,8 +282,10 @@ class Analysis:
         }
 
 
-def _tried(grid: Mapping[str, Any]) -> int:
-    return len(grid["inner_valid_loss"]) if grid["seeds"] else 0
+def tried_rates(grid: Mapping[str, Any]) -> int:
+    """How many learning rates; none where it was given, for which earlier versions had a grid of one."""
+    tried = len(grid["inner_valid_loss"])
+    return tried if tried > 1 and grid.get("seeds", 1) else 0
 
 
 def speedups(records: RecordTable) -> list[Speedup]:

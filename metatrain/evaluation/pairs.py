@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from metatrain.config import UserError
@@ -81,20 +80,27 @@ def joined(results: Results, other: Results, name: str) -> Results:
     differences between them are paired.
 
     Raises:
-      UserError: one does not say what its task is, the tasks or the seeds differ, or they share no run.
+      UserError: one does not say what its task is, the tasks or the seeds differ, they share no run, or an optimizer
+        has none or several for a seed.
     """
-    if not (results.config and other.config):
-        raise UserError("an evaluation of an earlier version does not say what its task is; evaluate again")
+    for each, where in ((results, "the first evaluation"), (other, name)):
+        if not each.config:
+            raise UserError(f"{where} is of an earlier version and does not say what its task is; evaluate again")
     common = set(map(_sample, results.records)) & set(map(_sample, other.records))
-    compared = [("task",), ("seed",), *(("evaluation", "settings", setting_name(of)) for of, _, _ in sorted(common))]
-    for keys in compared:
-        ours, theirs = (functools.reduce(lambda x, key: x.get(key, {}), keys, each.config) for each in (results, other))
-        if difference := _difference(ours, theirs, ".".join(keys)):
+    settings = sorted({setting for setting, _, _ in common})
+    for keys in (("task",), ("seed",), *(("evaluation", "settings", setting_name(setting)) for setting in settings)):
+        if difference := _difference(_at(results.config, keys), _at(other.config, keys), ".".join(keys)):
             raise UserError(f"{name} is not of the same task: {difference}")
     if not common:
         raise UserError(f"{name} has no setting, horizon and seed in common with the evaluation it is compared with")
     renamed = [dataclasses.replace(record, optimizer=f"{record.optimizer} of {name}") for record in other.records]
-    shared = [record for record in [*results.records, *renamed] if _sample(record) in common]
+    shared = sorted((record for record in [*results.records, *renamed] if _sample(record) in common), key=_sample)
+    seeds: dict[tuple[str, str, int], list[int]] = {}
+    for record in shared:
+        seeds.setdefault((record.optimizer, record.setting, record.horizon), []).append(record.seed)
+    for (optimizer, setting, horizon), own in seeds.items():
+        if own != sorted(seed for *where, seed in common if where == [setting, horizon]):
+            raise UserError(f"{optimizer} has not one run of {horizon} steps for each seed that both evaluations have")
     return dataclasses.replace(results, records=shared)
 
 
@@ -102,10 +108,18 @@ def _sample(record: Record) -> tuple[str, int, int]:
     return record.setting, record.horizon, record.seed
 
 
+def _at(config: Any, keys: Sequence[str]) -> Any:
+    """A value inside nested mappings, nothing where there is none."""
+    for key in keys:
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return config
+
+
 def _difference(ours: Any, theirs: Any, name: str) -> str | None:
     """The first value of a configuration that another one has otherwise, in words."""
     if not (isinstance(ours, Mapping) and isinstance(theirs, Mapping)):
-        return None if ours == theirs else f"{name} is {theirs!r:.100}, not {ours!r:.100}"
+        given = ["not given" if value is None else f"{value!r:.100}" for value in (theirs, ours)]
+        return None if ours == theirs else f"{name} is {given[0]} there and {given[1]} here"
     found = (_difference(ours.get(key), theirs.get(key), f"{name}.{key}") for key in {**ours, **theirs})
     return next(filter(None, found), None)
 

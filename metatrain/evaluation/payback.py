@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from metatrain.evaluation.analysis import Analysis
+from metatrain.evaluation.analysis import Analysis, tried_rates
 from metatrain.evaluation.records import L3RS
 
 
@@ -83,7 +83,7 @@ def _tuning_runs(analysis: Analysis, setting: str, baseline: str, steps: float) 
     if not grids:
         return 0
     nearest = min(grids, key=lambda h: abs(math.log(int(h) / min(steps, results.horizons()[-1]))))
-    return len(grids[nearest]["inner_valid_loss"]) * int(grids[nearest].get("seeds", 1))
+    return tried_rates(grids[nearest]) * int(grids[nearest].get("seeds", 1))
 
 
 def _fine_tunings(spent: float, saved: float) -> float:

@@ -118,13 +118,11 @@ def load_text(
         key["alphabet"] = alphabet
     known = alphabet_of(text) if alphabet is None else alphabet
     if len(known) > _MOST:
-        further = "" if alphabet is None else " with those of the text of task.init"
-        raise TaskError(f"{name} has {len(known)} distinct characters{further}; at most {_MOST} are allowed")
+        which = f"{name} has" if alphabet is None else f"{name} and the text of task.init together have"
+        raise TaskError(f"{which} {len(known)} distinct characters; at most {_MOST} are allowed")
 
     def build() -> dict[str, np.ndarray]:
-        ends = np.rint(np.cumsum([FRACTIONS[split] for split in SPLITS]) * len(text)).astype(int)
-        blocks = [text[first:end] for first, end in zip([0, *ends], ends, strict=False)]
-        arrays = {split: tile(block, context, known) for split, block in zip(SPLITS, blocks, strict=True)}
+        arrays = {split: tile(block, context, known) for split, block in blocks(text).items()}
         if short := [split for split, windows in arrays.items() if not len(windows)]:
             raise TaskError(
                 f"{name} has {len(text)} characters, too few for a window of {context + 1} in {short[0]}; "
@@ -134,6 +132,12 @@ def load_text(
 
     arrays = cached(key, build)
     return {split: {"text": arrays[split]} for split in SPLITS}, int(arrays["vocabulary"])
+
+
+def blocks(text: str) -> dict[str, str]:
+    """The part of a text that is each split."""
+    ends = np.rint(np.cumsum([FRACTIONS[split] for split in SPLITS]) * len(text)).astype(int).tolist()
+    return {split: text[first:end] for split, first, end in zip(SPLITS, [0, *ends[:-1]], ends, strict=True)}
 
 
 def alphabet_of(*texts: str) -> str:

@@ -225,6 +225,14 @@ def test_a_form_2_spec_saved_without_a_limit_keeps_its_steps():
     assert l3rs.Spec.from_json(stored).step_limit == 10
 
 
+def test_form_1_stores_what_it_always_did():
+    stored = l3rs.Spec.create(tree(0)).to_json()
+    assert list(stored) == [
+        *("layers", "directions", "hidden", "embedding_dim", "step", "step_scale", "step_gain", "mix_bias"),
+        *("loss_decays", "norm_decays", "absolute_time"),
+    ]
+
+
 @pytest.mark.parametrize(("scaling", "power"), [(True, 0.5), (False, 0.0)])
 def test_a_spec_saved_with_a_root_of_the_horizon_or_without_keeps_its_steps(scaling, power):
     spec = l3rs.Spec.create(tree(0), form=2, step="initial", embedding="descriptor", horizon_power=power)

@@ -15,7 +15,7 @@ import pytest
 from l3rs.baselines import iomt, mada_coefficients
 from l3rs.baselines.iomt.space import choices
 from metatrain.config import UserError, load_config
-from metatrain.evaluation.analysis import Analysis
+from metatrain.evaluation.analysis import Analysis, tried_rates
 from metatrain.evaluation.baselines import (
     ALL,
     BASELINES,
@@ -271,6 +271,7 @@ def test_iomt_is_tuned_and_judged_like_the_others(results: Results) -> None:
     assert (summaries["doit at .1/constant"].tried, summaries["iomt/constant"].tried >= 12) == (0, True)
     smallest = min(summary.tried for summary in summaries.values() if summary.tried)
     assert {summary.grown for summary in summaries.values() if summary.tried == smallest} == {False}
+    assert tried_rates({"inner_valid_loss": [0.3], "seeds": 2}) == 0  # as earlier versions wrote a given rate
     table = tuning(Analysis(results), "regression")
     assert table is not None
     assert [row.cells[0].small for row in table.rows if row.cells[0].small == "given"] == ["given"]

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -180,6 +181,20 @@ def test_pretrained_networks_are_kept(tmp_path: Path, file: Path) -> None:
     assert kept() != before
 
 
+def test_pretraining_reads_inner_train_alone(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def pretrain(*given: Any) -> object:
+        _, _, data, seeds, *_ = given
+        seen.append(data["inner_train"]["text"])
+        return jax.vmap(lambda i: gpt(20, CONTEXT, **SMALL["model"]).init(jax.random.key(i)))(jnp.asarray(seeds))
+
+    monkeypatch.setattr("tasks.text.pretrain", pretrain)
+    task = text(file, init={"file": str(file)}, inits=1, held_out_inits=1)  # the text itself
+    (windows,) = seen
+    np.testing.assert_array_equal(windows, task.data["inner_train"]["text"])
+
+
 def test_the_characters_of_both_texts_have_numbers(tmp_path: Path, file: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text(OTHER * 10)
@@ -275,7 +290,7 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"many has 300 distinct characters.*256"):
         text(tmp_path / "many.txt")
     (tmp_path / "few.txt").write_text(story())
-    with pytest.raises(TaskError, match=r"few has 320 distinct characters with .*task.init; .*256"):
+    with pytest.raises(TaskError, match=r"few and the text of task.init together have 320 distinct .*256"):
         text(tmp_path / "few.txt", init={"file": str(tmp_path / "many.txt")})
     (tmp_path / "short.txt").write_text("abc")
     with pytest.raises(TaskError, match=r"task.init: short has 3 characters, too few for a window of 9"):
