@@ -15,7 +15,7 @@ from tasks.data import digits as digits_data
 from tasks.data.cache import cached
 from tasks.data.splits import cut
 from tasks.models import MODELS, Model, make_model
-from tasks.pretrained import cached_inits, pretrain, pretraining_model
+from tasks.pretrained import cached_inits, pretrain, pretraining_model, stacked_init
 from tasks.trainable import TRAIN_MODES, Init, train_only, with_head_of
 
 Images = Literal["mnist", "uci", "patterns", "other_patterns"]
@@ -69,10 +69,7 @@ def digits(
 
     stacked, pools = _inits(target, splits, init, form, network, (inits, held_out_inits), pretrain_steps, starts)
 
-    def pretrained(data: Data, i: jax.Array) -> tuple[Params, Stats]:
-        return jax.tree.map(lambda x: x[i], data["inits"])
-
-    return task({**splits, "inits": stacked}, pretrained, pools)
+    return task({**splits, "inits": stacked}, stacked_init, pools)
 
 
 def _inits(

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tasks.base import Batch, Data, Params, Stats, Task, TaskError, check_keys, uniform_batches
@@ -16,7 +15,7 @@ from tasks.data.crop_flip import random_crop_flip
 from tasks.data.images import Classes, choose_classes, load_images
 from tasks.data.sources import ImageFolder, Source, Tfds, prepare
 from tasks.models import Model, make_model
-from tasks.pretrained import Schedule, cached_inits, pretrain_stepwise, pretraining_model
+from tasks.pretrained import Schedule, cached_inits, pretrain_stepwise, pretraining_model, stacked_init
 from tasks.trainable import TRAIN_MODES, train_only
 from tasks.weights import load_weights
 
@@ -181,7 +180,7 @@ def _inits(init: Mapping[str, Any] | str, options: Mapping[str, Any], network: M
     )
 
     def pretrained(data: Data, i: jax.Array) -> tuple[Params, Stats]:
-        params, stats = jax.tree.map(lambda x: jnp.asarray(x)[i], data["inits"])
+        params, stats = stacked_init(data, i)
         return fresh_head(params, i), stats
 
     snapshots = len(schedule.epochs)

@@ -173,6 +173,11 @@ def pretraining_model(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, "norm": "batch"} if frozen else dict(options)
 
 
+def stacked_init(data: Data, i: jax.Array) -> tuple[Params, Stats]:
+    """The i-th of the stacked inits in a task's data."""
+    return jax.tree.map(lambda x: jnp.asarray(x)[i], data["inits"])
+
+
 def cached_inits(
     key: Mapping[str, Any], shape: tuple[Params, Stats], build: Callable[[], tuple[Params, Stats]]
 ) -> tuple[Params, Stats]:

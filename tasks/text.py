@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -14,9 +14,8 @@ import optax
 from tasks.base import Aux, Batch, Data, Params, Stats, Task, TaskError, check_keys
 from tasks.classification import RANDOM_POOLS
 from tasks.data.text import TextSource, alphabet_of, blocks, digest, load_text, tile
-from tasks.models import Model
 from tasks.models.gpt import gpt
-from tasks.pretrained import Loss, cached_inits, pretrain
+from tasks.pretrained import cached_inits, pretrain, stacked_init
 
 _PRETRAINING = 1  # a change of how networks are pretrained is a new version
 _PRETRAIN_BATCH = 32
@@ -63,8 +62,8 @@ def text(
     check_keys(options, _MODEL, "task.model", "an option of the GPT")
     chosen, donor = TextSource.parse(source, "task.source"), _donor(init)
     content, donor_text = chosen.read(), donor.read() if donor else ""
-    alphabet = alphabet_of(content, donor_text)
-    splits, vocabulary = load_text(chosen.name, content, context, alphabet if donor else None)
+    alphabet = alphabet_of(content, donor_text) if donor else None
+    splits, vocabulary = load_text(chosen.name, content, context, alphabet)
     for name, split in splits.items():
         if name != "inner_train":
             split["text"] = _spread(split["text"], evaluation_windows)
@@ -86,45 +85,36 @@ def text(
         value = optax.softmax_cross_entropy(logits, jax.nn.one_hot(target, vocabulary)).mean()
         return value, Aux(stats, jnp.mean(jnp.argmax(logits, -1) == target))
 
-    if donor is None:
+    if donor is None or alphabet is None:
         name = f"gpt({chosen.name})"
         return Task(name, splits, lambda _, i: network.init(jax.random.key(i)), batch, loss, RANDOM_POOLS)
 
-    count = inits + held_out_inits
-    source_windows = tile(blocks(donor_text)["inner_train"], context, alphabet)
-    if not len(source_windows):
+    pretraining_text = blocks(donor_text)["inner_train"]
+    if len(pretraining_text) <= context:
         raise TaskError(
             f"task.init: {donor.name} has {len(donor_text)} characters, too few for a window of {context + 1} in "
             "inner_train; use a longer text or a smaller task.context"
         )
+    count = inits + held_out_inits
     key = {
+        "gpt": _PRETRAINING,
         "text": digest(donor_text),
         "alphabet": alphabet,
         "context": context,
         "model": {**_MODEL, **options},
         "steps": pretrain_steps,
         "inits": count,
+        "batch_size": _PRETRAIN_BATCH,
     }
-    stacked = _pretrained(key, network, loss, source_windows, [pretrain_steps] * count)
 
-    def pretrained(data: Data, i: jax.Array) -> tuple[Params, Stats]:
-        return jax.tree.map(lambda x: jnp.asarray(x)[i], data["inits"])
+    def build() -> tuple[Params, Stats]:
+        data = {"inner_train": {"text": tile(pretraining_text, context, alphabet)}}
+        return pretrain(network, loss, data, range(count), [pretrain_steps] * count, _PRETRAIN_BATCH)
 
+    stacked = cached_inits(key, jax.eval_shape(network.init, jax.random.key(0)), build)
     pools = {"meta_train": range(inits), "held_out": range(inits, count)}
     name = f"gpt({donor.name} → {chosen.name})"
-    return Task(name, {**splits, "inits": stacked}, pretrained, batch, loss, pools)
-
-
-def _pretrained(
-    key: Mapping[str, Any], network: Model, loss: Loss, windows: np.ndarray, steps: Sequence[int]
-) -> tuple[Params, Stats]:
-    """Networks that were trained on windows, stacked, from the cache if it has them."""
-    data = {"inner_train": {"text": windows}}
-    return cached_inits(
-        {"gpt": _PRETRAINING, "batch_size": _PRETRAIN_BATCH, **key},
-        jax.eval_shape(network.init, jax.random.key(0)),
-        lambda: pretrain(network, loss, data, range(len(steps)), steps, _PRETRAIN_BATCH),
-    )
+    return Task(name, {**splits, "inits": stacked}, stacked_init, batch, loss, pools)
 
 
 def prepare_text(

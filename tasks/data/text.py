@@ -116,12 +116,12 @@ def load_text(
     key = {"text": _VERSION, "sha256": digest(text), "context": context}
     if alphabet is not None:
         key["alphabet"] = alphabet
-    known = alphabet_of(text) if alphabet is None else alphabet
-    if len(known) > _MOST:
-        which = f"{name} has" if alphabet is None else f"{name} and the text of task.init together have"
-        raise TaskError(f"{which} {len(known)} distinct characters; at most {_MOST} are allowed")
 
     def build() -> dict[str, np.ndarray]:
+        known = alphabet_of(text) if alphabet is None else alphabet
+        if len(known) > _MOST:
+            which = f"{name} has" if alphabet is None else f"{name} and the text of task.init together have"
+            raise TaskError(f"{which} {len(known)} distinct characters; at most {_MOST} are allowed")
         arrays = {split: tile(block, context, known) for split, block in blocks(text).items()}
         if short := [split for split, windows in arrays.items() if not len(windows)]:
             raise TaskError(

@@ -69,10 +69,10 @@ def test_both_plans_agree_over_twenty_steps(name: str, convolutional: Task) -> N
         rollout = plan(task, lambda t, horizon: l3rs.learned_optimizer(t, spec, horizon), splits)
         rollout = jax.jit(rollout) if plan is fused_rollout else rollout
         results.append(rollout(theta, jax.tree.map(jnp.asarray, task.data), chosen, jnp.int32(20)))
+    # Convolutions add up in another order in each plan; some processors round 1.03e-5 apart after twenty steps.
+    rtol = 2e-5 if name == "convolutional" else 1e-5
     for split in splits:
-        np.testing.assert_allclose(
-            results[0][split].loss, results[1][split].loss, rtol=1e-4
-        )  # float32 over twenty steps: processors round differently
+        np.testing.assert_allclose(results[0][split].loss, results[1][split].loss, rtol=rtol)
 
 
 def test_evaluators_agree_and_stepwise_does_not_depend_on_devices() -> None:
