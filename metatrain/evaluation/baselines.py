@@ -210,12 +210,14 @@ def find_baseline(name: str, options: Mapping[str, Any] | None = None) -> Baseli
     options = dict(options or {})
     if "learning_rate" in options:
         found = found._replace(learning_rate=given_rate(name, options.pop("learning_rate")), tuned=False)
-    if not options:
-        return found
     known = _option_names(found)
     if known is not None and (unknown := [option for option in options if option not in known]):
         allowed = ", ".join(["learning_rate", *known])
         raise UserError(f"baseline {name} has no option {', '.join(unknown)}; allowed are {allowed}")
+    if not isinstance(found, Interleaved) and name not in BASELINES:
+        return _tried(name, found._replace(make=functools.partial(found.make, **options)))
+    if not options:
+        return found
     try:
         if isinstance(found, Interleaved):
             found = found._replace(options={**found.options, **options})
@@ -246,7 +248,7 @@ def _option_names(baseline: Baseline | Interleaved) -> list[str] | None:
     """Options of the constructor; None where it takes `**options` and checks them itself."""
     if isinstance(baseline, Interleaved):
         return [field.name for field in dataclasses.fields(iomt.Options)]
-    _, *parameters = inspect.signature(baseline.make).parameters.values()  # the first is the learning rate
+    parameters = list(inspect.signature(baseline.make).parameters.values())[1:]  # the first is the learning rate
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
     return [p.name for p in parameters if p.name != "total_steps"]
@@ -286,20 +288,27 @@ def import_baseline(name: str, module_name: str, attribute: str, kind: str) -> A
 
 
 def _own(name: str, make: Any) -> Baseline:
-    """A user's own function as a baseline, called once to see whether it returns an optimizer."""
+    """A user's own function as a baseline."""
     rate = getattr(make, "learning_rate", 2.0**-9)
     if not callable(make):
         raise UserError(f"baseline {name} is {type(make).__name__}, not a function")
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
         raise UserError(f"baseline {name}: its attribute learning_rate is {rate!r}; it must be one number > 0")
     try:
-        baseline = Baseline(make, float(rate), knows_horizon="total_steps" in inspect.signature(make).parameters)
-        made = make(rate, **({"total_steps": 10} if baseline.knows_horizon else {}))
+        return Baseline(make, float(rate), knows_horizon="total_steps" in inspect.signature(make).parameters)
+    except ValueError as error:  # of some built-in functions
+        raise UserError(f"baseline {name} failed: {first_line(error)}") from None
+
+
+def _tried(name: str, own: Baseline) -> Baseline:
+    """A user's own function with its options, called once to see whether it returns an optimizer."""
+    try:
+        made = own.make(own.learning_rate, **({"total_steps": 10} if own.knows_horizon else {}))
     except (Exception, SystemExit) as error:
         raise UserError(f"baseline {name} failed: {first_line(error)}") from None
     if not isinstance(made, optax.GradientTransformation):
         raise UserError(f"baseline {name} returned {type(made).__name__}, not an optax.GradientTransformation")
-    return baseline
+    return own
 
 
 def chosen_baselines(
