@@ -109,8 +109,7 @@ def evaluate(
             kept_jobs = [parts.kept(f"{label}: {name}", job) for name, job in jobs.items()]
             for part in _on_devices(kept_jobs, conditions):
                 all_parts.add(part)
-        if how.costs and not costs:
-            costs = measure_costs(ours, rivals, conditions)
+        costs = costs or (measure_costs(ours, rivals, conditions) if how.costs else [])
     if not all_parts.records:
         raise L3RSError(f"{optimizer} fits the model of no setting; {refused[0]}")
     if parts.found:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Mapping
+from typing import Any
 
 HANG_SECONDS = 30.0  # a worker may take at least this long to answer
 HANG_FACTOR = 20.0  # and this many times the usual duration of the slowest worker
 START_SECONDS = 120.0  # until a worker that was asked for has its place, its process and its tasks
-FIRST_CALL_SECONDS = 600.0  # a worker's first call compiles
+FIRST_CALL_SECONDS = 600.0  # and this long for what is new: a worker's first call of a task compiles
 _MAX_DOUBLINGS = 6  # of the time to answer, which doubles as long as every worker exceeds it
 _MAX_SLOW_STARTS = 3  # doublings of the time to start
 _MAX_UNUSABLE = 3  # answers of a worker before it is replaced
@@ -28,7 +29,7 @@ class _Worker:
     since: float  # when it was last given work or answered
     answered: int = 0
     unusable: int = 0
-    # Seconds per candidate-step of its recent answers.
+    # Seconds per unit of cost of its recent answers.
     pace: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=_RECENT))
 
 
@@ -77,17 +78,17 @@ class Health:
         """A worker that was idle has been given a shard."""
         self._workers[worker].since = now
 
-    def answered(self, worker: Hashable, now: float, steps: float | None) -> None:
+    def answered(self, worker: Hashable, now: float, cost: float | None) -> None:
         """A worker has answered.
 
         Args:
           worker: it.
           now: the time.
-          steps: candidate-steps of the shard; None if the answer belongs to an earlier generation.
+          cost: of the shard; None if the answer belongs to an earlier generation or includes compilation.
         """
         record = self._workers[worker]
-        if record.answered and steps is not None:  # a first answer includes compilation
-            record.pace.append((now - record.since) / steps)
+        if cost is not None:
+            record.pace.append((now - record.since) / cost)
         record.since, record.answered = now, record.answered + 1
         self._errors = self._doublings = 0
 
@@ -105,29 +106,29 @@ class Health:
         self._errors += 1
         return self._errors >= _MAX_ERRORS
 
-    def patience(self, worker: Hashable, steps: float) -> float:
-        """Seconds that a worker may take to answer for a shard of `steps` candidate-steps."""
-        return self._patience(worker, self.usual_seconds(steps))
-
-    def _patience(self, worker: Hashable, usual: float) -> float:
-        seconds = max(HANG_SECONDS, HANG_FACTOR * usual)
-        if not self._workers[worker].answered:
-            seconds = max(seconds, FIRST_CALL_SECONDS)
+    def patience(self, cost: float, new: bool) -> float:
+        """Seconds that a worker may take to answer for a shard of that cost; of a task that is new to it, or not."""
+        seconds = max(HANG_SECONDS, HANG_FACTOR * self.usual_seconds(cost), FIRST_CALL_SECONDS if new else 0.0)
         return seconds * 2.0**self._doublings
 
-    def usual_seconds(self, steps: float) -> float:
-        """Seconds that the slowest worker usually takes for so many candidate-steps; 0 if unknown."""
-        return steps * max((statistics.median_low(w.pace) for w in self._workers.values() if w.pace), default=0.0)
+    def usual_seconds(self, cost: float) -> float:
+        """Seconds that the slowest worker usually takes for a shard of that cost; 0 if unknown."""
+        return cost * max((statistics.median_low(w.pace) for w in self._workers.values() if w.pace), default=0.0)
 
-    def hung(self, busy: Iterable[Hashable], steps: float, now: float) -> dict[Hashable, float]:
+    def hung(self, busy: Mapping[Any, bool], cost: float, now: float) -> dict[Any, float]:
         """The busy workers that exceed their patience, and how long each has not answered.
+
+        Args:
+          busy: whether what a worker runs is new, by worker.
+          cost: of the largest shard.
+          now: the time.
 
         Each time there are any, patience doubles until the next answer: workers that are slow, and not
         dead, will answer at last.
         """
-        usual = self.usual_seconds(steps)
+        limits = {new: self.patience(cost, new) for new in (False, True)}
         silent = {worker: now - self._workers[worker].since for worker in busy}
-        found = {worker: seconds for worker, seconds in silent.items() if seconds > self._patience(worker, usual)}
+        found = {worker: seconds for worker, seconds in silent.items() if seconds > limits[busy[worker]]}
         self._doublings = min(self._doublings + bool(found), _MAX_DOUBLINGS)
         return found
 

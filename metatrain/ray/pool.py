@@ -31,17 +31,27 @@ class Calls(NamedTuple):
 
     Attributes:
       draw: index into the draws of the generation, int32 [n].
+      task: of that draw, int32 [n].
       members: member numbers, int32 [n, chunk].
-      steps: candidate-steps of each, float64 [n].
+      cost: of each, in any unit that stays the same, see `TaskCosts`, float64 [n].
     """
 
     draw: np.ndarray
+    task: np.ndarray
     members: np.ndarray
-    steps: np.ndarray
+    cost: np.ndarray
 
     def part(self, which: Any) -> Calls:
         """Some of the calls: an index array or a slice."""
-        return Calls(self.draw[which], self.members[which], self.steps[which])
+        return Calls(*(field[which] for field in self))
+
+
+class Evaluated(NamedTuple):
+    """What is known of the calls of a generation."""
+
+    losses: np.ndarray  # float32 [n, chunk]
+    answered: np.ndarray  # which have been computed, bool [n]
+    seconds: np.ndarray  # that each took, float64 [n]; NaN where that is not known
 
 
 class Work(NamedTuple):
@@ -51,11 +61,13 @@ class Work(NamedTuple):
       number: tells answers of this generation from those of earlier ones.
       shared: holds Ray's reference to the values that all members share; see `Worker.evaluate`.
       calls: what to compute.
+      measured: tasks whose cost is not a guess.
     """
 
     number: int
     shared: list[Any]
     calls: Calls
+    measured: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(eq=False)
@@ -66,9 +78,12 @@ class _Round:
     ranges: list[range]
     shards: Shards
     waits: Waits | None
-    costs: list[float]  # candidate-steps of each shard
-    losses: np.ndarray  # float32 [n, chunk]
-    answered: np.ndarray  # bool [n]
+    costs: list[float]  # of each shard
+    found: Evaluated
+
+    def task(self, shard: int) -> int:
+        """The task of a shard."""
+        return int(self.work.calls.task[self.ranges[shard].start])
 
 
 class Pool:
@@ -95,7 +110,7 @@ class Pool:
         self._answers = Announced()
         self._calls: dict[Any, tuple[Member, _Round, int]] = {}  # by reference: worker, round, shard
         self._idle: dict[Member, None] = {}
-        self._pace = 0.0  # seconds per candidate-step of the last generation
+        self._pace = 0.0  # seconds per unit of cost in the last generation
         self._look_at = 0.0
         self._wait_seconds = wait_seconds
         self._received = False  # an answer since the last look
@@ -125,15 +140,12 @@ class Pool:
             for ref, future in self._answers.ready(LOOK_SECONDS / 4):
                 self._set_up(ref, future, time.monotonic())
 
-    def evaluate(self, work: Work, look: Callable[[], bool] = lambda: True) -> tuple[np.ndarray, np.ndarray]:
+    def evaluate(self, work: Work, look: Callable[[], bool] = lambda: True) -> Evaluated:
         """Evaluate the calls of a generation.
 
         Args:
           work: what to compute.
           look: called about once a second; whether to go on.
-
-        Returns:
-          (their meta-losses float32 [n, chunk], which have been computed bool [n])
 
         Raises:
           UserError: candidates fail on the workers, or no worker can be set up.
@@ -152,7 +164,7 @@ class Pool:
             for ref, future in self._answers.ready(until - now):
                 self._receive(ref, future, round_)
         self._end(round_)
-        return round_.losses, round_.answered
+        return round_.found
 
     @property
     def workers(self) -> int:
@@ -168,15 +180,14 @@ class Pool:
 
     def _begin(self, work: Work) -> _Round:
         calls = work.calls
-        ranges = cut_shards((self._pace * calls.steps).tolist(), self.workers, calls.draw.tolist())
-        costs = [float(calls.steps[own.start : own.stop].sum()) for own in ranges]
-        losses = np.full(calls.members.shape, np.nan, np.float32)
+        ranges = cut_shards((self._pace * calls.cost).tolist(), self.workers, calls.draw.tolist())
+        costs = [float(calls.cost[own.start : own.stop].sum()) for own in ranges]
         limit = self._wait_seconds
         waits = None if limit is None else Waits(self._fleet, self._health, limit, self._log, time.monotonic())
-        return _Round(work, ranges, Shards(costs, self._pace), waits, costs, losses, np.zeros(len(losses), bool))
+        return _Round(work, ranges, Shards(costs, self._pace), waits, costs, nothing_known(calls))
 
     def _end(self, round_: _Round) -> None:
-        mean = round_.losses.size / len(round_.ranges)  # members of a shard
+        mean = round_.found.losses.size / len(round_.ranges)  # members of a shard
         self._counts["duplicated"] += round_.shards.duplicated
         self._counts["requeued"] += round(round_.shards.requeued * mean)
         self._pace = round_.shards.pace
@@ -242,7 +253,9 @@ class Pool:
             self._lose(member, round_, first_line(error))
             return
         else:
-            self._health.answered(member, now, round_.costs[shard] if current else None)
+            new = asked.task(shard) not in member.tasks  # the time that it took includes compilation
+            member.tasks.add(asked.task(shard))
+            self._health.answered(member, now, round_.costs[shard] if current and not new else None)
             if current:
                 self._accept(member, round_, shard, answer, now)
             else:
@@ -253,7 +266,8 @@ class Pool:
 
     def _accept(self, member: Member, round_: _Round, shard: int, answer: Any, now: float) -> None:
         """Use an answer of this round, if it can be used."""
-        own, shape = round_.ranges[shard], round_.losses.shape
+        own, found = round_.ranges[shard], round_.found
+        shape = found.losses.shape
         if why := unusable(answer, round_.work.number, shard, len(own) * shape[1]):
             self._counts["rejected"] += 1
             self._log(f"a worker's answer is dropped: {why}")
@@ -266,8 +280,9 @@ class Pool:
             self._log(f"a worker ran out of memory; it now evaluates {answer.chunk} candidates at once")
             member.chunk = answer.chunk
         if round_.shards.answer(member, shard, now):
-            round_.losses[own.start : own.stop] = answer.fitness.reshape(-1, shape[1])
-            round_.answered[own.start : own.stop] = True
+            found.losses[own.start : own.stop] = answer.fitness.reshape(-1, shape[1])
+            found.answered[own.start : own.stop] = True
+            found.seconds[own.start : own.stop] = answer.seconds / len(own)
         else:
             self._counts["stale"] += 1
 
@@ -293,12 +308,17 @@ class Pool:
         """Ask for workers that are missing, replace those that hang, and name long waits."""
         self._fleet.give_up_slow_starts(now)
         self._recruit(now)
+        busy = {member: self._is_new(member) for member in self._fleet.members if member.calls}
         if round_.waits is not None:
-            round_.waits.look(self._received, max(round_.costs), now)
+            round_.waits.look(self._received, any(busy.values()), max(round_.costs), now)
         self._received = False
-        busy = [member for member in self._fleet.members if member.calls]
         for member, seconds in self._health.hung(busy, max(round_.costs), now).items():
             self._lose(member, round_, f"no answer for {seconds:.0f} s")
+
+    def _is_new(self, member: Member) -> bool:
+        """Whether a busy worker runs a task that it has to compile first, or whose cost is a guess."""
+        _, asked, shard = self._calls[next(iter(member.calls))]
+        return asked.task(shard) not in member.tasks & asked.work.measured
 
     def _lose(self, member: Any, round_: _Round, why: str) -> None:
         if member not in self._fleet.members:
@@ -309,3 +329,9 @@ class Pool:
         self._idle.pop(member, None)
         self._fleet.lose(member, why)
         self._look_at = 0.0  # ask for another one at once
+
+
+def nothing_known(calls: Calls) -> Evaluated:
+    """Of calls that nobody has computed."""
+    n = len(calls.draw)
+    return Evaluated(np.full(calls.members.shape, np.nan, np.float32), np.zeros(n, bool), np.full(n, np.nan))

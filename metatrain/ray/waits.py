@@ -68,12 +68,13 @@ class Waits:
         self._fleet, self._health, self._log = fleet, health, log
         self._worker, self._answer = WorkerWait(limit, log, now), Wait(now)
 
-    def look(self, received: bool, steps: float, now: float) -> None:
+    def look(self, received: bool, new: bool, cost: float, now: float) -> None:
         """Call this again and again.
 
         Args:
           received: whether a worker has answered or has been set up since the last call.
-          steps: candidate-steps of the largest shard.
+          new: whether a worker runs a task that is new to it.
+          cost: of the largest shard.
           now: the time.
 
         Raises:
@@ -81,18 +82,20 @@ class Waits:
         """
         if self._fleet.members:
             self._worker.over(now)
-            self._look_for_answer(received, steps, now)
+            self._look_for_answer(received, new, cost, now)
         else:
             self._answer.over(now)
             self._worker.look(lambda: len(self._fleet.starting), self._fleet.free_resources, now)
 
-    def _look_for_answer(self, received: bool, steps: float, now: float) -> None:
+    def _look_for_answer(self, received: bool, new: bool, cost: float, now: float) -> None:
         if received:
             self._answer.over(now)
-        usual = self._health.usual_seconds(steps)
+        usual = self._health.usual_seconds(cost)
         if self._answer.is_notice_due(now, max(NOTICE_SECONDS, _UNUSUAL * usual)):
-            limit = max(self._health.patience(member, steps) for member in self._fleet.members)
-            expected = f"usually {usual:.3g} s" if usual else "the first answer includes compilation"
-            what = f"an answer of {len(self._fleet.members)} workers ({expected})"
+            limit = self._health.patience(cost, new)
+            expected = f" (usually {usual:.3g} s)" if usual else ""
+            if new:
+                expected = " (the first answer for a task includes compilation)"
+            what = f"an answer of {len(self._fleet.members)} workers{expected}"
             advice = f"a worker without an answer for {limit:.0f} s is replaced; nothing is lost"
             self._log(notice(what, self._answer.seconds(now), advice))

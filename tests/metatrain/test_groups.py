@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
 from metatrain.config import UserError
 from metatrain.ray.aggregator import Aggregator
+from metatrain.ray.costs import TaskCosts
 from metatrain.ray.groups import Groups
 from metatrain.ray.pool import Calls, Pool, Work
 from metatrain.ray.worker import Answer
@@ -21,8 +23,9 @@ from tests.metatrain.loops import groups, pool
 
 CALLS = Calls(
     draw=np.repeat(np.arange(3, dtype=np.int32), 40),
+    task=np.zeros(120, np.int32),
     members=np.tile(np.arange(80, dtype=np.int32).reshape(40, 2), (3, 1)),
-    steps=np.repeat([30.0, 20.0, 10.0], 40),
+    cost=np.repeat([30.0, 20.0, 10.0], 40),
 )
 EXPECTED = (CALLS.members + 1000 * CALLS.draw[:, None]).astype(np.float32)
 
@@ -63,9 +66,9 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRay]:
 
 
 def evaluate(workers: Pool | Groups, number: int = 0) -> np.ndarray:
-    losses, answered = workers.evaluate(Work(number, [None], CALLS))
-    assert answered.all()
-    return losses
+    found = workers.evaluate(Work(number, [None], CALLS))
+    assert found.answered.all()
+    return found.losses
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -96,15 +99,56 @@ def test_a_late_answer_for_one_part_of_a_generation_is_not_used_for_another(monk
 
     members = np.arange(44, dtype=np.int32).reshape(22, 2)
     draw = np.arange(22, dtype=np.int32) % 2  # a shard is of one draw: so each is of one call
-    calls = Calls(draw, members, np.ones(22))
+    calls = Calls(draw, np.zeros(22, np.int32), members, np.ones(22))
     own = pool(Late, 2, 2)
     for part, seconds in ((slice(20), 0.002), (slice(20, 22), 1.0)):
         monkeypatch.setattr(Counting, "seconds", seconds)
-        losses, answered = own.evaluate(Work(1, [None], calls.part(part)))
-        assert answered.all()
-        np.testing.assert_array_equal(losses, (members + 1000 * draw[:, None])[part])
+        found = own.evaluate(Work(1, [None], calls.part(part)))
+        assert found.answered.all()
+        np.testing.assert_array_equal(found.losses, (members + 1000 * draw[:, None])[part])
     assert slow.is_set()
     assert own.report()["stale"] == 2  # and the shard that waited behind it
+    own.close()
+
+
+class Unequal(Counting):
+    """A worker for which the second task takes a hundred times as long as the first, and at first still longer."""
+
+    taken = (0.002, 0.2)
+    dear: ClassVar[list[int]] = []  # rounds in which a shard of the second was evaluated
+
+    def __init__(self, share: object) -> None:
+        super().__init__(share)
+        self.known: set[int] = set()
+
+    def evaluate(self, round_: int, shared: object, shard: int, draw: int, members: np.ndarray, chunk: int) -> Answer:
+        seconds, new = self.taken[draw] * len(members) / chunk, draw not in self.known
+        self.known.add(draw)
+        self.dear.extend([round_] * draw)
+        time.sleep(seconds + (0.4 if new else 0.0))
+        answer = super().evaluate(round_, shared, shard, draw, members, chunk)
+        return answer._replace(seconds=math.nan if new else seconds)
+
+
+@pytest.mark.usefixtures("ray")
+@pytest.mark.parametrize("make", [pool, groups])
+def test_tasks_of_unequal_cost_are_neither_started_twice_nor_taken_for_hung(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("metatrain.ray.health.HANG_SECONDS", 0.1)
+    own, costs = make(Unequal, 6, 2), TaskCosts()
+    Unequal.dear.clear()
+    draw = np.repeat(np.arange(2, dtype=np.int32), (40, 4))
+    members, steps = np.zeros((44, 2), np.int32), np.full(44, 100.0)
+    for number in range(5):
+        calls = Calls(draw, draw, members, costs.cost(draw, steps))
+        found = own.evaluate(Work(number, [None], calls, costs.measured))
+        assert found.answered.all()
+        costs.note(draw, steps, found.seconds)
+    assert [Unequal.dear.count(number) for number in (3, 4)] == [4, 4]  # all workers have compiled both
+    assert own.report()["lost"] == 0
+    cheap, dear = costs.cost(np.arange(2), np.ones(2))
+    assert dear / cheap == pytest.approx(100)
     own.close()
 
 

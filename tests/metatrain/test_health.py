@@ -12,34 +12,43 @@ def ready(*workers: str) -> Health:
     health = Health()
     for worker in workers:
         health.started(worker, 0.0)
-        health.answered(worker, 0.0, 10)
+        health.answered(worker, 0.0, None)
     return health
 
 
-def test_the_first_call_may_compile() -> None:
-    health = Health()
-    health.started("a", 0.0)
+def running(*workers: str) -> dict[str, bool]:
+    """Busy workers, none of which compiles."""
+    return dict.fromkeys(workers, False)
+
+
+def test_the_first_call_of_a_task_may_compile() -> None:
+    health = ready("a", "b")
     health.given_work("a", 5.0)
-    assert not health.hung(["a"], 10, 5.0 + FIRST_CALL_SECONDS)
-    assert health.hung(["a"], 10, 6.0 + FIRST_CALL_SECONDS) == {"a": FIRST_CALL_SECONDS + 1}
+    health.given_work("b", 5.0)
+    assert not health.hung({"a": True, "b": False}, 10, 5.0 + HANG_SECONDS)
+    assert set(health.hung({"a": True, "b": False}, 10, 6.0 + HANG_SECONDS)) == {"b"}
+    health.lost("b")
+    health.answered("a", 5.0, None)
+    assert not health.hung({"a": True}, 10, 5.0 + FIRST_CALL_SECONDS)
+    assert health.hung({"a": True}, 10, 6.0 + FIRST_CALL_SECONDS) == {"a": FIRST_CALL_SECONDS + 1}
 
 
 def test_patience_follows_the_horizon() -> None:
     health = ready("a")
-    assert health.patience("a", 10) == HANG_SECONDS
+    assert health.patience(10, False) == HANG_SECONDS
     health.given_work("a", 1.0)
     health.answered("a", 1.6, 10)  # 0.06 s per step
-    assert health.patience("a", 10) == HANG_SECONDS  # twenty times 0.6 s is less than the minimum
-    assert health.patience("a", 500) == pytest.approx(HANG_FACTOR * 0.06 * 500)
+    assert health.patience(10, False) == HANG_SECONDS  # twenty times 0.6 s is less than the minimum
+    assert health.patience(500, False) == pytest.approx(HANG_FACTOR * 0.06 * 500)
 
 
-def test_neither_a_first_answer_nor_one_of_an_earlier_generation_measures_speed() -> None:
+def test_an_answer_without_a_cost_measures_no_speed() -> None:
     health = Health()
     health.started("a", 0.0)
-    health.answered("a", 500.0, 10)
+    health.answered("a", 500.0, None)
     health.given_work("a", 500.0)
     health.answered("a", 900.0, None)
-    assert health.patience("a", 10) == HANG_SECONDS
+    assert health.patience(10, False) == HANG_SECONDS
     assert health.answers("a") == 2
 
 
@@ -50,21 +59,21 @@ def test_patience_doubles_until_there_is_an_answer() -> None:
         worker = f"worker-{attempt}"
         health.started(worker, now)
         health.given_work(worker, now)
-        assert not health.hung([worker], 10, now + patience)
+        assert not health.hung({worker: True}, 10, now + patience)
         if patience > 1300:
-            health.answered(worker, now + 1300, 10)
-            assert health.patience(worker, 10) == HANG_SECONDS
+            health.answered(worker, now + 1300, None)
+            assert health.patience(10, False) == HANG_SECONDS
             return
         now += patience + 1
-        assert health.hung([worker], 10, now)
+        assert health.hung({worker: True}, 10, now)
         health.lost(worker)
     raise AssertionError
 
 
 def test_workers_that_hang_at_the_same_time_double_patience_once() -> None:
     health = ready("a", "b", "c")
-    assert set(health.hung(["a", "b"], 10, HANG_SECONDS + 1)) == {"a", "b"}  # c is idle
-    assert health.patience("c", 10) == 2 * HANG_SECONDS
+    assert set(health.hung(running("a", "b"), 10, HANG_SECONDS + 1)) == {"a", "b"}  # c is idle
+    assert health.patience(10, False) == 2 * HANG_SECONDS
 
 
 def test_a_worker_that_hung_for_a_while_and_hangs_again_is_replaced_as_soon_as_any() -> None:
@@ -75,7 +84,7 @@ def test_a_worker_that_hung_for_a_while_and_hangs_again_is_replaced_as_soon_as_a
         now += seconds
         health.answered("a", now, 10)
     health.given_work("a", now)
-    assert set(health.hung(["a"], 10, now + HANG_SECONDS + 1)) == {"a"}
+    assert set(health.hung(running("a"), 10, now + HANG_SECONDS + 1)) == {"a"}
 
 
 def test_the_speed_of_a_lost_worker_is_forgotten() -> None:
@@ -83,9 +92,9 @@ def test_the_speed_of_a_lost_worker_is_forgotten() -> None:
     for worker, seconds in (("slow", 10.0), ("fast", 1.0)):
         health.given_work(worker, 0.0)
         health.answered(worker, seconds, 10)
-    assert health.patience("fast", 10) == pytest.approx(HANG_FACTOR * 10)
+    assert health.patience(10, False) == pytest.approx(HANG_FACTOR * 10)
     health.lost("slow")
-    assert health.patience("fast", 10) == HANG_SECONDS
+    assert health.patience(10, False) == HANG_SECONDS
 
 
 def test_a_start_has_a_limit_that_grows_to_a_bound_and_shrinks_after_a_success() -> None:
@@ -102,8 +111,8 @@ def test_a_start_has_a_limit_that_grows_to_a_bound_and_shrinks_after_a_success()
 def test_patience_has_a_bound() -> None:
     health = ready("a")
     for _ in range(100):
-        health.hung(["a"], 10, 1e9)
-    assert health.patience("a", 10) == HANG_SECONDS * 2**6
+        health.hung(running("a"), 10, 1e9)
+    assert health.patience(10, False) == HANG_SECONDS * 2**6
 
 
 def test_a_worker_is_replaced_at_its_third_unusable_answer() -> None:

@@ -37,21 +37,21 @@ class Crew:
 def test_a_wait_for_workers_is_named_once_and_ends() -> None:
     crew, said = Crew(), list[str]()
     waits = Waits(crew, Health(), 600.0, said.append, 0.0)  # type: ignore[arg-type]
-    waits.look(False, 10, NOTICE_SECONDS - 1)
+    waits.look(False, False, 10, NOTICE_SECONDS - 1)
     assert not said
-    waits.look(False, 10, NOTICE_SECONDS)
-    waits.look(False, 10, NOTICE_SECONDS + 1)
+    waits.look(False, False, 10, NOTICE_SECONDS)
+    waits.look(False, False, 10, NOTICE_SECONDS + 1)
     assert len(said) == 1
     for fact in ("2 workers", "CPU: 0 of 2 free, a worker needs 1", "30 s", "10 min", "execution.wait_minutes"):
         assert fact in said[0]
     crew.members = ("a",)  # the wait is over
-    waits.look(True, 10, 590.0)
+    waits.look(True, False, 10, 590.0)
     crew.members = ()
-    waits.look(False, 10, 610.0)
-    waits.look(False, 10, 590.0 + NOTICE_SECONDS)
+    waits.look(False, False, 10, 610.0)
+    waits.look(False, False, 10, 590.0 + NOTICE_SECONDS)
     assert len(said) == 2
     with pytest.raises(WaitError, match=r"no worker .* for 10 min \(CPU: 0 of 2.*saved.*execution\.wait_minutes"):
-        waits.look(False, 10, 1191.0)
+        waits.look(False, False, 10, 1191.0)
 
 
 def test_a_wait_for_answers_is_named_when_it_is_unusually_long() -> None:
@@ -59,15 +59,15 @@ def test_a_wait_for_answers_is_named_when_it_is_unusually_long() -> None:
     crew.members = ("a",)
     health.started("a", 0.0)
     waits = Waits(crew, health, 600.0, said.append, 0.0)  # type: ignore[arg-type]
-    waits.look(False, 10, NOTICE_SECONDS)
+    waits.look(False, True, 10, NOTICE_SECONDS)
     assert "compilation" in said[0]
     assert f"{FIRST_CALL_SECONDS:.0f} s" in said[0]
-    for now in (50.0, 70.0):  # the second answer takes 20 s, without compilation
-        health.answered("a", now, 10)
-        waits.look(True, 10, now)
-    waits.look(False, 10, 70.0 + 2 * NOTICE_SECONDS - 1)
+    for now, cost in ((50.0, None), (70.0, 10)):  # the second answer takes 20 s, without compilation
+        health.answered("a", now, cost)
+        waits.look(True, False, 10, now)
+    waits.look(False, False, 10, 70.0 + 2 * NOTICE_SECONDS - 1)
     assert len(said) == 1
-    waits.look(False, 10, 70.0 + 2 * NOTICE_SECONDS)
+    waits.look(False, False, 10, 70.0 + 2 * NOTICE_SECONDS)
     assert "usually 20 s" in said[1]
     assert f"{HANG_FACTOR * 20:.0f} s" in said[1]
 
