@@ -10,10 +10,12 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from metatrain.config import ExecutionConfig
 from metatrain.ray.fleet import Fleet
 from metatrain.ray.health import Health
-from metatrain.ray.pool import Calls, Evaluated, Pool, Work
+from metatrain.ray.pool import Calls, Pool, Work
 from metatrain.ray.share import Share, take_share
 
 STARVED_SECONDS = 30.0  # without any worker, after which an aggregator gives back what it has not computed
@@ -32,8 +34,9 @@ class GroupAnswer(NamedTuple):
     """An aggregator's answer for its part of a generation."""
 
     round: int
-    found: Evaluated
-    seconds: float  # for all of it
+    losses: np.ndarray  # float32 [calls, chunk]
+    answered: np.ndarray  # bool [calls]
+    seconds: float
     status: Status
 
 
@@ -76,15 +79,15 @@ class Aggregator:
         self._pool.prepare(_PREPARE_SECONDS, _MORE_SECONDS)
         return self.status()
 
-    def evaluate(self, number: int, shared: list[Any], calls: Calls, measured: frozenset[int]) -> GroupAnswer:
+    def evaluate(self, number: int, shared: list[Any], calls: Calls) -> GroupAnswer:
         """Evaluate some calls of a generation: all, unless there is no worker left for a while.
 
         Raises:
           UserError: candidates fail on the workers, or no worker can be set up.
         """
         began = self._starving_since = time.monotonic()
-        found = self._pool.evaluate(Work(number, shared, calls, measured), self._look)
-        return GroupAnswer(number, found, time.monotonic() - began, self.status())
+        losses, answered = self._pool.evaluate(Work(number, shared, calls), self._look)
+        return GroupAnswer(number, losses, answered, time.monotonic() - began, self.status())
 
     def status(self) -> Status:
         """What there is to say about its workers."""

@@ -21,7 +21,6 @@ from metatrain.inner.population import GenerationSpec, generation_chunks, host_a
 from metatrain.outer.strategy import State
 from metatrain.ray import groups
 from metatrain.ray.connection import connect
-from metatrain.ray.costs import TaskCosts
 from metatrain.ray.fleet import Fleet, Package, refuse_what_never_fits, wanted_workers
 from metatrain.ray.health import Health
 from metatrain.ray.pool import Calls, Pool, Work
@@ -57,7 +56,6 @@ class RayEvaluator:
 
         self._ray = ray
         self._population, self._chunk = outer.population, members_per_call
-        self._costs = TaskCosts()
         self._rounds = 0
         self._waited = 0.0  # seconds without any worker
         wait_seconds = 60.0 * execution.wait_minutes
@@ -79,7 +77,7 @@ class RayEvaluator:
     def evaluate(self, state: State, spec: GenerationSpec, waiting: Callable[[str], None] | None = None) -> np.ndarray:
         self._rounds += 1
         shared = [self._ray.put(host_arguments(state, spec))]
-        calls, steps = self._calls(spec)
+        calls = generation_calls(spec, self._population, self._chunk)
         had_workers, last = False, time.monotonic()
 
         def look() -> bool:
@@ -92,11 +90,9 @@ class RayEvaluator:
             had_workers = bool(self._workers.workers)
             return True
 
-        work = Work(self._rounds, shared, calls, self._costs.measured)
-        found = self._workers.evaluate(work, look)
-        self._costs.note(calls.task, steps, found.seconds)
+        found, _ = self._workers.evaluate(Work(self._rounds, shared, calls), look)
         losses = np.full((len(spec.draws), self._population), np.nan, np.float32)
-        losses[calls.draw[:, None], calls.members] = found.losses
+        losses[calls.draw[:, None], calls.members] = found
         return losses
 
     def report(self) -> dict[str, Any]:
@@ -113,18 +109,15 @@ class RayEvaluator:
         self._workers.close()
         self._disconnect()
 
-    def _calls(self, spec: GenerationSpec) -> tuple[Calls, np.ndarray]:
-        """(the calls of a generation, candidate-steps of each float64 [n]).
-
-        A worker computes each call for itself, so how they are shared changes no value.
-        """
-        chunks = generation_chunks(spec.draws, self._population, self._chunk)
-        draw = np.array([index for index, _ in chunks], np.int32)
-        task = np.array([own.task for own in spec.draws], np.int32)[draw]
-        steps = self._chunk * np.array([own.horizon for own in spec.draws], np.float64)[draw]
-        members = np.stack([own for _, own in chunks])
-        return Calls(draw, task, members, self._costs.cost(task, steps)), steps
-
     def _disconnect(self) -> None:
         if self._owned:
             self._ray.shutdown()
+
+
+def generation_calls(spec: GenerationSpec, population: int, chunk: int) -> Calls:
+    """The calls of a generation; a worker computes each for itself, so how they are shared changes no value."""
+    chunks = generation_chunks(spec.draws, population, chunk)
+    draw = np.array([index for index, _ in chunks], np.int32)
+    horizons = np.array([own.horizon for own in spec.draws], np.float64)
+    task = np.array([own.task for own in spec.draws], np.int32)
+    return Calls(draw, task[draw], np.stack([members for _, members in chunks]), chunk * horizons[draw])

@@ -32,14 +32,12 @@ class Member:
       actor: Ray's handle.
       chunk: members in one compiled call.
       calls: references to the answers that it has not given yet, in the order of the calls.
-      tasks: those of which it has answered a shard, so that their code is compiled.
       since: when it was asked for, or sent the arrays that it needs.
     """
 
     actor: Any
     chunk: int
     calls: dict[Any, None] = dataclasses.field(default_factory=dict)
-    tasks: set[int] = dataclasses.field(default_factory=set)
     since: float = 0.0
 
 

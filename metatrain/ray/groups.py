@@ -13,13 +13,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from l3rs.io.files import first_line
 from metatrain.config import ExecutionConfig, UserError
 from metatrain.ray.aggregator import Aggregator, GroupAnswer, Status
 from metatrain.ray.announced import Announced
 from metatrain.ray.fleet import Package, free_resources
 from metatrain.ray.health import Health
-from metatrain.ray.pool import LOOK_SECONDS, Evaluated, Work, nothing_known
+from metatrain.ray.pool import LOOK_SECONDS, Work
 from metatrain.ray.shares import Shares
 from metatrain.ray.waits import WorkerWait
 
@@ -41,7 +43,7 @@ class Group:
       heard: when it last gave a sign of life.
       counts: its last report.
       started: whether it has ever had a worker.
-      rate: cost per second of one of its workers; 0 if unknown.
+      rate: candidate-steps per second of one of its workers; 0 if unknown.
       asked: whether it has been asked for its status.
       busy: whether it prepares or evaluates.
     """
@@ -97,9 +99,10 @@ class Groups:
         self._wait = WorkerWait(wait_seconds, log, time.monotonic())
         self._look_at = 0.0
 
-    def evaluate(self, work: Work, look: Callable[[], bool] = lambda: True) -> Evaluated:
+    def evaluate(self, work: Work, look: Callable[[], bool] = lambda: True) -> tuple[np.ndarray, np.ndarray]:
         """See `Pool.evaluate`."""
-        shares, found = Shares(work.calls.cost), nothing_known(work.calls)
+        shares = Shares(work.calls.steps)
+        losses = np.full(work.calls.members.shape, np.nan, np.float32)
         while not shares.finished:
             now = time.monotonic()
             if now >= self._look_at:
@@ -110,8 +113,8 @@ class Groups:
             for group in [group for group in self._groups if not group.busy]:
                 self._hand_out(group, shares, work)
             for ref, future in self._answers.ready(self._look_at - time.monotonic()):
-                self._receive(ref, future, shares, work, found)
-        return found._replace(answered=shares.answered)
+                self._receive(ref, future, shares, work, losses)
+        return losses, shares.answered
 
     @property
     def workers(self) -> int:
@@ -167,11 +170,10 @@ class Groups:
         elif shares.pending:
             own = shares.take(group, self._speeds())
             group.busy = True
-            part = work._replace(calls=work.calls.part(own))
-            self._ask(group, "evaluate", group.actor.evaluate.remote(*part))
+            self._ask(group, "evaluate", group.actor.evaluate.remote(work.number, work.shared, work.calls.part(own)))
 
     def _speeds(self) -> dict[Group, float]:
-        """Cost per second of each group that has workers; 1 a worker as long as nothing is known."""
+        """Candidate-steps per second of each group that has workers; 1 a worker as long as nothing is known."""
         able = [group for group in self._groups if group.workers]
         known = [group.rate for group in able if group.rate]
         usual = sum(known) / len(known) if known else 1.0
@@ -181,7 +183,7 @@ class Groups:
         self._calls[ref] = (group, what)
         self._answers.watch(ref)
 
-    def _receive(self, ref: Any, future: Any, shares: Shares, work: Work, found: Evaluated) -> None:
+    def _receive(self, ref: Any, future: Any, shares: Shares, work: Work, losses: np.ndarray) -> None:
         group, what = self._calls.pop(ref)
         if group not in self._groups:
             return
@@ -206,18 +208,17 @@ class Groups:
             return
         self._note(group, answer.status)
         if group.started:
-            self._health.answered(group, group.heard, None)
+            self._health.heard()
         if answer.round != work.number:
             self._counts["stale"] += 1
             return
-        self._accept(group, shares, answer, found)
+        self._accept(group, shares, answer, losses)
 
-    def _accept(self, group: Group, shares: Shares, answer: GroupAnswer, found: Evaluated) -> None:
+    def _accept(self, group: Group, shares: Shares, answer: GroupAnswer, losses: np.ndarray) -> None:
         own = shares.holds(group)
-        first = shares.answer(group, answer.found.answered)
-        found.losses[own[first]] = answer.found.losses[first]
-        found.seconds[own[first]] = answer.found.seconds[first]
-        if answer.found.answered.all() and answer.seconds > 0 and group.workers:
+        first = shares.answer(group, answer.answered)
+        losses[own[first]] = answer.losses[first]
+        if answer.answered.all() and answer.seconds > 0 and group.workers:
             rate = shares.cost(own) / answer.seconds / group.workers
             group.rate = _SPEED_MEMORY * group.rate + (1 - _SPEED_MEMORY) * rate if group.rate else rate
 

@@ -10,12 +10,12 @@ import dataclasses
 import statistics
 from collections import deque
 from collections.abc import Hashable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 HANG_SECONDS = 30.0  # a worker may take at least this long to answer
 HANG_FACTOR = 20.0  # and this many times the usual duration of the slowest worker
 START_SECONDS = 120.0  # until a worker that was asked for has its place, its process and its tasks
-FIRST_CALL_SECONDS = 600.0  # and this long for what is new: a worker's first call of a task compiles
+FIRST_CALL_SECONDS = 600.0  # and this long for a task that nothing is known of: a worker's first call compiles
 _MAX_DOUBLINGS = 6  # of the time to answer, which doubles as long as every worker exceeds it
 _MAX_SLOW_STARTS = 3  # doublings of the time to start
 _MAX_UNUSABLE = 3  # answers of a worker before it is replaced
@@ -24,13 +24,20 @@ _RECENT = 9  # answers of a worker whose median is its usual speed: one that hun
 _RECRUIT_SECONDS = 60.0  # longest wait before workers are asked for again after failed starts
 
 
+class Load(NamedTuple):
+    """What a shard asks of a worker."""
+
+    task: int
+    steps: float  # candidate-steps
+
+
 @dataclasses.dataclass
 class _Worker:
     since: float  # when it was last given work or answered
     answered: int = 0
     unusable: int = 0
-    # Seconds per unit of cost of its recent answers.
-    pace: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=_RECENT))
+    # By task: seconds per candidate-step of its recent answers; nothing yet if it has only compiled it.
+    paces: dict[int, deque[float]] = dataclasses.field(default_factory=dict)
 
 
 class Health:
@@ -78,18 +85,30 @@ class Health:
         """A worker that was idle has been given a shard."""
         self._workers[worker].since = now
 
-    def answered(self, worker: Hashable, now: float, cost: float | None) -> None:
+    def answered(self, worker: Hashable, now: float, load: Load, current: bool = True) -> None:
         """A worker has answered.
 
         Args:
           worker: it.
           now: the time.
-          cost: of the shard; None if the answer belongs to an earlier generation or includes compilation.
+          load: of the shard.
+          current: whether it is of this generation; the time of another is not used.
         """
         record = self._workers[worker]
-        if cost is not None:
-            record.pace.append((now - record.since) / cost)
+        if load.task not in record.paces:  # a first answer includes compilation
+            record.paces[load.task] = deque(maxlen=_RECENT)
+        elif current:
+            record.paces[load.task].append((now - record.since) / load.steps)
         record.since, record.answered = now, record.answered + 1
+        self.heard()
+
+    def paused(self, now: float) -> None:
+        """The time to answer begins anew for all workers: until now nobody looked."""
+        for record in self._workers.values():
+            record.since = now
+
+    def heard(self) -> None:
+        """There has been an answer: errors and patience are counted anew."""
         self._errors = self._doublings = 0
 
     def answers(self, worker: Hashable) -> int:
@@ -106,29 +125,30 @@ class Health:
         self._errors += 1
         return self._errors >= _MAX_ERRORS
 
-    def patience(self, cost: float, new: bool) -> float:
-        """Seconds that a worker may take to answer for a shard of that cost; of a task that is new to it, or not."""
-        seconds = max(HANG_SECONDS, HANG_FACTOR * self.usual_seconds(cost), FIRST_CALL_SECONDS if new else 0.0)
+    def patience(self, worker: Hashable, load: Load) -> float:
+        """Seconds that a worker may take to answer for a shard."""
+        usual = self.usual_seconds(load)
+        new = load.task not in self._workers[worker].paces or not usual
+        seconds = max(HANG_SECONDS, HANG_FACTOR * usual, FIRST_CALL_SECONDS if new else 0.0)
         return seconds * 2.0**self._doublings
 
-    def usual_seconds(self, cost: float) -> float:
-        """Seconds that the slowest worker usually takes for a shard of that cost; 0 if unknown."""
-        return cost * max((statistics.median_low(w.pace) for w in self._workers.values() if w.pace), default=0.0)
+    def usual_seconds(self, load: Load) -> float:
+        """Seconds that the slowest worker usually takes for such a shard; 0 if unknown."""
+        recent = (worker.paces.get(load.task) for worker in self._workers.values())
+        return load.steps * max((statistics.median_low(paces) for paces in recent if paces), default=0.0)
 
-    def hung(self, busy: Mapping[Any, bool], cost: float, now: float) -> dict[Any, float]:
+    def hung(self, busy: Mapping[Any, Load], now: float) -> dict[Any, float]:
         """The busy workers that exceed their patience, and how long each has not answered.
 
         Args:
-          busy: whether what a worker runs is new, by worker.
-          cost: of the largest shard.
+          busy: what each of them computes.
           now: the time.
 
         Each time there are any, patience doubles until the next answer: workers that are slow, and not
         dead, will answer at last.
         """
-        limits = {new: self.patience(cost, new) for new in (False, True)}
         silent = {worker: now - self._workers[worker].since for worker in busy}
-        found = {worker: seconds for worker, seconds in silent.items() if seconds > limits[busy[worker]]}
+        found = {worker: seconds for worker, seconds in silent.items() if seconds > self.patience(worker, busy[worker])}
         self._doublings = min(self._doublings + bool(found), _MAX_DOUBLINGS)
         return found
 

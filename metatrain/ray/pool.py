@@ -17,13 +17,14 @@ from l3rs.io.files import first_line
 from metatrain.config import UserError
 from metatrain.ray.announced import Announced
 from metatrain.ray.fleet import Fleet, Member
-from metatrain.ray.health import Health
+from metatrain.ray.health import Health, Load
 from metatrain.ray.shards import Shards, cut_shards
 from metatrain.ray.waits import Waits
 from metatrain.ray.worker import unusable
 from tasks import TaskError
 
 LOOK_SECONDS = 1.0  # between two looks at all workers
+_PAUSE = 10  # times as long without a look: this process was stopped, or starved
 
 
 class Calls(NamedTuple):
@@ -33,25 +34,17 @@ class Calls(NamedTuple):
       draw: index into the draws of the generation, int32 [n].
       task: of that draw, int32 [n].
       members: member numbers, int32 [n, chunk].
-      cost: of each, in any unit that stays the same, see `TaskCosts`, float64 [n].
+      steps: candidate-steps of each, float64 [n].
     """
 
     draw: np.ndarray
     task: np.ndarray
     members: np.ndarray
-    cost: np.ndarray
+    steps: np.ndarray
 
     def part(self, which: Any) -> Calls:
         """Some of the calls: an index array or a slice."""
         return Calls(*(field[which] for field in self))
-
-
-class Evaluated(NamedTuple):
-    """What is known of the calls of a generation."""
-
-    losses: np.ndarray  # float32 [n, chunk]
-    answered: np.ndarray  # which have been computed, bool [n]
-    seconds: np.ndarray  # that each took, float64 [n]; NaN where that is not known
 
 
 class Work(NamedTuple):
@@ -61,13 +54,11 @@ class Work(NamedTuple):
       number: tells answers of this generation from those of earlier ones.
       shared: holds Ray's reference to the values that all members share; see `Worker.evaluate`.
       calls: what to compute.
-      measured: tasks whose cost is not a guess.
     """
 
     number: int
     shared: list[Any]
     calls: Calls
-    measured: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(eq=False)
@@ -78,12 +69,9 @@ class _Round:
     ranges: list[range]
     shards: Shards
     waits: Waits | None
-    costs: list[float]  # of each shard
-    found: Evaluated
-
-    def task(self, shard: int) -> int:
-        """The task of a shard."""
-        return int(self.work.calls.task[self.ranges[shard].start])
+    loads: list[Load]  # of each shard
+    losses: np.ndarray  # float32 [n, chunk]
+    answered: np.ndarray  # bool [n]
 
 
 class Pool:
@@ -110,7 +98,7 @@ class Pool:
         self._answers = Announced()
         self._calls: dict[Any, tuple[Member, _Round, int]] = {}  # by reference: worker, round, shard
         self._idle: dict[Member, None] = {}
-        self._pace = 0.0  # seconds per unit of cost in the last generation
+        self._paces: dict[int, float] = {}  # seconds per candidate-step of each task, of the last generation with it
         self._look_at = 0.0
         self._wait_seconds = wait_seconds
         self._received = False  # an answer since the last look
@@ -140,22 +128,28 @@ class Pool:
             for ref, future in self._answers.ready(LOOK_SECONDS / 4):
                 self._set_up(ref, future, time.monotonic())
 
-    def evaluate(self, work: Work, look: Callable[[], bool] = lambda: True) -> Evaluated:
+    def evaluate(self, work: Work, look: Callable[[], bool] = lambda: True) -> tuple[np.ndarray, np.ndarray]:
         """Evaluate the calls of a generation.
 
         Args:
           work: what to compute.
           look: called about once a second; whether to go on.
 
+        Returns:
+          (their meta-losses float32 [n, chunk], which have been computed bool [n])
+
         Raises:
           UserError: candidates fail on the workers, or no worker can be set up.
           WaitError: there has been no worker for longer than `wait_seconds`.
         """
         round_ = self._begin(work)
+        looked = time.monotonic()
         while not round_.shards.finished:
             now = time.monotonic()
             if now >= self._look_at:
-                self._look_at = now + LOOK_SECONDS
+                if now - looked > _PAUSE * LOOK_SECONDS:
+                    self._health.paused(now)  # answers may have come since, and workers may have been stopped, too
+                self._look_at, looked = now + LOOK_SECONDS, now
                 self._look_after(round_, now)
                 if not look():
                     break
@@ -164,7 +158,7 @@ class Pool:
             for ref, future in self._answers.ready(until - now):
                 self._receive(ref, future, round_)
         self._end(round_)
-        return round_.found
+        return round_.losses, round_.answered
 
     @property
     def workers(self) -> int:
@@ -180,17 +174,20 @@ class Pool:
 
     def _begin(self, work: Work) -> _Round:
         calls = work.calls
-        ranges = cut_shards((self._pace * calls.cost).tolist(), self.workers, calls.draw.tolist())
-        costs = [float(calls.cost[own.start : own.stop].sum()) for own in ranges]
+        paces = np.array([self._paces.get(task, 0.0) for task in calls.task.tolist()])
+        ranges = cut_shards((paces * calls.steps).tolist(), self.workers, calls.draw.tolist())
+        loads = [Load(int(calls.task[own.start]), float(calls.steps[own.start : own.stop].sum())) for own in ranges]
+        shards = Shards([load.steps for load in loads], self._paces, [load.task for load in loads])
+        losses = np.full(calls.members.shape, np.nan, np.float32)
         limit = self._wait_seconds
         waits = None if limit is None else Waits(self._fleet, self._health, limit, self._log, time.monotonic())
-        return _Round(work, ranges, Shards(costs, self._pace), waits, costs, nothing_known(calls))
+        return _Round(work, ranges, shards, waits, loads, losses, np.zeros(len(losses), bool))
 
     def _end(self, round_: _Round) -> None:
-        mean = round_.found.losses.size / len(round_.ranges)  # members of a shard
+        mean = round_.losses.size / len(round_.ranges)  # members of a shard
         self._counts["duplicated"] += round_.shards.duplicated
         self._counts["requeued"] += round(round_.shards.requeued * mean)
-        self._pace = round_.shards.pace
+        self._paces = round_.shards.paces
 
     def _recruit(self, now: float) -> None:
         for ref in self._fleet.recruit(now):
@@ -253,9 +250,7 @@ class Pool:
             self._lose(member, round_, first_line(error))
             return
         else:
-            new = asked.task(shard) not in member.tasks  # the time that it took includes compilation
-            member.tasks.add(asked.task(shard))
-            self._health.answered(member, now, round_.costs[shard] if current and not new else None)
+            self._health.answered(member, now, asked.loads[shard], current)
             if current:
                 self._accept(member, round_, shard, answer, now)
             else:
@@ -266,8 +261,7 @@ class Pool:
 
     def _accept(self, member: Member, round_: _Round, shard: int, answer: Any, now: float) -> None:
         """Use an answer of this round, if it can be used."""
-        own, found = round_.ranges[shard], round_.found
-        shape = found.losses.shape
+        own, shape = round_.ranges[shard], round_.losses.shape
         if why := unusable(answer, round_.work.number, shard, len(own) * shape[1]):
             self._counts["rejected"] += 1
             self._log(f"a worker's answer is dropped: {why}")
@@ -280,9 +274,8 @@ class Pool:
             self._log(f"a worker ran out of memory; it now evaluates {answer.chunk} candidates at once")
             member.chunk = answer.chunk
         if round_.shards.answer(member, shard, now):
-            found.losses[own.start : own.stop] = answer.fitness.reshape(-1, shape[1])
-            found.answered[own.start : own.stop] = True
-            found.seconds[own.start : own.stop] = answer.seconds / len(own)
+            round_.losses[own.start : own.stop] = answer.fitness.reshape(-1, shape[1])
+            round_.answered[own.start : own.stop] = True
         else:
             self._counts["stale"] += 1
 
@@ -308,17 +301,17 @@ class Pool:
         """Ask for workers that are missing, replace those that hang, and name long waits."""
         self._fleet.give_up_slow_starts(now)
         self._recruit(now)
-        busy = {member: self._is_new(member) for member in self._fleet.members if member.calls}
+        busy = {member: self._running(member) for member in self._fleet.members if member.calls}
         if round_.waits is not None:
-            round_.waits.look(self._received, any(busy.values()), max(round_.costs), now)
+            round_.waits.look(self._received, busy, now)
         self._received = False
-        for member, seconds in self._health.hung(busy, max(round_.costs), now).items():
+        for member, seconds in self._health.hung(busy, now).items():
             self._lose(member, round_, f"no answer for {seconds:.0f} s")
 
-    def _is_new(self, member: Member) -> bool:
-        """Whether a busy worker runs a task that it has to compile first, or whose cost is a guess."""
+    def _running(self, member: Member) -> Load:
+        """What a busy worker computes now."""
         _, asked, shard = self._calls[next(iter(member.calls))]
-        return asked.task(shard) not in member.tasks & asked.work.measured
+        return asked.loads[shard]
 
     def _lose(self, member: Any, round_: _Round, why: str) -> None:
         if member not in self._fleet.members:
@@ -329,9 +322,3 @@ class Pool:
         self._idle.pop(member, None)
         self._fleet.lose(member, why)
         self._look_at = 0.0  # ask for another one at once
-
-
-def nothing_known(calls: Calls) -> Evaluated:
-    """Of calls that nobody has computed."""
-    n = len(calls.draw)
-    return Evaluated(np.full(calls.members.shape, np.nan, np.float32), np.zeros(n, bool), np.full(n, np.nan))

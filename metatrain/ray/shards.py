@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import statistics
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 _SLOW = 1.5  # times the usual duration, after which a shard is started again
 _AHEAD = 2  # shards that a worker holds while there are plenty, so that it need not ask for the next one
@@ -64,19 +64,22 @@ class Shards:
 
     Args:
       costs: of each shard, in any unit, e.g. candidate-steps.
-      pace: seconds per unit of cost, from an earlier generation; 0 if unknown.
+      paces: seconds per unit of cost of each kind of shard, from earlier generations, as far as they are known.
+      kinds: of each shard: what takes the same time for a unit of cost, e.g. a task; all are of kind 0 if not given.
 
     Attributes:
-      pace: seconds per unit of cost: the median of this generation, or else what was known before.
+      paces: as above: the medians of this generation, or else what was known before.
       duplicated: how often a shard was started again while a worker still held it.
       requeued: how often a shard lost the last worker that held it.
     """
 
-    def __init__(self, costs: Sequence[float], pace: float = 0.0) -> None:
+    def __init__(
+        self, costs: Sequence[float], paces: Mapping[int, float] | None = None, kinds: Sequence[int] | None = None
+    ) -> None:
         self.duplicated = 0
         self.requeued = 0
-        self.pace = pace
-        self._costs = costs
+        self.paces = dict(paces or {})
+        self._costs, self._kinds = costs, [0] * len(costs) if kinds is None else kinds
         self._pending = deque(range(len(costs)))
         self._open = set(self._pending)  # without an answer
         self._held: dict[Hashable, deque[int]] = {}  # by worker; the first is running
@@ -85,8 +88,8 @@ class Shards:
         self._running: dict[int, float] = {}  # when it was last started
         self._due: list[tuple[float, float, int]] = []  # heap of (when it takes too long, when it was started, shard)
         self._since: dict[Hashable, float] = {}  # when a worker began with what it is running
-        self._paces: deque[float] = deque(maxlen=_RECENT)  # of the recent answers
-        self._answers = 0
+        self._recent: dict[int, deque[float]] = {}  # paces of the recent answers, by kind
+        self._answers: dict[int, int] = {}  # by kind
 
     @property
     def finished(self) -> bool:
@@ -111,7 +114,7 @@ class Shards:
         """
         held = self._held.setdefault(worker, deque())
         if self._pending:
-            if held and not (len(held) < _AHEAD and len(self._pending) > workers):
+            if held and not (len(held) < _AHEAD and len(self._pending) > workers and not self._is_long()):
                 return None
             shard = self._pending.popleft()
         else:
@@ -133,7 +136,7 @@ class Shards:
         first = shard in self._open
         if first:
             if self.holds(worker)[:1] == (shard,):
-                self._note_pace((now - self._since[worker]) / self._costs[shard])
+                self._note_pace(self._kinds[shard], (now - self._since[worker]) / self._costs[shard])
             self._open.discard(shard)
         self._drop(worker, shard, now)
         if first:
@@ -159,6 +162,12 @@ class Shards:
         self._forget_ended()
         return self._due[0][0] if self._due else float("inf")
 
+    def _is_long(self) -> bool:
+        """Whether the next shard is so long that it is not taken ahead: its worker would still compute it after another
+        one has taken it over."""
+        shard = self._pending[0]
+        return self.paces.get(self._kinds[shard], 0.0) * self._costs[shard] > _LONGEST
+
     def _requeue(self, shard: int) -> None:
         if shard not in self._open or self._holders.get(shard):
             return
@@ -181,21 +190,23 @@ class Shards:
         self._queued.pop(shard, None)
         if shard in self._open:
             self._running[shard] = now
-            if self.pace:
+            if self._kinds[shard] in self.paces:
                 heapq.heappush(self._due, (self._due_at(shard, now), now, shard))
 
-    def _note_pace(self, pace: float) -> None:
-        known = bool(self.pace)
-        self._paces.append(max(pace, 1e-12))
-        self._answers += 1
-        if self._answers <= _REFRESH or self._answers % _REFRESH == 0:
-            self.pace = statistics.median_low(self._paces)
+    def _note_pace(self, kind: int, pace: float) -> None:
+        known = kind in self.paces
+        recent = self._recent.setdefault(kind, deque(maxlen=_RECENT))
+        recent.append(max(pace, 1e-12))
+        self._answers[kind] = answers = self._answers.get(kind, 0) + 1
+        if answers <= _REFRESH or answers % _REFRESH == 0:
+            self.paces[kind] = statistics.median_low(recent)
         if not known:  # shards that began when no duration was known
-            self._due = [(self._due_at(shard, since), since, shard) for shard, since in self._running.items()]
-            heapq.heapify(self._due)
+            for shard, since in self._running.items():
+                if self._kinds[shard] == kind:
+                    heapq.heappush(self._due, (self._due_at(shard, since), since, shard))
 
     def _due_at(self, shard: int, since: float) -> float:
-        return since + _SLOW * self.pace * self._costs[shard] + _LATE
+        return since + _SLOW * self.paces[self._kinds[shard]] * self._costs[shard] + _LATE
 
     def _forget_ended(self) -> None:
         """Remove from the top of the heap what has been answered or started again since."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from metatrain.ray.fleet import Fleet
-from metatrain.ray.health import Health
+from metatrain.ray.health import Health, Load
 from metatrain.waiting import NOTICE_SECONDS, Wait, WaitError, notice
 
 _UNUSUAL = 3.0  # times the usual duration of a shard, until a lack of answers is worth a sentence
@@ -68,13 +69,12 @@ class Waits:
         self._fleet, self._health, self._log = fleet, health, log
         self._worker, self._answer = WorkerWait(limit, log, now), Wait(now)
 
-    def look(self, received: bool, new: bool, cost: float, now: float) -> None:
+    def look(self, received: bool, busy: Mapping[Any, Load], now: float) -> None:
         """Call this again and again.
 
         Args:
           received: whether a worker has answered or has been set up since the last call.
-          new: whether a worker runs a task that is new to it.
-          cost: of the largest shard.
+          busy: what each worker that is busy computes.
           now: the time.
 
         Raises:
@@ -82,20 +82,18 @@ class Waits:
         """
         if self._fleet.members:
             self._worker.over(now)
-            self._look_for_answer(received, new, cost, now)
+            self._look_for_answer(received, busy, now)
         else:
             self._answer.over(now)
             self._worker.look(lambda: len(self._fleet.starting), self._fleet.free_resources, now)
 
-    def _look_for_answer(self, received: bool, new: bool, cost: float, now: float) -> None:
-        if received:
+    def _look_for_answer(self, received: bool, busy: Mapping[Any, Load], now: float) -> None:
+        if received or not busy:
             self._answer.over(now)
-        usual = self._health.usual_seconds(cost)
+        usual = max(map(self._health.usual_seconds, busy.values()), default=0.0)
         if self._answer.is_notice_due(now, max(NOTICE_SECONDS, _UNUSUAL * usual)):
-            limit = self._health.patience(cost, new)
-            expected = f" (usually {usual:.3g} s)" if usual else ""
-            if new:
-                expected = " (the first answer for a task includes compilation)"
-            what = f"an answer of {len(self._fleet.members)} workers{expected}"
+            limit = max(self._health.patience(member, load) for member, load in busy.items())
+            expected = f"usually {usual:.3g} s" if usual else "the first answer includes compilation"
+            what = f"an answer of {len(self._fleet.members)} workers ({expected})"
             advice = f"a worker without an answer for {limit:.0f} s is replaced; nothing is lost"
             self._log(notice(what, self._answer.seconds(now), advice))

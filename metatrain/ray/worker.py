@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import platform
 import socket
 import time
@@ -36,7 +35,6 @@ class Answer(NamedTuple):
     fitness: np.ndarray  # float32 [members]
     chunk: int  # members in one compiled call; fewer than asked for if memory ran out
     device: str = ""  # kind of the device
-    seconds: float = math.nan  # that it took; NaN where it compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +85,6 @@ class Worker:
         calls = [candidate_losses(task, job.spec, strategy, job.plan) for task in tasks]
         self._runner, self._kind = DeviceRunner(tasks, calls, plan_devices(job.plan)), device_kind()
         self._counters = WorkerCounters()
-        self._compiled: set[int] = set()  # tasks
         return []
 
     def evaluate(
@@ -107,17 +104,12 @@ class Worker:
         if round_ != self._round:
             draws = ray.get(shared[0])
             self._horizons = [int(np.asarray(own[-1])) for _, own in draws]
-            self._tasks = [task for task, _ in draws]
             self._runner.begin(draws)
             self._round = round_
         began = time.monotonic()
         parts, chunk = self._runner.run([(draw, part) for part in split(members, chunk)], chunk)
-        seconds, task = time.monotonic() - began, self._tasks[draw]
-        self._counters.add(len(members) * self._horizons[draw], seconds)
-        if task not in self._compiled:
-            self._compiled.add(task)
-            seconds = math.nan
-        return Answer(round_, shard, np.concatenate(parts), chunk, self._kind, seconds)
+        self._counters.add(len(members) * self._horizons[draw], time.monotonic() - began)
+        return Answer(round_, shard, np.concatenate(parts), chunk, self._kind)
 
 
 def unpack(blob: bytes, sent: Mapping[int, Any]) -> tuple[Job, list[AnyTask]] | list[int] | str:

@@ -17,7 +17,7 @@ import numpy as np
 from metatrain.ray.aggregator import GroupAnswer, Status
 from metatrain.ray.announced import Announced
 from metatrain.ray.groups import GROUP_WORKERS
-from metatrain.ray.pool import Calls, Evaluated, Work
+from metatrain.ray.pool import Calls, Work
 from metatrain.ray.worker import Answer
 from tests.metatrain.loops import groups, pool, shards_of_one_call
 
@@ -74,11 +74,9 @@ class _Aggregator:
         counts = dict.fromkeys(("lost", "duplicated", "requeued", "stale", "rejected"), 0) | {"workers": workers}
         status = Status(counts, [])
 
-        def evaluate(number: int, _: Any, calls: Calls, measured: Any) -> GroupAnswer:
-            del measured
-            n = len(calls.draw)
-            found = Evaluated(np.zeros(calls.members.shape, np.float32), np.ones(n, bool), np.full(n, np.nan))
-            return GroupAnswer(number, found, 1.0, status)
+        def evaluate(number: int, _: Any, calls: Calls) -> GroupAnswer:
+            losses, answered = np.zeros(calls.members.shape, np.float32), np.ones(len(calls.draw), bool)
+            return GroupAnswer(number, losses, answered, 1.0, status)
 
         self.status = self.prepare = _method(lambda: status)
         self.evaluate = _method(evaluate)

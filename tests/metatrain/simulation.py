@@ -122,7 +122,7 @@ class _Part:
         self._world, self._rng, self._workers = world, rng, workers
         ranges = cut_shards([world.call] * calls, workers.count)
         self._seconds = [len(own) * world.call for own in ranges]
-        self._shards = Shards(self._seconds, pace=1.0)
+        self._shards = Shards(self._seconds, paces={0: 1.0})
         self._server = now  # the driver or aggregator does one thing after the other
         self._busy = [now] * workers.count  # until when a worker computes
         self._idle: dict[int, None] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import threading
 import time
@@ -14,7 +13,6 @@ import pytest
 
 from metatrain.config import UserError
 from metatrain.ray.aggregator import Aggregator
-from metatrain.ray.costs import TaskCosts
 from metatrain.ray.groups import Groups
 from metatrain.ray.pool import Calls, Pool, Work
 from metatrain.ray.worker import Answer
@@ -25,7 +23,7 @@ CALLS = Calls(
     draw=np.repeat(np.arange(3, dtype=np.int32), 40),
     task=np.zeros(120, np.int32),
     members=np.tile(np.arange(80, dtype=np.int32).reshape(40, 2), (3, 1)),
-    cost=np.repeat([30.0, 20.0, 10.0], 40),
+    steps=np.repeat([30.0, 20.0, 10.0], 40),
 )
 EXPECTED = (CALLS.members + 1000 * CALLS.draw[:, None]).astype(np.float32)
 
@@ -66,9 +64,9 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRay]:
 
 
 def evaluate(workers: Pool | Groups, number: int = 0) -> np.ndarray:
-    found = workers.evaluate(Work(number, [None], CALLS))
-    assert found.answered.all()
-    return found.losses
+    losses, answered = workers.evaluate(Work(number, [None], CALLS))
+    assert answered.all()
+    return losses
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -103,52 +101,77 @@ def test_a_late_answer_for_one_part_of_a_generation_is_not_used_for_another(monk
     own = pool(Late, 2, 2)
     for part, seconds in ((slice(20), 0.002), (slice(20, 22), 1.0)):
         monkeypatch.setattr(Counting, "seconds", seconds)
-        found = own.evaluate(Work(1, [None], calls.part(part)))
-        assert found.answered.all()
-        np.testing.assert_array_equal(found.losses, (members + 1000 * draw[:, None])[part])
+        losses, answered = own.evaluate(Work(1, [None], calls.part(part)))
+        assert answered.all()
+        np.testing.assert_array_equal(losses, (members + 1000 * draw[:, None])[part])
     assert slow.is_set()
     assert own.report()["stale"] == 2  # and the shard that waited behind it
     own.close()
 
 
 class Unequal(Counting):
-    """A worker for which the second task takes a hundred times as long as the first, and at first still longer."""
+    """A worker for which one of two tasks takes 300 times as long, and the first call of each still longer."""
 
-    taken = (0.002, 0.2)
-    dear: ClassVar[list[int]] = []  # rounds in which a shard of the second was evaluated
+    dear: ClassVar[int]  # the draw of that task
+    rounds: ClassVar[list[int]] = []  # of its shards
+    seconds = 0.0
 
     def __init__(self, share: object) -> None:
         super().__init__(share)
         self.known: set[int] = set()
 
     def evaluate(self, round_: int, shared: object, shard: int, draw: int, members: np.ndarray, chunk: int) -> Answer:
-        seconds, new = self.taken[draw] * len(members) / chunk, draw not in self.known
+        time.sleep((0.6 if draw == self.dear else 0.002) * len(members) / chunk)
+        if draw not in self.known:
+            time.sleep(0.3)
         self.known.add(draw)
-        self.dear.extend([round_] * draw)
-        time.sleep(seconds + (0.4 if new else 0.0))
-        answer = super().evaluate(round_, shared, shard, draw, members, chunk)
-        return answer._replace(seconds=math.nan if new else seconds)
+        if draw == self.dear:
+            self.rounds.append(round_)
+        return super().evaluate(round_, shared, shard, draw, members, chunk)
+
+
+@pytest.mark.parametrize(("make", "dear"), [(pool, 0), (pool, 1), (groups, 1)])
+def test_tasks_of_unequal_cost_are_neither_started_twice_nor_taken_for_hung(
+    ray: FakeRay, make: Any, dear: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("metatrain.ray.health.HANG_SECONDS", 0.5)
+    monkeypatch.setattr("metatrain.ray.shards._LONGEST", 0.5)
+    monkeypatch.setattr(Unequal, "dear", dear, raising=False)
+    Unequal.rounds.clear()
+    own = make(Unequal, 6, 2)
+    draw = np.repeat(np.arange(2, dtype=np.int32), (40, 6) if dear else (6, 40))
+    calls = Calls(draw, draw, np.zeros((46, 2), np.int32), np.full(46, 100.0))
+    number = 0
+    while number < 2 or any(len(actor.instance.known) < 2 for actor in ray.of(Unequal)):
+        own.evaluate(Work(number, [None], calls))
+        number += 1
+        assert number < 30
+    for last in (number, number + 1):  # all have compiled both
+        own.evaluate(Work(last, [None], calls))
+        assert Unequal.rounds.count(last) == 6
+    assert own.report()["lost"] == 0
+    own.close()
 
 
 @pytest.mark.usefixtures("ray")
-@pytest.mark.parametrize("make", [pool, groups])
-def test_tasks_of_unequal_cost_are_neither_started_twice_nor_taken_for_hung(
-    make: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("metatrain.ray.health.HANG_SECONDS", 0.1)
-    own, costs = make(Unequal, 6, 2), TaskCosts()
-    Unequal.dear.clear()
-    draw = np.repeat(np.arange(2, dtype=np.int32), (40, 4))
-    members, steps = np.zeros((44, 2), np.int32), np.full(44, 100.0)
-    for number in range(5):
-        calls = Calls(draw, draw, members, costs.cost(draw, steps))
-        found = own.evaluate(Work(number, [None], calls, costs.measured))
-        assert found.answered.all()
-        costs.note(draw, steps, found.seconds)
-    assert [Unequal.dear.count(number) for number in (3, 4)] == [4, 4]  # all workers have compiled both
+def test_no_worker_is_lost_because_the_machine_slept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver does nothing for 3 s, and its workers are late by as much."""
+    own, looks = pool(Counting, 3, 2), 0
+    for number in range(3):  # how long a call takes is known
+        evaluate(own, number)
+    monkeypatch.setattr("metatrain.ray.health.HANG_SECONDS", 1.5)
+
+    def sleep() -> bool:
+        nonlocal looks
+        looks += 1
+        if looks == 2:  # the workers are busy
+            time.sleep(3.0)
+        return True
+
+    monkeypatch.setattr(Counting, "seconds", 3.5)
+    _, answered = own.evaluate(Work(3, [None], CALLS.part(np.array([0, 40, 80]))), sleep)
+    assert answered.all()
     assert own.report()["lost"] == 0
-    cheap, dear = costs.cost(np.arange(2), np.ones(2))
-    assert dear / cheap == pytest.approx(100)
     own.close()
 
 

@@ -49,7 +49,7 @@ def test_what_waits_behind_a_running_shard_is_taken_over_at_once() -> None:
 
 
 def test_the_limit_for_a_second_start_depends_on_the_cost_of_the_shard() -> None:
-    shards = Shards([4.0, 1.0, 1.0], pace=1.0)
+    shards = Shards([4.0, 1.0, 1.0], paces={0: 1.0})
     assert [shards.take(name, 3, 0.0) for name in "abc"] == [0, 1, 2]
     assert shards.answer("c", 2, 1.0)
     assert shards.next_look() == pytest.approx(1.6)

@@ -15,13 +15,16 @@ from metatrain.outer.progress import Display
 from metatrain.outer.setup import Setup
 from metatrain.outer.status import folder_snapshot
 from metatrain.ray.fleet import Fleet
-from metatrain.ray.health import FIRST_CALL_SECONDS, HANG_FACTOR, START_SECONDS, Health
+from metatrain.ray.health import FIRST_CALL_SECONDS, HANG_FACTOR, START_SECONDS, Health, Load
 from metatrain.ray.waits import Waits
 from metatrain.ray.worker import Worker
 from metatrain.report.history import History
 from metatrain.report.live import write
 from metatrain.waiting import NOTICE_SECONDS, WaitError
 from tests.metatrain.common import REGRESSION, small_config
+
+
+BUSY = {"a": Load(0, 10)}
 
 
 class Crew:
@@ -37,21 +40,21 @@ class Crew:
 def test_a_wait_for_workers_is_named_once_and_ends() -> None:
     crew, said = Crew(), list[str]()
     waits = Waits(crew, Health(), 600.0, said.append, 0.0)  # type: ignore[arg-type]
-    waits.look(False, False, 10, NOTICE_SECONDS - 1)
+    waits.look(False, BUSY, NOTICE_SECONDS - 1)
     assert not said
-    waits.look(False, False, 10, NOTICE_SECONDS)
-    waits.look(False, False, 10, NOTICE_SECONDS + 1)
+    waits.look(False, BUSY, NOTICE_SECONDS)
+    waits.look(False, BUSY, NOTICE_SECONDS + 1)
     assert len(said) == 1
     for fact in ("2 workers", "CPU: 0 of 2 free, a worker needs 1", "30 s", "10 min", "execution.wait_minutes"):
         assert fact in said[0]
     crew.members = ("a",)  # the wait is over
-    waits.look(True, False, 10, 590.0)
+    waits.look(True, BUSY, 590.0)
     crew.members = ()
-    waits.look(False, False, 10, 610.0)
-    waits.look(False, False, 10, 590.0 + NOTICE_SECONDS)
+    waits.look(False, BUSY, 610.0)
+    waits.look(False, BUSY, 590.0 + NOTICE_SECONDS)
     assert len(said) == 2
     with pytest.raises(WaitError, match=r"no worker .* for 10 min \(CPU: 0 of 2.*saved.*execution\.wait_minutes"):
-        waits.look(False, False, 10, 1191.0)
+        waits.look(False, BUSY, 1191.0)
 
 
 def test_a_wait_for_answers_is_named_when_it_is_unusually_long() -> None:
@@ -59,15 +62,15 @@ def test_a_wait_for_answers_is_named_when_it_is_unusually_long() -> None:
     crew.members = ("a",)
     health.started("a", 0.0)
     waits = Waits(crew, health, 600.0, said.append, 0.0)  # type: ignore[arg-type]
-    waits.look(False, True, 10, NOTICE_SECONDS)
+    waits.look(False, BUSY, NOTICE_SECONDS)
     assert "compilation" in said[0]
     assert f"{FIRST_CALL_SECONDS:.0f} s" in said[0]
-    for now, cost in ((50.0, None), (70.0, 10)):  # the second answer takes 20 s, without compilation
-        health.answered("a", now, cost)
-        waits.look(True, False, 10, now)
-    waits.look(False, False, 10, 70.0 + 2 * NOTICE_SECONDS - 1)
+    for now in (50.0, 70.0):  # the second answer takes 20 s, without compilation
+        health.answered("a", now, BUSY["a"])
+        waits.look(True, BUSY, now)
+    waits.look(False, BUSY, 70.0 + 2 * NOTICE_SECONDS - 1)
     assert len(said) == 1
-    waits.look(False, False, 10, 70.0 + 2 * NOTICE_SECONDS)
+    waits.look(False, BUSY, 70.0 + 2 * NOTICE_SECONDS)
     assert "usually 20 s" in said[1]
     assert f"{HANG_FACTOR * 20:.0f} s" in said[1]
 
