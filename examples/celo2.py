@@ -22,7 +22,7 @@ _loaded = functools.cache(load_checkpoint)
 def celo2(
     learning_rate: optax.ScalarOrSchedule, *, weights: str, vector_multiplier: float = 1.0
 ) -> optax.GradientTransformation:
-    """Celo2 for tensors of two or more axes, and Adam for the others, as its authors use it.
+    """Celo2 for tensors of two or more axes, and Adam for the others. Its authors give embeddings to Adam, too.
 
     Args:
       learning_rate: of both.

@@ -7,7 +7,8 @@
 It needs Google's package learned_optimization, from its source (github.com/google/learned_optimization): the release of
 that name has no VeLO. WEIGHTS is the file `params` of its pretrained optimizer
 aug12_continue_on_bigger_2xbs_200kstep_bigproblem_v2_5620, from gs://gresearch/learned_optimization/pretrained_lopts,
-with the file `config.gin` beside it. VeLO has no learning rate to tune: 1 is its own step.
+with the file `config.gin` beside it. VeLO has no learning rate to tune: 1 is its own step. The package is not thread
+safe: evaluate on one device.
 """
 
 from __future__ import annotations

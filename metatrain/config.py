@@ -222,7 +222,7 @@ class EvaluationConfig(Section):
       curve_points: test evaluations along a training run.
       multipliers: factors of L3RS's steps to compare, e.g. [.1, .3, 1, 3, 10].
       guard: L3RS's: fields of `l3rs.Guard`, or true for its defaults.
-      costs: measure what a step costs with each optimizer, one after the other, when all have run.
+      costs: measure what a step costs with each optimizer, in the first setting, when all have run there.
     """
 
     settings: dict[Name, dict[str, Any]] = Field(default={})

@@ -214,8 +214,8 @@ def find_baseline(name: str, options: Mapping[str, Any] | None = None) -> Baseli
     if known is not None and (unknown := [option for option in options if option not in known]):
         allowed = ", ".join(["learning_rate", *known])
         raise UserError(f"baseline {name} has no option {', '.join(unknown)}; allowed are {allowed}")
-    if not isinstance(found, Interleaved) and name not in BASELINES:
-        return _tried(name, found._replace(make=functools.partial(found.make, **options)))
+    if own := not isinstance(found, Interleaved) and name not in BASELINES:
+        found = _tried(name, found._replace(make=functools.partial(found.make, **options)))
     if not options:
         return found
     try:
@@ -223,7 +223,7 @@ def find_baseline(name: str, options: Mapping[str, Any] | None = None) -> Baseli
             found = found._replace(options={**found.options, **options})
             found.at(1)
             return found
-        bound = found._replace(make=functools.partial(found.make, **options))
+        bound = found if own else found._replace(make=functools.partial(found.make, **options))
         if "learning_rate" in options.get("learned", ()):  # an option of MADA, which starts from one number
             bound = bound._replace(schedules=("constant",))
         params = {"w": jnp.zeros((2, 2))}

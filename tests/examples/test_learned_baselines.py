@@ -15,7 +15,6 @@ import numpy as np
 import optax
 import pytest
 
-from metatrain.config import UserError
 from metatrain.evaluation.baselines import MissingBaselineError, Tuned, find_baseline, make_baseline
 
 DATA = Path(os.environ.get("L3RS_SHARED") or Path(__file__).resolve().parents[3] / "shared") / "data"
@@ -120,23 +119,3 @@ def test_with_its_published_weights_it_learns(name):
         updates, state = made.update(gradients, state, params, value=value)
         params = optax.apply_updates(params, updates)
     assert loss(params) < loss(PARAMS)
-
-
-def test_a_users_baseline_is_tried_with_its_options(tmp_path: Path, monkeypatch):
-    (tmp_path / "own_of_options.py").write_text(
-        "import optax\n"
-        "def mine(learning_rate, *, momentum):\n"
-        "    if not 0 < momentum < 1: raise ValueError('momentum is not in (0, 1)')\n"
-        "    return optax.sgd(learning_rate, momentum)\n"
-        "def nothing(): ...\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    assert find_baseline("own_of_options:mine", {"momentum": 0.5}).make.keywords == {"momentum": 0.5}
-    for name, options, message in (
-        ("mine", {}, "missing 1 required keyword-only argument: 'momentum'"),
-        ("mine", {"momentum": 2}, "momentum is not in"),
-        ("mine", {"decay": 2}, "has no option decay; allowed are learning_rate, momentum"),
-        ("nothing", {}, "takes 0 positional arguments"),
-    ):
-        with pytest.raises(UserError, match=message):
-            find_baseline(f"own_of_options:{name}", options)

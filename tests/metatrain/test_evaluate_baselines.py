@@ -402,6 +402,31 @@ def test_every_name_is_a_baseline() -> None:
         assert find_baseline(name).learning_rate > 0
 
 
+def test_a_users_baseline_is_tried_with_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_of_options.py").write_text(
+        "import optax\n"
+        "def mine(learning_rate, *, momentum):\n"
+        "    if not 0 < momentum < 1: raise ValueError('momentum is not in (0, 1)')\n"
+        "    return optax.sgd(learning_rate, momentum)\n"
+        "def nothing(): ...\n"
+        "def late(learning_rate, *, k):\n"
+        "    def init(params): raise TypeError('k is 2')\n"
+        "    return optax.GradientTransformation(init, lambda *_: None)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    found = steps_of(find_baseline("own_of_options:mine", {"momentum": 0.5}), 10)
+    np.testing.assert_array_equal(found, steps_of(find_baseline("sgdm", {"momentum": 0.5}), 10))
+    for name, options, message in (
+        ("mine", {}, "missing 1 required keyword-only argument: 'momentum'"),
+        ("mine", {"momentum": 2}, "momentum is not in"),
+        ("mine", {"decay": 2}, "has no option decay; allowed are learning_rate, momentum"),
+        ("nothing", {}, "takes 0 positional arguments"),
+        ("late", {"k": 2}, "own_of_options:late: k is 2"),
+    ):
+        with pytest.raises(UserError, match=message):
+            find_baseline(f"own_of_options:{name}", options)
+
+
 @pytest.mark.parametrize("recipe", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_recipe_is_valid_and_says_its_command(recipe: Path) -> None:
     how = load_config(recipe).evaluation

@@ -23,7 +23,6 @@ from metatrain.report.live import write
 from metatrain.waiting import NOTICE_SECONDS, WaitError
 from tests.metatrain.common import REGRESSION, small_config
 
-
 BUSY = {"a": Load(0, 10)}
 
 
