@@ -86,7 +86,7 @@ def test_a_worker_that_stops_in_its_set_up_or_hangs_twice_is_replaced(
 ) -> None:
     monkeypatch.setattr("metatrain.ray.evaluator.Worker", stopping_worker(tmp_path))
     monkeypatch.setattr("metatrain.ray.health.START_SECONDS", 15.0)
-    monkeypatch.setattr("metatrain.ray.health.HANG_SECONDS", 4.0)
+    monkeypatch.setattr("metatrain.ray.health.HANG_SECONDS", 8.0)
     monkeypatch.setattr(Wait.is_notice_due, "__defaults__", (5.0,))
     folder = tmp_path / "run"
     run(on_ray(), folder)
