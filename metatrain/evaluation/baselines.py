@@ -214,8 +214,10 @@ def find_baseline(name: str, options: Mapping[str, Any] | None = None) -> Baseli
     if known is not None and (unknown := [option for option in options if option not in known]):
         allowed = ", ".join(["learning_rate", *known])
         raise UserError(f"baseline {name} has no option {', '.join(unknown)}; allowed are {allowed}")
-    if own := not isinstance(found, Interleaved) and name not in BASELINES:
-        found = _tried(name, found._replace(make=functools.partial(found.make, **options)))
+    if isinstance(found, Baseline):
+        found = found._replace(make=functools.partial(found.make, **options))
+        if name not in BASELINES:
+            _try(name, found)
     if not options:
         return found
     try:
@@ -223,7 +225,7 @@ def find_baseline(name: str, options: Mapping[str, Any] | None = None) -> Baseli
             found = found._replace(options={**found.options, **options})
             found.at(1)
             return found
-        bound = found if own else found._replace(make=functools.partial(found.make, **options))
+        bound = found
         if "learning_rate" in options.get("learned", ()):  # an option of MADA, which starts from one number
             bound = bound._replace(schedules=("constant",))
         params = {"w": jnp.zeros((2, 2))}
@@ -300,15 +302,14 @@ def _own(name: str, make: Any) -> Baseline:
         raise UserError(f"baseline {name} failed: {first_line(error)}") from None
 
 
-def _tried(name: str, own: Baseline) -> Baseline:
-    """A user's own function with its options, called once to see whether it returns an optimizer."""
+def _try(name: str, own: Baseline) -> None:
+    """Call a user's own function with its options once, to see whether it returns an optimizer."""
     try:
         made = own.make(own.learning_rate, **({"total_steps": 10} if own.knows_horizon else {}))
     except (Exception, SystemExit) as error:
         raise UserError(f"baseline {name} failed: {first_line(error)}") from None
     if not isinstance(made, optax.GradientTransformation):
         raise UserError(f"baseline {name} returned {type(made).__name__}, not an optax.GradientTransformation")
-    return own
 
 
 def chosen_baselines(
