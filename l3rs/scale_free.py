@@ -12,6 +12,9 @@ Per layer l with n_l parameters, directions d_p, and outputs (μ, out, a) of the
 
 with T the horizon, h the horizon_power and M the number of matrices that train. Multiplying a layer's parameters by
 c > 0 and its gradients by 1/c multiplies its update by c; multiplying the loss and all gradients by c changes nothing.
+With a decrease_limit q all Δθ_l are multiplied by min(1, q · loss / Σ_l ⟨g_l, -Δθ_l⟩), with the fastest average of the
+loss: a step that promises more than the loss can fall is longer than the gradient knows.
+
 step_limit holds where the network sees what it was not meta-trained on: a single step of e⁵ times its base undoes a
 training.
 
@@ -161,7 +164,11 @@ def decide(
     base = base * (xp.sqrt(ratio) if spec.horizon_power == 0.5 else ratio**spec.horizon_power)  # √ to the last bit
     log_factor = log_step + adaptation if facts.log_factor is None else log_step + adaptation + facts.log_factor
     step_norm = base * xp.exp(log_factor) * _signal(mix, signals, spec, kinds, xp)
-    decision = Decision(core.mixture_coefficients(mix, step_norm, cosines, scale, xp), mix, step_norm)
+    coefficients = core.mixture_coefficients(mix, step_norm, cosines, scale, xp)
+    if spec.decrease_limit:
+        share = _allowed_share(coefficients, measured, memory, spec, xp)
+        coefficients, step_norm = share * coefficients, share * step_norm
+    decision = Decision(coefficients, mix, step_norm)
     layers = layers._replace(mix=mix, log_step=log_step, adaptation=adaptation)
     return decision, memory._replace(layers=layers)
 
@@ -215,6 +222,14 @@ def _signal(mix: Any, signals: Any, spec: Spec, kinds: _Kinds, xp: Any) -> Any:
     if not spec.signal:  # for comparison: all or nothing
         return (carried > 0).astype(xp.float32)
     return carried * core.inverse(share.sum(1), xp)
+
+
+def _allowed_share(coefficients: Any, measured: Statistics, memory: Memory, spec: Spec, xp: Any) -> Any:
+    """What share of all steps `decrease_limit` allows, float32 [] in [0, 1]."""
+    gradient = [direction.name for direction in spec.directions].index("sgd")
+    promised = (coefficients * measured.gram[:, :, gradient]).sum()
+    most = np.float32(spec.decrease_limit) * xp.abs(core.fast_loss(memory.loss, spec.loss_decays, xp))
+    return xp.where(promised > most, most * core.inverse(promised, xp), np.float32(1))
 
 
 def _log_norms(measured: Statistics, kinds: _Kinds, xp: Any) -> Any:

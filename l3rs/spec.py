@@ -87,6 +87,8 @@ class Spec:
       depth_scaling: divide λ by the root of the number of matrices that train.
       horizon_power: multiply λ by (100 / T)^horizon_power with T the horizon, in [0, 1]. 0.5 is what theory has for a
         constant learning rate on a convex problem; a published ResNet-20 wanted 0.14.
+      decrease_limit: shorten the steps of all layers alike where the decrease of the loss that the gradients promise is
+        more than this share of it; 0 for no limit. Needs sgd among the directions.
       signal: shorten a step as its gradient loses signal; without it only a gradient of zero stops it.
       adaptation: how far a layer's log λ may move in a step for good; 0 for not at all.
       layer_gain: multiply a layer's λ by exp(layer_gain · c), with c learned for each row of the embedding, as a column
@@ -116,6 +118,7 @@ class Spec:
     signal: bool = True
     adaptation: float = 0.0
     layer_gain: float = 0.0
+    decrease_limit: float = 0.0
 
     def __post_init__(self) -> None:
         _check_sequences(self)
@@ -145,8 +148,9 @@ class Spec:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields["layers"] = [[layer.path, list(layer.shape)] for layer in self.layers]
         fields["directions"] = [d.to_json() for d in self.directions]
-        if not self.layer_gain:  # as it was written before there was one
-            del fields["layer_gain"]
+        for name in _LATER:
+            if not fields[name]:  # as it was written before there was one
+                del fields[name]
         if self.form == 1:  # as it was written before there were others
             fields = {key: value for key, value in fields.items() if key not in _FORM_2}
             if self.embedding == "table":
@@ -161,7 +165,7 @@ class Spec:
           L3RSError: the fields are not those of a spec, or one has a value that is not allowed.
         """
         data, known = _with_present_names(data), {f.name for f in dataclasses.fields(cls)}
-        if set(data) | {"embedding", "step_limit", "layer_gain", *(() if "form" in data else _FORM_2)} != known:
+        if set(data) | {"embedding", "step_limit", *_LATER, *(() if "form" in data else _FORM_2)} != known:
             raise L3RSError(f"spec has fields {sorted(data)}; expected are {sorted(known)}")
         # Before there was a limit, it was that of form 1.
         stored = {"step_limit": STEP_LOG_LIMIT, **data} if "form" in data else data
@@ -177,6 +181,7 @@ def _fields_of_type(wanted: type) -> tuple[str, ...]:
 
 _NAMES = [field.name for field in dataclasses.fields(Spec)]
 _FORM_2 = tuple(_NAMES[_NAMES.index("form") :])  # fields that form 1 does not store
+_LATER = ("layer_gain", "decrease_limit")  # fields that a spec without them does not store
 _NUMBERS, _SWITCHES = _fields_of_type(float), _fields_of_type(bool)
 
 
@@ -244,11 +249,23 @@ def _check_form(spec: Spec) -> None:
         raise L3RSError(f"spec.step is {spec.step!r}; allowed in form {spec.form} are {', '.join(map(repr, steps))}")
     if spec.form == 2 and spec.absolute_time:
         raise L3RSError("spec.absolute_time is true; form 2 always reads log T and log t instead")
+    _check_ranges(spec)
+
+
+def _check_ranges(spec: Spec) -> None:
     for name in ("step_scale", "step_limit", "natural_size"):
         if not getattr(spec, name) > 0:
             raise L3RSError(f"spec.{name} is {getattr(spec, name)}; it must be > 0")
-    for name, most in (("adaptation", 1), ("horizon_power", 1), ("layer_gain", _LAYER_GAIN_LIMIT)):
+    for name, most in (
+        ("adaptation", 1),
+        ("horizon_power", 1),
+        ("layer_gain", _LAYER_GAIN_LIMIT),
+        ("decrease_limit", 1),
+    ):
         if not 0 <= getattr(spec, name) <= most:
             raise L3RSError(f"spec.{name} is {getattr(spec, name)}; it must lie in [0, {most:g}]")
-    if spec.form == 1 and spec.layer_gain:
-        raise L3RSError(f"spec.layer_gain is {spec.layer_gain}; it is of form 2, and form 1 has none")
+    for name in _LATER:
+        if spec.form == 1 and getattr(spec, name):
+            raise L3RSError(f"spec.{name} is {getattr(spec, name)}; it is of form 2, and form 1 has none")
+    if spec.decrease_limit and "sgd" not in [direction.name for direction in spec.directions]:
+        raise L3RSError(f"spec.decrease_limit is {spec.decrease_limit}; it needs sgd among spec.directions")

@@ -95,7 +95,7 @@ class OptimizerConfig(SpecFields):
             except (L3RSError, TypeError, OverflowError) as error:
                 raise ValueError(f"directions: {error}") from None
         if self.start is not None and "form" not in self.model_fields_set:
-            fields["form"] = 2 if self.layer_gain else self.form  # the start's is not read yet
+            fields["form"] = 2 if self.layer_gain or self.decrease_limit else self.form  # the start's is not read yet
         try:
             Spec((Layer("layer", (1,)),), directions, **fields)
         except L3RSError as error:

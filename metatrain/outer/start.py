@@ -48,7 +48,8 @@ def resolve_start(config: Config) -> Config:
         asked, found = getattr(optimizer, name), fields[name]
         if name == "directions":
             asked, found = (tuple(map(Direction.parse, each)) for each in (asked, found))
-        if (name, found, asked) == ("embedding", "descriptor", "table") or (name, found) == ("layer_gain", 0):
+        new = spec.form == 2 and name in ("layer_gain", "decrease_limit") and not found
+        if new or (name, found, asked) == ("embedding", "descriptor", "table"):
             fields[name] = asked
         elif asked != found:
             raise UserError(
@@ -72,8 +73,8 @@ def start_theta(begin: OptimizerConfig, spec: Spec, task: AnyTask) -> Theta:
 
     Args:
       begin: its `start` is the checkpoint, with factors of its steps.
-      spec: the run's spec; its embedding is the checkpoint's, or "table"; its `layer_gain` may be new, and its
-        `horizon_power` another: then its steps begin as the checkpoint's at a horizon of 100 steps alone.
+      spec: the run's spec; its embedding is the checkpoint's, or "table"; its `layer_gain` and `decrease_limit` may be
+        new, and its `horizon_power` another: then its steps begin as the checkpoint's at a horizon of 100 steps alone.
       task: whose layers `spec` holds.
 
     Raises:

@@ -343,6 +343,7 @@ FORM_2 = {
     "signal": False,
     "adaptation": 0.1,
     "layer_gain": 5.0,
+    "decrease_limit": 0.3,
 }
 
 

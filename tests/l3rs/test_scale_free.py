@@ -217,6 +217,36 @@ def test_no_step_is_longer_than_its_limit(limit):
     np.testing.assert_allclose(norms(most[0]), np.exp(limit) * np.asarray(norms(base[0])), rtol=1e-5)
 
 
+def test_no_step_promises_more_than_its_share_of_the_loss():
+    """All layers are shortened alike, until Σ ⟨g, -Δθ⟩ is the allowed share; a step that promises less is untouched."""
+    fields = {"form": 2, "step": "initial", "embedding": "descriptor"}
+    free = l3rs.Spec.create(tree(0), ("adam", "sgd", "weight_decay"), **fields)
+    theta = l3rs.init_meta_params(jax.random.key(0), free)
+
+    def first_update(limit, loss):
+        spec = dataclasses.replace(free, decrease_limit=limit)
+        return run(l3rs.learned_optimizer(theta, spec, 30), tree(1), [tree(2)], [loss])[0][0]
+
+    def promise(update):
+        return -sum(np.vdot(g, u) for g, u in zip(jax.tree.leaves(tree(2)), jax.tree.leaves(update), strict=True))
+
+    loss = 2 * promise(first_update(0.0, 1.0))
+    long, short = first_update(0.0, loss), first_update(0.1, loss)
+    np.testing.assert_allclose(promise(short), 0.1 * loss, rtol=1e-4)
+    share = 0.1 * loss / promise(long)
+    assert 0.1 < share < 0.3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, share * np.asarray(b), rtol=1e-4), short, long)
+    jax.tree.map(np.testing.assert_array_equal, first_update(0.9, loss), long)
+
+
+def test_a_limit_of_the_decrease_needs_the_gradient_and_form_2():
+    fields = {"step": "initial", "embedding": "descriptor", "decrease_limit": 0.1}
+    with pytest.raises(L3RSError, match="needs sgd"):
+        l3rs.Spec.create(tree(0), ("adam",), form=2, **fields)
+    with pytest.raises(L3RSError, match="form 1 has none"):
+        l3rs.Spec.create(tree(0), decrease_limit=0.1)
+
+
 def test_a_form_2_spec_saved_without_a_limit_keeps_its_steps():
     spec = l3rs.Spec.create(tree(0), ("adam",), form=2, step="initial", embedding="descriptor")
     stored = spec.to_json()

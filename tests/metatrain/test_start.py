@@ -83,6 +83,16 @@ def test_a_start_may_have_another_power_of_the_horizon(general: str) -> None:
         Setup.build(small_bare(optimizer={"start": general, "horizon_power": 0.3}))
 
 
+@pytest.mark.parametrize("field", ["decrease_limit", "layer_gain"])
+def test_what_only_form_2_has_may_be_new_in_a_start_of_form_2(general: str, field: str) -> None:
+    asked = {"start": general, field: 0.3}
+    if l3rs.restore(general)[1].form == 1:
+        with pytest.raises(UserError, match=f"optimizer.{field} is 0.3, but .* has 0.0; leave it out"):
+            Setup.build(small_bare(optimizer=asked))
+        return
+    assert getattr(Setup.build(small_bare(optimizer=asked)).spec, field) == 0.3
+
+
 def test_generation_0_is_the_checkpoint_in_pytorch(general: str) -> None:
     pytest.importorskip("torch")
     from metatrain.inner.network import task_layers

@@ -85,8 +85,9 @@ def assert_parity(
             ("momentum", "lion", "rmsprop"),
             {"form": 2, "step": "relative", "step_scale": 0.02, "adaptation": 0.01, "layer_gain": 4.0},
         ),
+        (("adam", "sgd"), {"form": 2, "step": "initial", "step_scale": 0.02, "decrease_limit": 1e-3}),
     ],
-    ids=["adam sgd", "relative", "all", "eps_root", "form 2", "form 2, relative"],
+    ids=["adam sgd", "relative", "all", "eps_root", "form 2", "form 2, relative", "form 2, limited decrease"],
 )
 def test_parity(directions, fields):
     assert_parity(directions, **fields)
