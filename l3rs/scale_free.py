@@ -86,6 +86,7 @@ class _Kinds(NamedTuple):
     is_driven: np.ndarray  # float32 [P], 0 or 1
     is_normalised: np.ndarray  # bool [P], see NORMALISED
     pairs: tuple[np.ndarray, np.ndarray]  # (p, q) with p < q
+    gradient: int | None  # the direction that is the gradient itself
 
 
 def _kinds(spec: Spec) -> _Kinds:
@@ -98,7 +99,8 @@ def _kinds_of(names: tuple[str, ...]) -> _Kinds:
     averaged = np.array([name in AVERAGED for name in names])
     normalised = np.array([name in NORMALISED for name in names])
     pairs = np.triu_indices(len(names), 1)
-    return _Kinds(_columns(driven), _columns(averaged), driven.astype(np.float32), normalised, pairs)
+    gradient = names.index("sgd") if "sgd" in names else None
+    return _Kinds(_columns(driven), _columns(averaged), driven.astype(np.float32), normalised, pairs, gradient)
 
 
 def _columns(chosen: np.ndarray) -> slice | np.ndarray:
@@ -166,7 +168,7 @@ def decide(
     step_norm = base * xp.exp(log_factor) * _signal(mix, signals, spec, kinds, xp)
     coefficients = core.mixture_coefficients(mix, step_norm, cosines, scale, xp)
     if spec.decrease_limit:
-        share = _allowed_share(coefficients, measured, memory, spec, xp)
+        share = _allowed_share(coefficients, measured, memory, spec, kinds, xp)
         coefficients, step_norm = share * coefficients, share * step_norm
     decision = Decision(coefficients, mix, step_norm)
     layers = layers._replace(mix=mix, log_step=log_step, adaptation=adaptation)
@@ -224,10 +226,9 @@ def _signal(mix: Any, signals: Any, spec: Spec, kinds: _Kinds, xp: Any) -> Any:
     return carried * core.inverse(share.sum(1), xp)
 
 
-def _allowed_share(coefficients: Any, measured: Statistics, memory: Memory, spec: Spec, xp: Any) -> Any:
+def _allowed_share(coefficients: Any, measured: Statistics, memory: Memory, spec: Spec, kinds: _Kinds, xp: Any) -> Any:
     """What share of all steps `decrease_limit` allows, float32 [] in [0, 1]."""
-    gradient = [direction.name for direction in spec.directions].index("sgd")
-    promised = (coefficients * measured.gram[:, :, gradient]).sum()
+    promised = (coefficients * measured.gram[:, :, kinds.gradient]).sum()
     most = np.float32(spec.decrease_limit) * xp.abs(core.fast_loss(memory.loss, spec.loss_decays, xp))
     return xp.where(promised > most, most * core.inverse(promised, xp), np.float32(1))
 

@@ -148,8 +148,8 @@ class Spec:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields["layers"] = [[layer.path, list(layer.shape)] for layer in self.layers]
         fields["directions"] = [d.to_json() for d in self.directions]
-        for name in _LATER:
-            if not fields[name]:  # as it was written before there was one
+        for name in OFF_AT_ZERO:
+            if not fields[name]:
                 del fields[name]
         if self.form == 1:  # as it was written before there were others
             fields = {key: value for key, value in fields.items() if key not in _FORM_2}
@@ -165,7 +165,7 @@ class Spec:
           L3RSError: the fields are not those of a spec, or one has a value that is not allowed.
         """
         data, known = _with_present_names(data), {f.name for f in dataclasses.fields(cls)}
-        if set(data) | {"embedding", "step_limit", *_LATER, *(() if "form" in data else _FORM_2)} != known:
+        if set(data) | {"embedding", "step_limit", *OFF_AT_ZERO, *(() if "form" in data else _FORM_2)} != known:
             raise L3RSError(f"spec has fields {sorted(data)}; expected are {sorted(known)}")
         # Before there was a limit, it was that of form 1.
         stored = {"step_limit": STEP_LOG_LIMIT, **data} if "form" in data else data
@@ -181,7 +181,7 @@ def _fields_of_type(wanted: type) -> tuple[str, ...]:
 
 _NAMES = [field.name for field in dataclasses.fields(Spec)]
 _FORM_2 = tuple(_NAMES[_NAMES.index("form") :])  # fields that form 1 does not store
-_LATER = ("layer_gain", "decrease_limit")  # fields that a spec without them does not store
+OFF_AT_ZERO = ("layer_gain", "decrease_limit")  # of form 2; not stored where they are off, as before there were any
 _NUMBERS, _SWITCHES = _fields_of_type(float), _fields_of_type(bool)
 
 
@@ -264,7 +264,7 @@ def _check_ranges(spec: Spec) -> None:
     ):
         if not 0 <= getattr(spec, name) <= most:
             raise L3RSError(f"spec.{name} is {getattr(spec, name)}; it must lie in [0, {most:g}]")
-    for name in _LATER:
+    for name in OFF_AT_ZERO:
         if spec.form == 1 and getattr(spec, name):
             raise L3RSError(f"spec.{name} is {getattr(spec, name)}; it is of form 2, and form 1 has none")
     if spec.decrease_limit and "sgd" not in [direction.name for direction in spec.directions]:

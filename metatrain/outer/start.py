@@ -11,7 +11,7 @@ import numpy as np
 import l3rs
 from l3rs.io.checkpoint import read_spec
 from l3rs.layers import Matching
-from l3rs.spec import Direction, Spec, Theta
+from l3rs.spec import OFF_AT_ZERO, Direction, Spec, Theta
 from l3rs.theta import multiply_steps
 from metatrain.config import Config, OptimizerConfig, UserError
 from metatrain.inner.network import embeddings, is_torch
@@ -48,7 +48,7 @@ def resolve_start(config: Config) -> Config:
         asked, found = getattr(optimizer, name), fields[name]
         if name == "directions":
             asked, found = (tuple(map(Direction.parse, each)) for each in (asked, found))
-        new = spec.form == 2 and name in ("layer_gain", "decrease_limit") and not found
+        new = spec.form == 2 and name in OFF_AT_ZERO and not found
         if new or (name, found, asked) == ("embedding", "descriptor", "table"):
             fields[name] = asked
         elif asked != found:
