@@ -12,8 +12,9 @@ Per layer l with n_l parameters, directions d_p, and outputs (μ, out, a) of the
 
 with T the horizon, h the horizon_power and M the number of matrices that train. Multiplying a layer's parameters by
 c > 0 and its gradients by 1/c multiplies its update by c; multiplying the loss and all gradients by c changes nothing.
-With a decrease_limit q all Δθ_l are multiplied by min(1, q · loss / Σ_l ⟨g_l, -Δθ_l⟩), with the fastest average of the
-loss: a step that promises more than the loss can fall is longer than the gradient knows.
+With a decrease_limit q all Δθ_l are multiplied by min(1, q / √M · loss / Σ_l ⟨g_l, -Δθ_l⟩), with the first loss or its
+fastest average, whichever is larger in magnitude: the deeper a network, the less of the decrease that its gradients
+promise does a long step achieve.
 
 step_limit holds where the network sees what it was not meta-trained on: a single step of e⁵ times its base undoes a
 training.
@@ -168,7 +169,8 @@ def decide(
     step_norm = base * xp.exp(log_factor) * _signal(mix, signals, spec, kinds, xp)
     coefficients = core.mixture_coefficients(mix, step_norm, cosines, scale, xp)
     if spec.decrease_limit:
-        share = _allowed_share(coefficients, measured, memory, spec, kinds, xp)
+        promised = (coefficients * measured.gram[:, :, kinds.gradient]).sum()
+        share = _allowed_share(promised, memory, spec, facts, xp)
         coefficients, step_norm = share * coefficients, share * step_norm
     decision = Decision(coefficients, mix, step_norm)
     layers = layers._replace(mix=mix, log_step=log_step, adaptation=adaptation)
@@ -226,10 +228,10 @@ def _signal(mix: Any, signals: Any, spec: Spec, kinds: _Kinds, xp: Any) -> Any:
     return carried * core.inverse(share.sum(1), xp)
 
 
-def _allowed_share(coefficients: Any, measured: Statistics, memory: Memory, spec: Spec, kinds: _Kinds, xp: Any) -> Any:
-    """What share of all steps `decrease_limit` allows, float32 [] in [0, 1]."""
-    promised = (coefficients * measured.gram[:, :, kinds.gradient]).sum()
-    most = np.float32(spec.decrease_limit) * xp.abs(core.fast_loss(memory.loss, spec.loss_decays, xp))
+def _allowed_share(promised: Any, memory: Memory, spec: Spec, facts: NetworkFacts, xp: Any) -> Any:
+    """What share of all steps, which promise such a decrease, `decrease_limit` allows, float32 [] in [0, 1]."""
+    loss = xp.maximum(xp.abs(memory.loss.first), xp.abs(core.fast_loss(memory.loss, spec.loss_decays, xp)))
+    most = np.float32(spec.decrease_limit / math.sqrt(max(facts.n_matrices, 1))) * loss
     return xp.where(promised > most, most * core.inverse(promised, xp), np.float32(1))
 
 

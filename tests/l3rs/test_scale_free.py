@@ -218,25 +218,31 @@ def test_no_step_is_longer_than_its_limit(limit):
 
 
 def test_no_step_promises_more_than_its_share_of_the_loss():
-    """All layers are shortened alike, until Σ ⟨g, -Δθ⟩ is the allowed share; a step that promises less is untouched."""
+    """All layers are shortened alike, until Σ ⟨g, -Δθ⟩ is the allowed share; a step that promises less is untouched.
+
+    With two matrices the share is the limit over √2, of the first loss or of the present average, if that is higher.
+    """
     fields = {"form": 2, "step": "initial", "embedding": "descriptor"}
     free = l3rs.Spec.create(tree(0), ("adam", "sgd", "weight_decay"), **fields)
     theta = l3rs.init_meta_params(jax.random.key(0), free)
 
-    def first_update(limit, loss):
+    def last_update(limit, *losses):
         spec = dataclasses.replace(free, decrease_limit=limit)
-        return run(l3rs.learned_optimizer(theta, spec, 30), tree(1), [tree(2)], [loss])[0][0]
+        return run(l3rs.learned_optimizer(theta, spec, 30), tree(1), [tree(2)] * len(losses), losses)[0][-1]
 
     def promise(update):
         return -sum(np.vdot(g, u) for g, u in zip(jax.tree.leaves(tree(2)), jax.tree.leaves(update), strict=True))
 
-    loss = 2 * promise(first_update(0.0, 1.0))
-    long, short = first_update(0.0, loss), first_update(0.1, loss)
+    loss, limit = 2 * promise(last_update(0.0, 1.0)), 0.1 * 2**0.5
+    long, short = last_update(0.0, loss), last_update(limit, loss)
     np.testing.assert_allclose(promise(short), 0.1 * loss, rtol=1e-4)
     share = 0.1 * loss / promise(long)
     assert 0.1 < share < 0.3
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, share * np.asarray(b), rtol=1e-4), short, long)
-    jax.tree.map(np.testing.assert_array_equal, first_update(0.9, loss), long)
+    jax.tree.map(np.testing.assert_array_equal, last_update(0.9, loss), long)
+    np.testing.assert_allclose(promise(last_update(limit, loss, loss / 2)), 0.1 * loss, rtol=1e-4)
+    average = (0.8 * 0.2 * loss + 0.2 * 2 * loss) / (1 - 0.8**2)
+    np.testing.assert_allclose(promise(last_update(limit, loss, 2 * loss)), 0.1 * average, rtol=1e-4)
 
 
 def test_a_limit_of_the_decrease_needs_the_gradient_and_form_2():
