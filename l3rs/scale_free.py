@@ -12,7 +12,7 @@ Per layer l with n_l parameters, directions d_p, and outputs (μ, out, a) of the
 
 with T the horizon, h the horizon_power and M the number of matrices that train. Multiplying a layer's parameters by
 c > 0 and its gradients by 1/c multiplies its update by c; multiplying the loss and all gradients by c changes nothing.
-With a decrease_limit q all Δθ_l are multiplied by min(1, q / √M · loss / Σ_l ⟨g_l, -Δθ_l⟩), with the first loss or its
+With a decrease_limit q all Δθ_l are multiplied by min(1, q / M · loss / Σ_l ⟨g_l, -Δθ_l⟩), with the first loss or its
 fastest average, whichever is larger in magnitude: the deeper a network, the less of the decrease that its gradients
 promise does a long step achieve.
 
@@ -161,8 +161,8 @@ def decide(
         adapted = adaptation + np.float32(spec.adaptation) * xp.tanh(change)
         adapted = core.clip(adapted, -ADAPTATION_LIMIT, ADAPTATION_LIMIT, xp)
         adaptation = xp.where(has_gradient, adapted, adaptation)
-    root_depth = math.sqrt(max(facts.n_matrices, 1))
-    base = np.float32(spec.step_scale / (root_depth if spec.depth_scaling else 1.0)) * measured.root_n * layers.size
+    depth = max(facts.n_matrices, 1)
+    base = np.float32(spec.step_scale / (math.sqrt(depth) if spec.depth_scaling else 1.0)) * measured.root_n * layers.size
     ratio = USUAL_HORIZON / total_steps.astype(xp.float32)
     base = base * (xp.sqrt(ratio) if spec.horizon_power == 0.5 else ratio**spec.horizon_power)  # √ to the last bit
     log_factor = log_step + adaptation if facts.log_factor is None else log_step + adaptation + facts.log_factor
@@ -170,7 +170,7 @@ def decide(
     coefficients = core.mixture_coefficients(mix, step_norm, cosines, scale, xp)
     if spec.decrease_limit:
         promised = (coefficients * measured.gram[:, :, kinds.gradient]).sum()
-        share = _allowed_share(promised, memory, spec, root_depth, xp)
+        share = _allowed_share(promised, memory, spec, depth, xp)
         coefficients, step_norm = share * coefficients, share * step_norm
     decision = Decision(coefficients, mix, step_norm)
     layers = layers._replace(mix=mix, log_step=log_step, adaptation=adaptation)
@@ -228,10 +228,10 @@ def _signal(mix: Any, signals: Any, spec: Spec, kinds: _Kinds, xp: Any) -> Any:
     return carried * core.inverse(share.sum(1), xp)
 
 
-def _allowed_share(promised: Any, memory: Memory, spec: Spec, root_depth: float, xp: Any) -> Any:
+def _allowed_share(promised: Any, memory: Memory, spec: Spec, depth: int, xp: Any) -> Any:
     """What share of all steps, which promise such a decrease, `decrease_limit` allows, float32 [] in [0, 1]."""
     loss = xp.maximum(xp.abs(memory.loss.first), xp.abs(core.fast_loss(memory.loss, spec.loss_decays, xp)))
-    most = np.float32(spec.decrease_limit / root_depth) * loss
+    most = np.float32(spec.decrease_limit / depth) * loss
     return xp.where(promised > most, most * core.inverse(promised, xp), np.float32(1))
 
 

@@ -88,7 +88,7 @@ class Spec:
       horizon_power: multiply λ by (100 / T)^horizon_power with T the horizon, in [0, 1]. 0.5 is what theory has for a
         constant learning rate on a convex problem; a published ResNet-20 wanted 0.14.
       decrease_limit: shorten the steps of all layers alike, so that by the gradients they lower the loss by at most
-        decrease_limit / √M times the first or the present loss, whichever is larger in magnitude; M is the number of
+        decrease_limit / M times the first or the present loss, whichever is larger in magnitude; M is the number of
         matrices that train. 0 for no limit. Needs sgd among the directions.
       signal: shorten a step as its gradient loses signal; without it only a gradient of zero stops it.
       adaptation: how far a layer's log λ may move in a step for good; 0 for not at all.

@@ -220,7 +220,7 @@ def test_no_step_is_longer_than_its_limit(limit):
 def test_no_step_promises_more_than_its_share_of_the_loss():
     """All layers are shortened alike, until Σ ⟨g, -Δθ⟩ is the allowed share; a step that promises less is untouched.
 
-    With two matrices the share is the limit over √2, of the first loss or of the present average, if that is higher.
+    With two matrices the share is half the limit, of the first loss or of the present average, if that is higher.
     """
     fields = {"form": 2, "step": "initial", "embedding": "descriptor"}
     free = l3rs.Spec.create(tree(0), ("adam", "sgd", "weight_decay"), **fields)
@@ -233,7 +233,7 @@ def test_no_step_promises_more_than_its_share_of_the_loss():
     def promise(update):
         return -sum(np.vdot(g, u) for g, u in zip(jax.tree.leaves(tree(2)), jax.tree.leaves(update), strict=True))
 
-    loss, limit = 2 * promise(last_update(0.0, 1.0)), 0.1 * 2**0.5
+    loss, limit = 2 * promise(last_update(0.0, 1.0)), 0.1 * 2
     long, short = last_update(0.0, loss), last_update(limit, loss)
     np.testing.assert_allclose(promise(short), 0.1 * loss, rtol=1e-4)
     share = 0.1 * loss / promise(long)
