@@ -16,6 +16,7 @@ STEP_LOG_LIMIT = 10.0
 
 
 _LAYER_GAIN_LIMIT = 100.0
+_DECREASE_LIMIT_LIMIT = 100.0  # of as many matrices, it is all of the loss
 
 
 class L3RSError(ValueError):
@@ -261,7 +262,7 @@ def _check_ranges(spec: Spec) -> None:
         ("adaptation", 1),
         ("horizon_power", 1),
         ("layer_gain", _LAYER_GAIN_LIMIT),
-        ("decrease_limit", 1),
+        ("decrease_limit", _DECREASE_LIMIT_LIMIT),
     ):
         if not 0 <= getattr(spec, name) <= most:
             raise L3RSError(f"spec.{name} is {getattr(spec, name)}; it must lie in [0, {most:g}]")
