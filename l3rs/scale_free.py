@@ -162,7 +162,8 @@ def decide(
         adapted = core.clip(adapted, -ADAPTATION_LIMIT, ADAPTATION_LIMIT, xp)
         adaptation = xp.where(has_gradient, adapted, adaptation)
     depth = max(facts.n_matrices, 1)
-    base = np.float32(spec.step_scale / (math.sqrt(depth) if spec.depth_scaling else 1.0)) * measured.root_n * layers.size
+    spread = math.sqrt(depth) if spec.depth_scaling else 1.0
+    base = np.float32(spec.step_scale / spread) * measured.root_n * layers.size
     ratio = USUAL_HORIZON / total_steps.astype(xp.float32)
     base = base * (xp.sqrt(ratio) if spec.horizon_power == 0.5 else ratio**spec.horizon_power)  # √ to the last bit
     log_factor = log_step + adaptation if facts.log_factor is None else log_step + adaptation + facts.log_factor

@@ -16,7 +16,7 @@ STEP_LOG_LIMIT = 10.0
 
 
 _LAYER_GAIN_LIMIT = 100.0
-_DECREASE_LIMIT_LIMIT = 100.0  # of as many matrices, it is all of the loss
+_MOST_DECREASE_LIMIT = 100.0  # with as many matrices, all of the loss
 
 
 class L3RSError(ValueError):
@@ -262,7 +262,7 @@ def _check_ranges(spec: Spec) -> None:
         ("adaptation", 1),
         ("horizon_power", 1),
         ("layer_gain", _LAYER_GAIN_LIMIT),
-        ("decrease_limit", _DECREASE_LIMIT_LIMIT),
+        ("decrease_limit", _MOST_DECREASE_LIMIT),
     ):
         if not 0 <= getattr(spec, name) <= most:
             raise L3RSError(f"spec.{name} is {getattr(spec, name)}; it must lie in [0, {most:g}]")

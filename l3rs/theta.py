@@ -87,7 +87,7 @@ def check_theta(theta: Theta, spec: Spec, where: str) -> None:
 
 
 def multiply_steps(theta: Theta, spec: Spec, factor: float, by_role: Mapping[str, float] | None = None) -> Theta:
-    """Theta whose every λ is `factor` times that of `theta`; the limits of λ stay where they are.
+    """Theta whose every λ is `factor` times that of `theta`; the limits of λ and of all steps stay where they are.
 
     Args:
       theta: meta-parameters.

@@ -239,7 +239,7 @@ def test_no_step_promises_more_than_its_share_of_the_loss():
     share = 0.1 * loss / promise(long)
     assert 0.1 < share < 0.3
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, share * np.asarray(b), rtol=1e-4), short, long)
-    jax.tree.map(np.testing.assert_array_equal, last_update(0.9, loss), long)
+    jax.tree.map(np.testing.assert_array_equal, last_update(1.1, loss), long)
     np.testing.assert_allclose(promise(last_update(limit, loss, loss / 2)), 0.1 * loss, rtol=1e-4)
     average = (0.8 * 0.2 * loss + 0.2 * 2 * loss) / (1 - 0.8**2)
     np.testing.assert_allclose(promise(last_update(limit, loss, 2 * loss)), 0.1 * average, rtol=1e-4)
