@@ -2,9 +2,9 @@
 
     python -m tools.rescale_optimizer runs/a/optimizer runs/rescaled 0.14 1.33
 
-The numbers are the new `horizon_power`, and the factor of its steps at a horizon of 100; the limits of a step stay where
-they are. Where `metatrain evaluate --multipliers` finds factors m(T) best, they are about the old power minus the slope
-of log m over log T, and m(100). What was measured of the optimizer is left out of the copy.
+The numbers are the new `horizon_power`, and the factor of its steps at a horizon of 100; the limits of a step stay
+where they are. Where `metatrain evaluate --multipliers` finds factors m(T) best, they are about the old power minus the
+slope of log m over log T, and m(100). What was measured of the optimizer is left out of the copy.
 """
 
 from __future__ import annotations
