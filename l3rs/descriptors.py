@@ -235,8 +235,8 @@ def natural_rms(layers: Sequence[Layer]) -> np.ndarray:
 
 
 def n_matrices(layers: Sequence[Layer]) -> int:
-    """How many of the layers are matrices or convolutions."""
-    return sum(_scale_free_kind(layer) == "matrix" for layer in layers)
+    """How many of the layers are matrices or convolutions; 1 if none is, because steps are divided by it."""
+    return max(sum(_scale_free_kind(layer) == "matrix" for layer in layers), 1)
 
 
 def _scale_free_kind(layer: Layer) -> str:

@@ -161,8 +161,7 @@ def decide(
         adapted = adaptation + np.float32(spec.adaptation) * xp.tanh(change)
         adapted = core.clip(adapted, -ADAPTATION_LIMIT, ADAPTATION_LIMIT, xp)
         adaptation = xp.where(has_gradient, adapted, adaptation)
-    depth = max(facts.n_matrices, 1)
-    spread = math.sqrt(depth) if spec.depth_scaling else 1.0
+    spread = math.sqrt(facts.n_matrices) if spec.depth_scaling else 1.0
     base = np.float32(spec.step_scale / spread) * measured.root_n * layers.size
     ratio = USUAL_HORIZON / total_steps.astype(xp.float32)
     base = base * (xp.sqrt(ratio) if spec.horizon_power == 0.5 else ratio**spec.horizon_power)  # √ to the last bit
@@ -171,7 +170,7 @@ def decide(
     coefficients = core.mixture_coefficients(mix, step_norm, cosines, scale, xp)
     if spec.decrease_limit:
         promised = (coefficients * measured.gram[:, :, kinds.gradient]).sum()
-        share = _allowed_share(promised, memory, spec, depth, xp)
+        share = _allowed_share(promised, memory, spec, facts, xp)
         coefficients, step_norm = share * coefficients, share * step_norm
     decision = Decision(coefficients, mix, step_norm)
     layers = layers._replace(mix=mix, log_step=log_step, adaptation=adaptation)
@@ -229,10 +228,10 @@ def _signal(mix: Any, signals: Any, spec: Spec, kinds: _Kinds, xp: Any) -> Any:
     return carried * core.inverse(share.sum(1), xp)
 
 
-def _allowed_share(promised: Any, memory: Memory, spec: Spec, depth: int, xp: Any) -> Any:
+def _allowed_share(promised: Any, memory: Memory, spec: Spec, facts: NetworkFacts, xp: Any) -> Any:
     """What share of all steps, which promise such a decrease, `decrease_limit` allows, float32 [] in [0, 1]."""
     loss = xp.maximum(xp.abs(memory.loss.first), xp.abs(core.fast_loss(memory.loss, spec.loss_decays, xp)))
-    most = np.float32(spec.decrease_limit / depth) * loss
+    most = np.float32(spec.decrease_limit / facts.n_matrices) * loss
     return xp.where(promised > most, most * core.inverse(promised, xp), np.float32(1))
 
 
@@ -248,7 +247,7 @@ def _shared_features(spec: Spec, memory: Memory, own: Any, facts: NetworkFacts, 
     time = core.time_features(memory.step, total_steps, False, xp)
     lengths = [_log_time(steps, xp).reshape(1) for steps in (total_steps, memory.step)]
     loss = core.loss_features(memory.loss, spec.loss_decays, xp)[1:]  # without the loss itself, which has a scale
-    depth = xp.asarray([min(math.log10(max(facts.n_matrices, 1)), 2.0)], xp.float32)
+    depth = xp.asarray([min(math.log10(facts.n_matrices), 2.0)], xp.float32)
     return xp.concatenate([time, *lengths, loss, depth, own.mean(0)])
 
 

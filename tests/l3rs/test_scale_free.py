@@ -344,6 +344,7 @@ def test_natural_sizes():
     assert found["blocks/2/norm/bias"] == pytest.approx(0.2)
     assert n_matrices(NETWORK) == 3
     assert n_matrices(adapters) == 2
+    assert n_matrices(layers(("norm/scale", (8,)))) == 1
 
 
 @pytest.mark.parametrize(
