@@ -111,15 +111,16 @@ class OptimizerConfig(SpecFields):
 
 
 class HorizonConfig(Section):
-    """Inner steps of a task sample, drawn log-uniformly from min … max.
+    """Inner steps of a task sample, drawn from min … max.
 
     Attributes:
-      min: the shortest horizon, in steps.
-      max: the longest horizon, in steps.
+      min, max: the shortest and the longest horizon, in steps.
+      power: a horizon's probability is as this power of it: -1 is log-uniform; with less, long ones are rare.
     """
 
     min: Count = 10
     max: Count = 200
+    power: float = Field(default=-1.0, ge=-3, le=0, strict=True)
 
     @pydantic.model_validator(mode="after")
     def _ordered(self) -> HorizonConfig:

@@ -12,7 +12,7 @@ import jax
 
 import l3rs
 from l3rs.spec import Theta
-from metatrain.config import Config, ExecutionConfig, MeasuredConfig, Plan, UserError
+from metatrain.config import Config, ExecutionConfig, HorizonConfig, MeasuredConfig, Plan, UserError
 from metatrain.inner.measure import LocalMeasurements, Measurements, Probe
 from metatrain.inner.network import make_spec, task_layers, task_matches
 from metatrain.inner.plan import check_plan, fastest, known_plan, members_per_call
@@ -106,10 +106,19 @@ class Setup:
 
     def _draw(self, key: jax.Array) -> Draw:
         _, sample_key, horizon_key = jax.random.split(key, 3)
-        low, high = math.log(self.config.outer.horizon.min), math.log(self.config.outer.horizon.max)
-        horizon = round(math.exp(low + float(jax.random.uniform(horizon_key)) * (high - low)))
+        horizon = horizon_at(float(jax.random.uniform(horizon_key)), self.config.outer.horizon)
         task = int(jax.random.randint(jax.random.fold_in(key, 0), (), 0, len(self.tasks)))
         return Draw(sample(self.tasks[task], sample_key), horizon, task)
+
+
+def horizon_at(quantile: float, config: HorizonConfig) -> int:
+    """The horizon below which a share `quantile` in [0, 1) of all draws lies."""
+    power = config.power + 1  # of the integral
+    if power == 0:
+        low, high = math.log(config.min), math.log(config.max)
+        return round(math.exp(low + quantile * (high - low)))
+    low, high = config.min**power, config.max**power
+    return round((low + quantile * (high - low)) ** (1 / power))
 
 
 def _check_variants(tasks: tuple[AnyTask, ...], spec: l3rs.Spec) -> None:

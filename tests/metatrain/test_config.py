@@ -54,6 +54,7 @@ def test_the_dump_keeps_what_yaml_and_interpolation_would_change(tmp_path: Path)
         ({"outer": {"steps": 0}}, ["outer.steps", "greater than or equal to 1", "found 0"]),
         ({"outer": {"horizon": {"min": 0}}}, ["outer.horizon.min", "greater than or equal to 1"]),
         ({"outer": {"horizon": {"min": 5, "max": 4}}}, ["outer.horizon", "min 5 is larger than max 4"]),
+        ({"outer": {"horizon": {"power": 0.5}}}, ["outer.horizon.power", "less than or equal to 0"]),
         ({"outer": {"population": 5}}, ["population is 5", "even"]),
         ({"outer": {"population": 0}}, ["outer.population", "greater than or equal to 2"]),
         ({"execution": {"address": "10.0.0.5:6379"}}, ["execution", "10.0.0.5:6379", "execution.backend=ray"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from unittest import mock
 
@@ -9,9 +10,10 @@ import jax
 import numpy as np
 import pytest
 
+from metatrain.config import HorizonConfig
 from metatrain.outer import loop
 from metatrain.outer.metrics import describe_draws
-from metatrain.outer.setup import Setup
+from metatrain.outer.setup import Setup, horizon_at
 from metatrain.outer.strategy import mean_ranks
 from metatrain.report.history import History
 from tests.metatrain.common import REGRESSION, assert_same_theta, metrics, small_config
@@ -25,6 +27,24 @@ def test_the_fitness_is_the_mean_of_the_ranks_within_each_sample() -> None:
     losses = np.array([[3.0, 1.0, 2.0, 4.0], [100.0, 300.0, 200.0, 400.0]], np.float32)
     np.testing.assert_array_equal(mean_ranks(losses), [1.0, 1.0, 1.0, 3.0])
     np.testing.assert_array_equal(mean_ranks(losses[:1]), [2.0, 0.0, 1.0, 3.0])
+
+
+@pytest.mark.parametrize(
+    ("power", "median", "mean"),
+    [
+        (0.0, 505, 505),
+        (-1.0, 100, 990 / math.log(100)),
+        (-1.5, 1000 / 5.5**2, 100),
+        (-2.0, 2000 / 101, 1000 * math.log(100) / 99),
+    ],
+)
+def test_horizons_are_drawn_with_the_power_of_their_distribution(power: float, median: float, mean: float) -> None:
+    config = HorizonConfig(min=10, max=1000, power=power)
+    drawn = [horizon_at(quantile, config) for quantile in (np.arange(10_000) + 0.5) / 10_000]
+    assert (drawn[0], drawn[-1]) == (10, pytest.approx(1000, rel=0.03))
+    assert drawn == sorted(drawn)
+    assert np.median(drawn) == pytest.approx(median, abs=0.6)
+    assert np.mean(drawn) == pytest.approx(mean, rel=0.005)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
