@@ -69,6 +69,11 @@ def kind(path: str, rank: int) -> str:
     return "scale" if rank == 1 and leaf in _SCALES else "other"
 
 
+def is_adapter(path: str, rank: int) -> bool:
+    """Whether a parameter is one of the two matrices of a low-rank adapter that are called a and b."""
+    return rank == 2 and re.split("[/.]", path.lower())[-1] in ("a", "b")
+
+
 def depth_order(names: Sequence[str | None], alphabetical: bool = True) -> list[int]:
     """Indices of parameters, ordered from a network's input to its output as far as their names tell.
 
@@ -241,8 +246,7 @@ def n_matrices(layers: Sequence[Layer]) -> int:
 
 def _scale_free_kind(layer: Layer) -> str:
     rank = len(layer.shape)
-    leaf = re.split("[/.]", layer.path.lower())[-1]
-    if rank == 2 and leaf in ("a", "b"):  # the two matrices of a low-rank adapter
+    if is_adapter(layer.path, rank):
         return "matrix"
     found = kind(layer.path, rank)
     return "matrix" if found == "conv" else found

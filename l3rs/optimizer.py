@@ -67,8 +67,8 @@ def learned_optimizer(
     Args:
       theta: meta-parameters, from `init_meta_params`, a meta-training run or a checkpoint.
       spec: the spec of `theta`.
-      total_steps: the horizon T ≥ 1, a number or a traced int32 scalar. Training may go past it; the time features
-        then stay those of a training that is over. Compiled code cannot warn of this: compare `state.count`.
+      total_steps: the horizon T ≥ 1, a number or a traced int32 scalar. Training may go past it; the features
+        of t / T then stay those of a training that is over. Compiled code cannot warn of this: compare `state.count`.
       rename: {path in the params: path in the checkpoint}, for layers with another name here. With descriptor
         embeddings, the name from which a layer's descriptors are computed.
       match: how layers map to the embedding table. "path": by name; layers may be absent (frozen). "order": the

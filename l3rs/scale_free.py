@@ -186,7 +186,7 @@ def _observe(
     kinds: _Kinds,
     xp: Any,
 ) -> LayerMemory:
-    """The memory with this step's norms in it. Without a gradient nothing of it changes."""
+    """The memory with this step's norms in it. Without a gradient no average of it changes."""
     observed = before.observed + has_gradient
     power = POWER_DECAY * before.power + (1 - POWER_DECAY) * measured.direction_norm**2
     # 1 - POWER_DECAYⁿ without the cancellation, which would cost three digits at first.

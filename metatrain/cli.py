@@ -187,7 +187,10 @@ def evaluate(
     multipliers: Annotated[
         str | None, typer.Option(help="Factors of L3RS's steps to compare, comma-separated, e.g. .1,.3,1,3,10.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Results folder.", show_default="runs/evaluation-NAME")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Results folder.", show_default="runs/evaluation-NAME; runs/baselines-CONFIG for -"),
+    ] = None,
     trust_task: TrustTask = False,
 ) -> None:
     """Compare an optimizer with tuned baselines in each setting of the configuration.

@@ -63,14 +63,13 @@ class OptimizerConfig(SpecFields):
     Attributes:
       start: checkpoint whose form and meta-parameters it begins with; null: new meta-parameters.
       start_multiplier: factor of that checkpoint's steps, which its form's limit still bounds.
-      start_by_role: further factors of the steps of layers by their role, such as {output_kernel: 4}; with a table and
-        a layer_gain.
+      start_by_role: further factors by a layer's role, such as {output_kernel: 4}; with a table and a layer_gain.
       start_horizon_power: another horizon_power than that checkpoint's, for form 2; null for its own.
     """
 
     start: Text | None = None
     start_multiplier: Positive = 1.0
-    start_horizon_power: float | None = None
+    start_horizon_power: float | None = Field(default=None, ge=0, le=1, strict=True)
     start_by_role: dict[str, Positive] = Field(default_factory=dict)
 
     def start_fields(self) -> dict[str, Any]:
@@ -292,7 +291,7 @@ class CodeConfig(Section):
       l3rs: its version.
       jax: its version.
       source: digest of the source of l3rs, tasks and metatrain.
-      device: kind of the device that computes; of the driver's on a cluster.
+      device: kinds of the devices that compute, on a cluster those of the workers.
     """
 
     l3rs: str

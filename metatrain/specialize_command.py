@@ -30,6 +30,7 @@ def specialize(
     from metatrain import report
     from metatrain.config import UserError
     from metatrain.inner.devices import use_cores
+    from metatrain.specialize import StoppedError
     from metatrain.specialize import specialize as specialize_task
     from metatrain.system import search_current_folder
     from metatrain.yaml_text import YamlError, read_yaml, resolve
@@ -43,7 +44,11 @@ def specialize(
         values = resolve(read_yaml("{}", options or ()))
     except YamlError as error:
         raise UserError(f"an option of the task: {error}") from None
-    found = specialize_task(task, minutes, folder, values, start, console.print, steps)
+    try:
+        found = specialize_task(task, minutes, folder, values, start, console.print, steps)
+    except StoppedError as stopped:
+        console.print(str(stopped))
+        return
     for setting in found.analysis.results.settings():
         console.print(report.table(found.analysis, setting))
     console.print(f"{found.sentence}\noptimizer: {found.optimizer}\nreport: {folder / 'evaluation' / 'report.html'}")

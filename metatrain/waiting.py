@@ -10,7 +10,7 @@ NOTICE_SECONDS = 30.0  # of waiting before the sentence
 
 
 class WaitError(Exception):
-    """A wait has reached its bound. Nobody's input is wrong: the same command may succeed later."""
+    """Something outside does not answer. Nobody's input is wrong: the same command may succeed later."""
 
 
 class Wait:

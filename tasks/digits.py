@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -88,9 +90,10 @@ def _inits(
     donor = make_model(image_shape=_shape(splits), classes=_count_classes(splits), **form)
     donor_loss = classification_loss(donor)
     inits, count = counts[0], sum(counts)
-    # Interleaved, so that both pools contain short and long pretrainings.
+    # Interleaved, so that both pools contain short and long pretrainings: a stride without a common factor visits all.
     low, high = pretrain_steps
-    steps = [low + (high - low) * (i * 7 % count) // max(count - 1, 1) for i in range(count)]
+    stride = next(s for s in itertools.count(7) if math.gcd(s, count) == 1)
+    steps = [low + (high - low) * (i * stride % count) // max(count - 1, 1) for i in range(count)]
     key = {"digits": init, "model": form, "steps": steps, "batch_size": 64}
     shape = jax.eval_shape(donor.init, jax.random.key(0))
 

@@ -16,7 +16,7 @@ from tasks.data.images import Classes, choose_classes, load_images
 from tasks.data.sources import ImageFolder, Source, Tfds, prepare
 from tasks.models import Model, make_model
 from tasks.pretrained import Schedule, cached_inits, pretrain_stepwise, pretraining_model, stacked_init
-from tasks.trainable import TRAIN_MODES, train_only
+from tasks.trainable import TRAIN_MODES, train_only, with_head_of
 from tasks.weights import load_weights
 
 
@@ -153,7 +153,7 @@ def _inits(init: Mapping[str, Any] | str, options: Mapping[str, Any], network: M
         raise TaskError(f"task.init is {init!r}; allowed are random, {{weights: …}} and {{source: …}}")
 
     def fresh_head(params: Params, i: jax.Array) -> Params:
-        return {**params, "head": network.init(jax.random.key(i))[0]["head"]}
+        return with_head_of(params, network.init(jax.random.key(i))[0])
 
     if "weights" in init:
         if set(init) != {"weights"}:

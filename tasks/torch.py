@@ -207,7 +207,7 @@ def accuracy(output: Any, batch: Batch) -> float:
         labels = batch[1]
     if not isinstance(logits, Tensor) or not isinstance(labels, Tensor) or labels.is_floating_point():
         return math.nan
-    if logits.ndim != labels.ndim + 1 or logits.shape[:-1] != labels.shape:
+    if labels.ndim != 1 or logits.ndim != 2 or len(logits) != len(labels):  # labels of tokens may be shifted, or none
         return math.nan
     return (logits.argmax(-1) == labels).double().mean().item()
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from l3rs.descriptors import kind
+from l3rs.descriptors import is_adapter, kind
 from l3rs.io.checkpoint import read_spec
 from l3rs.layers import Convention, Match, MatchBy, Matching, OnUnknown, match_network
 from l3rs.spec import L3RSError, Layer, Spec
@@ -69,6 +69,8 @@ def _spellings(name: str) -> Iterator[str]:
 def flax_layer(name: str | None, shape: Sequence[int]) -> Layer:
     """The layer of a parameter in Flax's layout: [in, out] and [H, W, in, out]."""
     path = unwrapped(name or "")
+    if is_adapter(path, len(shape)):
+        return Layer(path, tuple(reversed(shape)))
     match kind(path, len(shape)):
         case "matrix":
             return Layer(path, tuple(reversed(shape)))

@@ -203,7 +203,11 @@ class L3RS(torch.optim.Optimizer):
         self._trains = self._training()
         chosen = [i for i, trains in enumerate(self._trains) if trains or self.spec.form == 1]
         paths = [layers[i] for i in chosen]
-        described = [flax_layer(layers[i], params[i].shape) for i in chosen]
+        # A layer that the checkpoint does not know has no path there, but its name says what it is.
+        names = [
+            name for group in self.param_groups for name in group.get("param_names", [None] * len(group["params"]))
+        ]
+        described = [flax_layer(layers[i] or names[i], params[i].shape) for i in chosen]
         rows = {layer.path: row for row, layer in enumerate(self.spec.layers)}
         matches = [Match(path, x.shape, rows.get(path), "") for path, x in zip(paths, described, strict=True)]
         self._facts = network_facts(self._theta, self.spec, matches, described, self._convention)
@@ -388,8 +392,8 @@ class L3RS(torch.optim.Optimizer):
         if shared["step"] > self.total_steps and not self._warned:
             self._warned = True
             warnings.warn(
-                f"step {shared['step']} is past total_steps={self.total_steps}; L3RS continues with the time features "
-                f"of a training that is over",
+                f"step {shared['step']} is past total_steps={self.total_steps}; L3RS continues with the features of "
+                f"t / T of a training that is over",
                 stacklevel=2,
             )
 
@@ -402,7 +406,7 @@ class L3RS(torch.optim.Optimizer):
           L3RSError: the state is from another kind of optimizer, or has other layers, or the same in another order.
         """
         groups = state_dict["param_groups"]
-        averages = {"log_norms": small_state(self.spec)["log_norms"]}
+        averages = {name: shape for name, shape in small_state(self.spec).items() if name in ("log_norms", "memory")}
         shapes = [{key: tuple(param.shape) for key in self._moments()} | averages
                   for group in self.param_groups for param in group["params"]]  # fmt: skip
         check_state(state_dict, self.spec, shapes, self.param_groups)

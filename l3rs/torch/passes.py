@@ -109,7 +109,9 @@ def host(x: Tensor) -> np.ndarray:
 
 
 def mean_loss(losses: Sequence[Tensor]) -> Tensor:
-    """The mean of the finite losses of a step, over its micro-batches and over all ranks; not finite if there is none.
+    """The mean over all ranks of each one's mean of the finite losses of its micro-batches in a step.
+
+    It is not finite if a rank has none.
 
     All ranks must see the same loss: different features would tear their parameters apart.
     """

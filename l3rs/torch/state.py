@@ -99,7 +99,7 @@ def check_state(
         if not state:
             continue
         found = {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
-        found = {key: shape for key, shape in found.items() if "/" in key or key in expected}
+        found = {key: shape for key, shape in found.items() if "/" in key or key in (*expected, "memory")}
         if found != expected:
             raise L3RSError(
                 f"the state dict has {_difference(found, expected)} for parameter {index}; "

@@ -190,7 +190,7 @@ class Analysis:
         if found is None or not math.isfinite(self.mean(setting, L3RS, horizon, "accuracy")):
             return None
         value = math.inf if found.steps_ratio is None else found.steps_ratio
-        if self.results.seeds() < 2 or (found.low is None and math.isfinite(value)):
+        if self.results.seeds() < statistics.FEWEST_SEEDS or (found.low is None and math.isfinite(value)):
             return Interval(value, -math.inf, math.inf)
         low, high = (math.inf if end is None else end for end in (found.low, found.high))
         return Interval(value, low, high)
@@ -223,7 +223,7 @@ class Analysis:
         """
         target = self.highest_accuracy(setting, horizon, self.results.baselines())
         steps = self.steps_to(setting, optimizer, target)
-        return steps, steps * self.seconds_a_step(optimizer)
+        return steps, steps * self.seconds_a_step(setting, optimizer)
 
     @functools.cached_property
     def profile(self) -> dict[str, list[float]]:
@@ -241,9 +241,10 @@ class Analysis:
 
     # Costs and tuning
 
-    def seconds_a_step(self, optimizer: str) -> float:
-        """Measured seconds of one training step, NaN where they were not measured."""
-        return next((cost.seconds_a_step for cost in self.results.costs if cost.optimizer == optimizer), math.nan)
+    def seconds_a_step(self, setting: str, optimizer: str) -> float:
+        """Measured seconds of one training step, NaN where they were not measured, as in all settings but the first."""
+        measured = (cost for cost in self.results.costs if (cost.setting, cost.optimizer) == (setting, optimizer))
+        return next((cost.seconds_a_step for cost in measured), math.nan)
 
     def relative_costs(self) -> list[RelativeCost]:
         """L3RS and one schedule of each family, because schedules cost nothing; empty if nothing was measured."""

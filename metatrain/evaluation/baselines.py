@@ -289,15 +289,30 @@ def import_baseline(name: str, module_name: str, attribute: str, kind: str) -> A
         raise UserError(f"baseline {name}: {module_name} cannot be imported: {first_line(error)}") from None
 
 
-def _own(name: str, make: Any) -> Baseline:
-    """A user's own function as a baseline."""
+def first_rate(name: str, make: Any, kind: str) -> float:
+    """Where the search for the learning rate of a user's own baseline begins: its attribute, or 2⁻⁹.
+
+    Args:
+      name: of the baseline, for messages.
+      make: what was imported.
+      kind: what it has to be, for messages: "function" or "class".
+
+    Raises:
+      UserError: it cannot be called, or its attribute is not one number > 0.
+    """
     rate = getattr(make, "learning_rate", 2.0**-9)
     if not callable(make):
-        raise UserError(f"baseline {name} is {type(make).__name__}, not a function")
+        raise UserError(f"baseline {name} is {type(make).__name__}, not a {kind}")
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
         raise UserError(f"baseline {name}: its attribute learning_rate is {rate!r}; it must be one number > 0")
+    return float(rate)
+
+
+def _own(name: str, make: Any) -> Baseline:
+    """A user's own function as a baseline."""
+    rate = first_rate(name, make, "function")
     try:
-        return Baseline(make, float(rate), knows_horizon="total_steps" in inspect.signature(make).parameters)
+        return Baseline(make, rate, knows_horizon="total_steps" in inspect.signature(make).parameters)
     except ValueError as error:  # of some built-in functions
         raise UserError(f"baseline {name} failed: {first_line(error)}") from None
 

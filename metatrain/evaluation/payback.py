@@ -34,7 +34,7 @@ class Payback(NamedTuple):
 
 
 def paybacks(analysis: Analysis) -> list[Payback]:
-    """One per setting; empty where steps were not timed or the time of meta-training is not known."""
+    """One per setting whose steps were timed; empty where the time of meta-training is not known."""
     spent = analysis.results.meta_training.get("seconds")
     if not spent or not analysis.inside:
         return []
@@ -44,9 +44,9 @@ def paybacks(analysis: Analysis) -> list[Payback]:
 
 def _payback(analysis: Analysis, setting: str, spent: float) -> Payback | None:
     results, horizon = analysis.results, analysis.inside[-1]
-    own_seconds = analysis.seconds_a_step(L3RS) * horizon
+    own_seconds = analysis.seconds_a_step(setting, L3RS) * horizon
     target = analysis.mean(setting, L3RS, horizon, "accuracy")
-    timed = {label: analysis.seconds_a_step(label) for label in results.baselines()}
+    timed = {label: analysis.seconds_a_step(setting, label) for label in results.baselines()}
     needs = {
         label: (analysis.steps_to(setting, label, target), seconds)
         for label, seconds in timed.items()

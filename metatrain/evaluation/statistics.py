@@ -3,7 +3,9 @@
 Seeds are resampled together for all optimizers, because all of them saw the same inits and batches.
 With few seeds the plain percentile interval is too narrow, so its quantiles are moved outwards by the
 ratio of Student's quantiles to the normal's (the expanded percentile interval of T. Hesterberg, What Teachers
-Should Know About the Bootstrap, The American Statistician 69(4), 2015).
+Should Know About the Bootstrap, The American Statistician 69(4), 2015). No resample lies outside of the seeds' own
+range, which with four or fewer is too narrow whatever the quantiles: then a mean has Student's interval, and a ratio
+none.
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ from typing import NamedTuple
 import numpy as np
 
 LEVEL = 0.95
+FEWEST_SEEDS = 5  # of a bootstrap
 _RESAMPLES = 4000
 
 
 class Interval(NamedTuple):
-    """An estimate and its confidence interval; the ends are infinite with a single seed."""
+    """An estimate and its confidence interval; the ends are infinite where the seeds are too few."""
 
     value: float
     low: float
@@ -39,7 +42,19 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> Interval:
       values: one per seed [S].
     """
     array = np.asarray(values, float)
+    if 1 < len(array) < FEWEST_SEEDS:
+        return _students_interval(array)
     return interval(lambda rows: array[rows].mean(-1), len(array))
+
+
+def _students_interval(values: np.ndarray) -> Interval:
+    mean = float(values.mean())
+    if not math.isfinite(mean):  # a run diverged, so there is no interval
+        return Interval(mean, math.nan, math.nan)
+    from scipy import stats
+
+    room = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * stats.sem(values))
+    return Interval(mean, mean - room, mean + room)
 
 
 def interval(statistic: Callable[[np.ndarray], np.ndarray], seeds: int) -> Interval:
@@ -47,10 +62,10 @@ def interval(statistic: Callable[[np.ndarray], np.ndarray], seeds: int) -> Inter
 
     Args:
       statistic: seed numbers int [B, S] -> its value on each of the B resamples [B]; may be infinite or NaN.
-      seeds: S.
+      seeds: S; with fewer than `FEWEST_SEEDS` the ends are infinite.
     """
     value = float(statistic(np.arange(seeds)[None])[0])
-    if seeds < 2:
+    if seeds < FEWEST_SEEDS:
         return Interval(value, -math.inf, math.inf)
     found = statistic(_resamples(seeds))
     if np.isnan(found).any():  # a run diverged, so there is no interval

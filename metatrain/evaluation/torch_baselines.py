@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from l3rs.io.files import first_line
 from metatrain.config import UserError
 from metatrain.config_errors import one_line
 from metatrain.evaluation.baselines import (
@@ -25,6 +26,7 @@ from metatrain.evaluation.baselines import (
     Baseline,
     MissingBaselineError,
     Tuned,
+    first_rate,
     given_rate,
     import_baseline,
 )
@@ -75,19 +77,39 @@ def find_torch_baseline(name: str, options: Mapping[str, Any] | None = None) -> 
     found, options = _named(name), dict(options or {})
     if "learning_rate" in options:
         found = found._replace(learning_rate=given_rate(name, options.pop("learning_rate")), tuned=False)
+    own = ":" in name
     if not options:
-        return found
-    known = [key for key in inspect.signature(found.make).parameters if key not in ("params", "lr")]
+        return _tried(name, found) if own else found
+    try:
+        known = [key for key in inspect.signature(found.make).parameters if key not in ("params", "lr")]
+    except ValueError as error:  # of some built-in functions
+        raise UserError(f"baseline {name} failed: {first_line(error)}") from None
     if unknown := [key for key in options if key not in known]:
         raise UserError(
             f"baseline {name} has no option {', '.join(unknown)}; allowed are {', '.join(['learning_rate', *known])}"
         )
     bound = found._replace(make=functools.partial(found.make, **options))
+    if own:
+        return _tried(name, bound)
     try:
         bound.make([nn.Parameter(torch.zeros(1))], lr=0.1)
     except (TypeError, ValueError) as error:
         raise UserError(f"baseline {name}: {one_line(error)}") from None
     return bound
+
+
+def _tried(name: str, own: Baseline) -> Baseline:
+    """A user's own class, after it took one step."""
+    param = nn.Parameter(torch.ones(2, 2))
+    param.grad = torch.ones(2, 2)
+    try:
+        made = own.make([param], lr=own.learning_rate)
+        made.step()
+    except (Exception, SystemExit) as error:  # whatever the user's class raises
+        raise UserError(f"baseline {name} failed: {first_line(error)}") from None
+    if not hasattr(made, "param_groups"):
+        raise UserError(f"baseline {name} made {type(made).__name__}, which has no param_groups as torch.optim's have")
+    return own
 
 
 def _named(name: str) -> Baseline:
@@ -100,7 +122,7 @@ def _named(name: str) -> Baseline:
         known = ", ".join(ALL_TORCH)
         raise UserError(f"no baseline {name} for tasks of PyTorch; allowed are {known} and package.module:Class")
     make = import_baseline(name, module_name, attribute, "class")
-    return Baseline(make, getattr(make, "learning_rate", 2.0**-9))
+    return Baseline(make, first_rate(name, make, "class"))
 
 
 def _of_package(name: str) -> Baseline:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -67,27 +68,30 @@ def rollouts(task: TorchTask) -> Rollouts:
 
 
 def torch_decisions(ours: LearnedOptimizer, conditions: Conditions, horizon: int) -> DecisionPath:
-    """μ and λ at every step of the first seed's run."""
+    """μ and λ of the parameters that get gradients, at every step of the first seed's run."""
     task = conditions.task
     assert isinstance(task, TorchTask)
     sample = jax.tree.map(lambda x: x[0], conditions.samples)
-    mixes, rms = [], []
+    decisions: list[dict[str, tuple[np.ndarray, float]]] = []  # of each step
     for params, optimizer in torch_steps(task, torch_learned(ours), ours.theta, sample, horizon):
         assert isinstance(optimizer, l3rs.torch.L3RS)
-        states = [optimizer.state[param] for _, param in params]
-        if not all(states):
-            continue  # a parameter that had no gradient yet
-        mixes.append(np.stack([state["mix"].numpy() for state in states]))
-        sizes = np.sqrt([max(param.numel(), 1) for _, param in params])
-        rms.append(np.array([float(state["step_norm"]) for state in states]) / sizes)
+        decisions.append(
+            {
+                name: (state["mix"].numpy().copy(), float(state["step_norm"]) / math.sqrt(max(param.numel(), 1)))
+                for name, param in params
+                if (state := optimizer.state.get(param))  # from its first gradient on
+            }
+        )
+    shapes = {name: list(param.shape) for name, param in params if name in decisions[-1]}
+    complete = [[step[name] for name in shapes] for step in decisions if len(step) == len(shapes)]
     return DecisionPath(
         setting=conditions.setting,
         horizon=horizon,
-        layers=[name for name, _ in params],
-        shapes=[list(param.shape) for _, param in params],
+        layers=list(shapes),
+        shapes=list(shapes.values()),
         directions=[direction.name for direction in ours.spec.directions],
-        mix=np.stack(mixes).round(4).tolist(),
-        step_rms=four_digits(np.stack(rms)).tolist(),
+        mix=np.array([[mix for mix, _ in step] for step in complete]).round(4).tolist(),
+        step_rms=four_digits(np.array([[rms for _, rms in step] for step in complete])).tolist(),
     )
 
 

@@ -189,7 +189,7 @@ def _resume(folder: RunFolder, wanted: Config, allow_other_version: bool) -> Run
         )
     code = checked_code(folder.name, saved, wanted, allow_other_version)
     rewritten = saved.model_copy(update={"outer": config.outer, "code": code})
-    setup = Setup.build(config.model_copy(update={"code": code}), print_line)
+    setup = Setup.build(config.model_copy(update={"code": code}), print_line, resolved=True)
     return _train(folder, setup, None if rewritten == saved else rewritten)
 
 
@@ -283,7 +283,7 @@ class _Session:
         resources.callback(self.display.close)
         self._store = StateStore(folder.path / "state", config.checkpoint.keep, config.code)
         resources.callback(self._store.close)
-        self.progress = self._store.restore(setup.fresh().strategy) or setup.fresh()
+        self.progress = self._store.restore(setup.strategy_like()) or setup.fresh()
         generation = self.progress.generation
         self._metrics = Metrics(folder.path, generation, make_sinks(config, folder.path, generation))
         resources.callback(self._metrics.close)
@@ -398,9 +398,14 @@ def _generation(
     Returns:
       (the progress after it, its line of metrics.jsonl)
     """
+
+    def saved(reason: str) -> None:
+        with interrupts.held():
+            waiting(reason)
+
     began = time.perf_counter()
     with interrupts.allowed():
-        losses = evaluator.evaluate(progress.strategy, spec, waiting)
+        losses = evaluator.evaluate(progress.strategy, spec, saved)
     failed = not np.isfinite(losses).any()
     strategy = progress.strategy
     if not failed:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # What evaluators on workers count from the start of the process; in `metrics.jsonl`, from the start of the run.
 COUNTS = ("lost", "duplicated", "requeued", "stale", "rejected", "waited")
 _MAX_BYTES = 1 << 30
-_MAX_LINE = 1 << 16
+_MAX_LINE = 1 << 20  # 1,000 samples of a generation are 80 KB
 _RECENT = 50  # generations whose duration the estimate of the time left uses
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
@@ -38,27 +40,26 @@ class Setup:
       tasks: the variants of the task; each draw of a generation uses one of them.
       spec: the form of the optimizer.
       strategy: the evolution strategy.
-      start: the meta-parameters of `optimizer.start`; None for new ones.
     """
 
     config: Config
     tasks: tuple[AnyTask, ...]
     spec: l3rs.Spec
     strategy: Strategy
-    start: Theta | None = None
 
     @classmethod
-    def build(cls, config: Config, log: Callable[[str], None] = lambda _: None) -> Setup:
+    def build(cls, config: Config, log: Callable[[str], None] = lambda _: None, *, resolved: bool = False) -> Setup:
         """Build the tasks, and decide what the configuration leaves to "auto".
 
         Args:
           config: of the run.
           log: called before each step that may take a while.
+          resolved: it is from `resolve_start`, as a saved run's is: the checkpoint `optimizer.start` is not read.
 
         Raises:
           UserError, TaskError, L3RSError: the configuration cannot be run.
         """
-        config = resolve_start(config)
+        config = config if resolved else resolve_start(config)
         if config.own_code():
             search_current_folder()
         forms = config.task.forms()
@@ -72,9 +73,13 @@ class Setup:
         _check_variants(tasks, spec)
         strategy = make_strategy(config.outer, l3rs.init_meta_params(jax.random.key(0), spec))
         config = _decide(config, tasks, spec, log)
-        begin = config.optimizer
-        start = None if begin.start is None else start_theta(begin, spec, tasks[0])
-        return cls(config, tasks, spec, strategy, start)
+        return cls(config, tasks, spec, strategy)
+
+    @functools.cached_property
+    def start(self) -> Theta | None:
+        """The meta-parameters of `optimizer.start`, which are read when a run begins; None for new ones."""
+        begin = self.config.optimizer
+        return None if begin.start is None else start_theta(begin, self.spec, self.tasks[0])
 
     def evaluator(self, log: Callable[[str], None]) -> Evaluator:
         """The evaluator of the chosen backend; `log` is called with what an operator should look at."""
@@ -89,6 +94,10 @@ class Setup:
         if plan == "torch" and (processes := local_processes(self.tasks, execution.workers, outer.population)) > 1:
             return ProcessEvaluator(self.tasks, self.spec, outer, processes, log)
         return LocalEvaluator(self.tasks, self.spec, self.strategy, outer.population, members, plan)
+
+    def strategy_like(self) -> Any:
+        """A state of the strategy with other values than a run's."""
+        return self.strategy.init(jax.random.key(0), l3rs.init_meta_params(jax.random.key(0), self.spec))
 
     def fresh(self) -> Progress:
         """The state before the first generation, a function of the seed."""

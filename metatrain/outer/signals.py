@@ -41,6 +41,18 @@ class Interrupts:
         finally:
             self._allowed = self._pending = False
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Delay them in a part of an `allowed` block, in which something is written."""
+        allowed, self._allowed = self._allowed, False
+        try:
+            yield
+        finally:
+            self._allowed = allowed
+        if allowed and self._pending:
+            self._allowed = False
+            raise KeyboardInterrupt
+
     def _stop(self, _signal: int, _frame: FrameType | None) -> None:
         if self._allowed:
             self._allowed = False

@@ -13,7 +13,7 @@ from l3rs.io.checkpoint import read_spec
 from l3rs.layers import Matching
 from l3rs.spec import OFF_AT_ZERO, Direction, Spec, Theta
 from l3rs.theta import multiply_steps
-from metatrain.config import Config, OptimizerConfig, UserError
+from metatrain.config import Config, OptimizerConfig, UserError, check_section
 from metatrain.inner.network import embeddings, is_torch
 from tasks.base import AnyTask
 
@@ -59,7 +59,7 @@ def resolve_start(config: Config) -> Config:
     outer = {k: v for k, v in _OUTER_DEFAULTS.items() if k not in config.outer.model_fields_set}
     return config.model_copy(
         update={
-            "optimizer": OptimizerConfig(**optimizer.start_fields(), **fields),
+            "optimizer": check_section(OptimizerConfig, {**optimizer.start_fields(), **fields}, "optimizer"),
             "outer": config.outer.model_copy(update=outer),
         }
     )

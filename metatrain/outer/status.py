@@ -71,8 +71,13 @@ def local_snapshot(folder: Path, name: str) -> Snapshot:
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{name} is not a run: it has no config.yaml")
     refuse_links(folder, name)
-    state = "running" if is_locked(folder) else "finished" if (folder / "optimizer").is_dir() else "stopped"
-    return folder_snapshot(folder, name, state, going=state == "running")
+    going = is_locked(folder)
+    found = folder_snapshot(folder, name, "running" if going else "stopped", going=going)
+    # A run whose outer.steps has grown keeps the optimizer that it had, until it has finished again.
+    unfinished = found.metrics and found.done < (found.total or 0)
+    if going or unfinished or not (folder / "optimizer").is_dir():
+        return found
+    return dataclasses.replace(found, state="finished")
 
 
 def folder_snapshot(folder: Path, name: str, state: str, *, going: bool) -> Snapshot:

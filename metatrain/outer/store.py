@@ -28,10 +28,14 @@ from metatrain.config import UserError
 from metatrain.outer.copies import local_copy
 from metatrain.outer.lease import LeaseLostError, lease
 from metatrain.outer.lock import LOCK_FILE
+from metatrain.waiting import WaitError
 
 _log = logging.getLogger("metatrain")
 
 _KEPT_MANIFESTS = 2
+# What a store that was tampered with or lost an object raises; other errors are of the disk or of the way to the store.
+_DAMAGE = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+_BAD_NAME = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.ELOOP)
 _MAX_MANIFEST_BYTES = 4 << 20
 _MAX_FILES = 20_000
 _MAX_BYTES = 64 << 30  # of a run's files together
@@ -96,7 +100,12 @@ def _copied_folder(store: Store, location: str, check_lease: Callable[[], None])
                     raise UserError(f"{location} cannot be written: {error}; the run is in {copy.folder}") from None
                 _log.warning("%s cannot be written (%s); trying again at the next checkpoint", location, error)
 
-        store.pull(copy.folder)
+        try:
+            store.pull(copy.folder)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise WaitError(f"{location} cannot be read: {error}") from None
         yield RunFolder(copy.folder, location, saved)
 
 
@@ -151,10 +160,12 @@ class Store:
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 left -= self._copy(stored, target, left)
-            except (OSError, ValueError) as error:
-                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise
+            except _DAMAGE:
                 return False
+            except OSError as error:
+                if error.errno in _BAD_NAME:
+                    return False
+                raise  # a full disk, or a store that cannot be reached: its state may be whole
             self._verified.add(stored)
         return True
 

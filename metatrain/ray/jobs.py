@@ -226,18 +226,25 @@ def find(jobs: Any, name: str) -> Job:
       UserError: there is no such job.
     """
     known = list_runs(jobs)
-    found = [job for job in known if name in (job.name, job.id)]
+    # A run may be called as another's job: ids are NAME-1, NAME-2, ….
+    found = [job for job in known if job.name == name] or [job for job in known if job.id == name]
     if not found:
         names = ", ".join(dict.fromkeys(job.name for job in known)) or "none"
         raise UserError(f"the cluster has no run {name}; its runs are {names}")
     return found[-1]
 
 
+def _by_id(jobs: Any, job_id: str) -> Job:
+    return next(job for job in list_runs(jobs) if job.id == job_id)
+
+
 def snapshot(jobs: Any, job: Job) -> Snapshot:
     """A run's progress, from its metrics if its folder can be read here, else from its driver's log."""
     state, going = job.status.lower(), job.status == "RUNNING"
     found = folder_snapshot(Path(job.folder), job.name, state, going=going)
-    return found if found.metrics else logged_snapshot(jobs.get_job_logs(job.id), job.name, state, going=going)
+    # The cluster's path may be that of an earlier run of this machine.
+    own = found.updated is not None and 0 < job.started <= found.updated
+    return found if own else logged_snapshot(jobs.get_job_logs(job.id), job.name, state, going=going)
 
 
 def logs(jobs: Any, job: Job, follow: bool) -> Iterator[str]:
@@ -277,7 +284,7 @@ def stop(jobs: Any, job: Job, log: Callable[[str], None] = print) -> Job:
     advice = f"at most {_STOP_SECONDS} s; see: metatrain logs {job.name}"
     with noticed(f"the driver of {job.name} to save the run and end", advice, log):
         while time.monotonic() < deadline:
-            now = find(jobs, job.id)
+            now = _by_id(jobs, job.id)
             if now.status not in ("PENDING", "RUNNING"):
                 return now
             time.sleep(0.5)
@@ -314,14 +321,14 @@ def _wait_for_start(jobs: Any, job_id: str, log: Callable[[str], None]) -> Job:
     advice = f"at most {_START_SECONDS:.0f} s; Ctrl-C leaves the job running; see: metatrain logs {job_id}"
     with noticed(f"the first generation of {job_id}", advice, log):
         while time.monotonic() < deadline:
-            job = find(jobs, job_id)
+            job = _by_id(jobs, job_id)
             if job.status == "FAILED":
                 raise UserError(_failure(jobs, job))
             if job.status != "PENDING" and (job.status != "RUNNING" or _GENERATION.search(jobs.get_job_logs(job_id))):
                 return job
             time.sleep(0.5)
     log(f"the run has not finished a generation after {_START_SECONDS:.0f} s; see: metatrain logs {job_id}")
-    return find(jobs, job_id)
+    return _by_id(jobs, job_id)
 
 
 def _failure(jobs: Any, job: Job) -> str:

@@ -7,10 +7,11 @@ import pytest
 
 from metatrain.evaluation.analysis import Analysis
 from metatrain.evaluation.payback import paybacks
-from metatrain.evaluation.records import L3RS, Speedup
+from metatrain.evaluation.records import L3RS, Cost, Speedup
 from metatrain.evaluation.statistics import Interval
 from metatrain.report import formatting
 from metatrain.report.tables import fine_tunings
+from metatrain.specialize import sentence
 from tests.metatrain.synthetic import around, costs, made
 
 
@@ -23,17 +24,18 @@ def test_a_diverged_baseline_proves_nothing_and_a_diverged_l3rs_has_lost() -> No
 
 
 def test_infinite_speedups() -> None:
-    losses = {L3RS: {10: around(0.5), 100: around(0.5)}, "adam/a": {10: around(0.9), 100: around(0.9)}}
+    losses = {label: dict.fromkeys((10, 100), [x] * 5) for label, x in ((L3RS, 0.5), ("adam/a", 0.9))}
     ratios = [Speedup("", "adam/a", h, None, None if h == 100 else 3.0, None) for h in (10, 100)]
     analysis = Analysis(made(losses, speedup=ratios))
     assert analysis.speedup("", "adam/a", 10) == Interval(math.inf, 3.0, math.inf)
     assert analysis.speedup("", "adam/a", 100) == Interval(math.inf, math.inf, math.inf)
     assert analysis.median_speedup == math.inf
-    alone = made({k: {h: row[:1] for h, row in v.items()} for k, v in losses.items()}, speedup=ratios)
-    found = Analysis(alone).speedup("", "adam/a", 10)
-    assert found is not None
-    assert formatting.bounds(found, "ratio") == ""
-    diverged = made({**losses, L3RS: {10: [math.nan] * 4, 100: around(0.5)}}, speedup=ratios)
+    for seeds in (1, 4):
+        few = made({k: {h: row[:seeds] for h, row in v.items()} for k, v in losses.items()}, speedup=ratios)
+        found = Analysis(few).speedup("", "adam/a", 10)
+        assert found is not None
+        assert formatting.bounds(found, "ratio") == ""
+    diverged = made({**losses, L3RS: {10: [math.nan] * 5, 100: [0.5] * 5}}, speedup=ratios)
     assert Analysis(diverged).speedup("", "adam/a", 10) is None
 
 
@@ -58,6 +60,21 @@ def test_payback_by_hand() -> None:
     assert paid.runs == 10
     assert paid.saved_tuned == pytest.approx(10 + 10 * 20)
     assert paid.fine_tunings_tuned == 1
+
+
+def test_the_sentence_of_specialize_names_the_baseline_that_it_pays_against() -> None:
+    """That with the lowest loss in the end is not the quickest to the accuracy of L3RS."""
+    ends = {L3RS: 0.3, "slow/cosine": 0.5, "quick/constant": 0.7}
+    losses = {label: {40: [x + 0.01 * i for i in range(6)]} for label, x in ends.items()}
+    grid = {"inner_valid_loss": [1.0] * 5, "seeds": 2, "chosen": 0.25, "at_edge": False, "learning_rate": [1.0] * 5}
+    found = made(losses, trained=(10, 40), spent={"seconds": 95.0})
+    timed = [Cost("", label, s, 2.0) for label, s in ((L3RS, 1.0), ("slow/cosine", 9.0), ("quick/constant", 0.5))]
+    found = dataclasses.replace(found, costs=timed, tuning={"": {k: {"40": grid} for k in ends if k != L3RS}})
+    said = sentence(Analysis(found))
+    assert "best tuned baseline (slow/cosine)" in said
+    [paid] = paybacks(Analysis(found))
+    assert paid.baseline == "quick/constant"
+    assert f"paid after {paid.fine_tunings_tuned:,.0f} fine-tunings that would each tune quick/constant" in said
 
 
 def test_payback_never_and_never_reached() -> None:

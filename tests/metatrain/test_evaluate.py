@@ -230,7 +230,9 @@ def test_curves_and_paths_are_those_of_the_runs(results: Results) -> None:
 
 def test_costs_are_measured(results: Results) -> None:
     assert [cost.optimizer for cost in results.costs] == results.optimizers()
-    assert Analysis(results).seconds_a_step("l3rs") > 0
+    [setting] = results.settings()
+    assert Analysis(results).seconds_a_step(setting, "l3rs") > 0
+    assert math.isnan(Analysis(results).seconds_a_step("another network", "l3rs"))
     (adam,) = [cost for cost in results.costs if cost.optimizer == "adam/constant"]
     assert adam.state_floats_a_parameter == pytest.approx(2, abs=0.5)  # and two counters, of five parameters
 

@@ -33,7 +33,7 @@ from metatrain.inner.network import make_spec, task_layers  # noqa: E402
 from metatrain.inner.processes import local_processes  # noqa: E402
 from metatrain.inner.torch_rollout import torch_rollout  # noqa: E402
 from metatrain.system import usable_cpus  # noqa: E402
-from tasks import sample  # noqa: E402
+from tasks import make_task, sample  # noqa: E402
 from tasks.torch_training import Training  # noqa: E402
 from tests.metatrain.common import small_config  # noqa: E402
 from tests.metatrain.torch_tasks import TINY, tiny  # noqa: E402
@@ -73,6 +73,19 @@ def test_results_and_page_are_those_of_other_tasks(results: Results, tmp_path: P
     again = Results.load(results.save(tmp_path))
     assert again.records == results.records
     assert report.write(Analysis(again), tmp_path).is_file()
+
+
+def test_a_parameter_that_is_never_used_is_left_out_of_the_path(tmp_path: Path) -> None:
+    task = {"name": TINY, "unused": True}
+    spec = make_spec(task_layers(make_task(TINY, {"unused": True})), {"hidden": (4,), "embedding_dim": 2})
+    own = l3rs.save(tmp_path / "own", l3rs.init_meta_params(jax.random.key(0), spec), spec, {})
+    how = {**_HOW, "baselines": [{"name": "adamw", "learning_rate": 0.01}]}
+    [path] = evaluate(own, small_config(task=task, evaluation=how)).paths
+    assert len(spec.layers) == 8
+    assert len(path.layers) == len(path.shapes) == 6
+    assert not any(name.startswith("unused") for name in path.layers)
+    assert np.shape(path.mix) == (6, 6, 2)
+    assert np.shape(path.step_rms) == (6, 6)
 
 
 def test_processes_give_the_results_of_one(saved: Path, results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +168,10 @@ def test_every_baseline_descends(name: str) -> None:
         ("adam", {"betas": [2, 0.9]}, "baseline adam: Invalid beta"),
         ("adam", {"learning_rate": 0}, "learning_rate is 0; it must be one number > 0"),
         ("torch.optim:Nothing", {}, "torch.optim has no class 'Nothing'"),
+        ("torch.optim:LBFGS", {}, r"baseline torch.optim:LBFGS failed: .*closure"),
+        ("torch.optim:RAdam", {"betas": [2, 0.9]}, "baseline torch.optim:RAdam failed: ValueError: Invalid beta"),
+        ("math:pi", {}, "baseline math:pi is float, not a class"),
+        ("types:SimpleNamespace", {}, "baseline types:SimpleNamespace failed: "),
     ],
 )
 def test_refused(name: str, options: dict, sentence: str) -> None:

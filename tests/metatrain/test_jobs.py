@@ -11,6 +11,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,7 +19,7 @@ from metatrain.config import UserError, dump_config
 from metatrain.log_lines import read_generation_line
 from metatrain.outer.loop import run
 from metatrain.ray.connection import is_loopback, require_token, split_address
-from metatrain.ray.jobs import CLIENT, check_client, client, submit_job
+from metatrain.ray.jobs import CLIENT, check_client, client, find, submit_job
 from tests.metatrain.common import assert_same_theta, small_config
 from tests.metatrain.nodes import cluster_command, free_port, ray_nodes
 from tests.metatrain.test_trainer import count_lines
@@ -271,6 +272,17 @@ def test_a_cluster_that_has_just_started_is_asked_again(monkeypatch: pytest.Monk
     answers.append(RuntimeError("No available agent to submit job"))
     with pytest.raises(UserError, match="cannot be submitted: RuntimeError: No available agent"):
         submit_job(Jobs(), submission_id="small-1")
+
+
+def test_a_run_that_is_called_as_another_s_job_is_found_by_its_name() -> None:
+    def job(job_id: str, name: str, started: int) -> SimpleNamespace:
+        about = {"l3rs_run": name, "l3rs_folder": "runs"}
+        status = SimpleNamespace(value="RUNNING")
+        return SimpleNamespace(submission_id=job_id, metadata=about, status=status, message="", start_time=started)
+
+    for one, two in ((1, 2), (2, 1)):
+        both = SimpleNamespace(list_jobs=lambda: [job("exp-1-1", "exp-1", one), job("exp-1", "exp", two)])  # noqa: B023
+        assert [find(both, name).id for name in ("exp", "exp-1", "exp-1-1")] == ["exp-1", "exp-1-1", "exp-1-1"]
 
 
 def test_a_driver_refuses_a_client_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from metatrain.config import UserError, dump_config
 from metatrain.outer import loop as trainer
 from metatrain.outer.export import export
 from metatrain.outer.store import Store, object_name
+from metatrain.waiting import WaitError
 from tests.metatrain.common import assert_same_theta, metrics, small_config
 from tests.metatrain.test_trainer import stopped_at
 
@@ -159,6 +160,18 @@ def test_a_store_that_fails_for_a_while_does_not_stop_the_run(
         trainer.run(small_config(), "memory://bucket/runs/other")
     left = Path(str(refused.value).rpartition(" ")[2])
     assert (left / "state").is_dir()
+
+
+def test_a_store_that_cannot_be_reached_is_not_a_damaged_one(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a run would go on from an older state, or be given up."""
+    trainer.run(small_config(), url)
+
+    def refused(*_: object) -> None:
+        raise TimeoutError("slow down")
+
+    monkeypatch.setattr(Store, "_copy", refused)
+    with pytest.raises(WaitError, match=f"{url} cannot be read: slow down"):
+        trainer.resume(url)
 
 
 def test_unusable_urls_are_one_sentence() -> None:

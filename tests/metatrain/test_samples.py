@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from unittest import mock
@@ -12,7 +13,7 @@ import pytest
 
 from metatrain.config import HorizonConfig
 from metatrain.outer import loop
-from metatrain.outer.metrics import describe_draws
+from metatrain.outer.metrics import describe_draws, read_metrics
 from metatrain.outer.setup import Setup, horizon_at
 from metatrain.outer.strategy import mean_ranks
 from metatrain.report.history import History
@@ -45,6 +46,13 @@ def test_horizons_are_drawn_with_the_power_of_their_distribution(power: float, m
     assert drawn == sorted(drawn)
     assert np.median(drawn) == pytest.approx(median, abs=0.6)
     assert np.mean(drawn) == pytest.approx(mean, rel=0.005)
+
+
+def test_the_line_of_as_many_samples_as_are_allowed_is_read_again(tmp_path: Path) -> None:
+    sample = {"horizon": 2500, "task": 30, "init": 1806481815, "meta_loss_mean": 1.1963791847229004}
+    line = {"generation": 0, "samples": [sample] * 1000}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert read_metrics(tmp_path / "metrics.jsonl") == [line]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

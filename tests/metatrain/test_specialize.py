@@ -67,8 +67,8 @@ def test_the_horizon_may_be_given() -> None:
         make_plan(work(1e-2), 1800, 5000)
 
 
-def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    torch = pytest.importorskip("torch")
+@pytest.fixture
+def tiny_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(specialize, "_CANDIDATES", 8)
     monkeypatch.setattr(specialize, "_MOST_GENERATIONS", 2)
     monkeypatch.setattr(specialize, "_SEEDS", (2,))
@@ -76,6 +76,28 @@ def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(specialize, "_POPULATIONS", (4,))
     # Another process takes seconds to start; the slow tests of the guide have one for each core.
     monkeypatch.setattr("metatrain.inner.processes.usable_cpus", lambda: 1)
+
+
+@pytest.mark.usefixtures("tiny_plan")
+def test_a_stop_on_request_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("metatrain.outer.loop._generation", interrupted)
+    out = tmp_path / "run"
+    arguments = ["specialize", "tests.metatrain.torch_tasks:tiny", "--minutes", "30", "--out", str(out)]
+    cli.app(arguments, standalone_mode=False)
+    assert f"{out} was interrupted; once it is resumed and finished" in capsys.readouterr().out.replace("\n", " ")
+    assert not (out / "evaluation").exists()
+
+
+@pytest.mark.usefixtures("tiny_plan")
+def test_the_whole_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch = pytest.importorskip("torch")
     out = tmp_path / "run"
     arguments = ["specialize", "tests.metatrain.torch_tasks:tiny", "noise=0.2", "--minutes", "30", "--out", str(out)]
     cli.app(arguments, standalone_mode=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import l3rs
 from l3rs.descriptors import roles
 from metatrain.config import OptimizerConfig, UserError, load_config
 from metatrain.inner.rollout import inner_steps, learned
-from metatrain.outer.loop import run
+from metatrain.outer.loop import resume, run
 from metatrain.outer.setup import Setup
 from metatrain.outer.start import start_theta
 from tasks import TaskSample, make_task
@@ -93,6 +94,13 @@ def test_what_only_form_2_has_may_be_new_in_a_start_of_form_2(general: str, fiel
     assert getattr(Setup.build(small_bare(optimizer=asked)).spec, field) == 0.3
 
 
+def test_what_the_form_of_a_start_cannot_have_is_one_sentence(tmp_path: Path) -> None:
+    spec = l3rs.Spec.create({"w": np.ones(3)}, ("adam",), form=2, step="initial", embedding="descriptor")
+    start = l3rs.save(tmp_path / "own", l3rs.init_meta_params(jax.random.key(0), spec), spec, {})
+    with pytest.raises(UserError, match=r"decrease_limit .*sgd"):
+        Setup.build(small_bare(optimizer={"start": str(start), "decrease_limit": 3.0}))
+
+
 def test_generation_0_is_the_checkpoint_in_pytorch(general: str) -> None:
     pytest.importorskip("torch")
     from metatrain.inner.network import task_layers
@@ -155,6 +163,8 @@ def test_factors_by_role_multiply_the_steps_of_those_layers(tmp_path: Path) -> N
         ({"start_horizon_power": 0.2}, "start_horizon_power is 0.2, but there is no start"),
         ({"start": "universal", "start_by_role": {"head": 2.0}}, "start_by_role has 'head'; allowed are input_kernel"),
         ({"start": "universal", "start_by_role": {"output_bias": 2.0}}, "start_by_role needs embedding: table and a"),
+        ({"start": "universal", "start_horizon_power": 2}, "start_horizon_power.*less than or equal to 1"),
+        ({"start": "universal", "start_horizon_power": "0.25"}, "start_horizon_power.*valid number"),
         ({"layer_gain": 5.0}, "layer_gain"),
         ({"form": 2, "step": "initial", "layer_gain": 500.0}, "layer_gain is 500.0; it must lie in"),
     ],
@@ -180,13 +190,19 @@ def test_the_form_and_smaller_defaults_are_written_out(general: str, tmp_path: P
     assert run(started, tmp_path / "run", resume_run=True).finished  # the same configuration, not a changed one
 
 
-def test_resumes_bit_for_bit(general: str, tmp_path: Path) -> None:
-    sections = {"optimizer": {"hidden": [4], "embedding_dim": 3, "embedding": "table", "start": general}}
-    spec = l3rs.info(general)["spec"]
+@pytest.mark.parametrize("removed", [False, True])
+def test_resumes_bit_for_bit(general: str, tmp_path: Path, removed: bool) -> None:
+    start = shutil.copytree(general, tmp_path / "start")
+    sections = {"optimizer": {"hidden": [4], "embedding_dim": 3, "embedding": "table", "start": str(start)}}
+    spec = l3rs.info(start)["spec"]
     sections["optimizer"] |= {key: spec[key] for key in ("form", "step") if key in spec}
     run(small_config(**sections), tmp_path / "quiet")
     stopped_at(3, tmp_path / "run", **sections)
-    assert run(small_config(**sections), tmp_path / "run", resume_run=True).finished
+    if removed:
+        shutil.rmtree(start)
+        assert resume(tmp_path / "run").finished
+    else:
+        assert run(small_config(**sections), tmp_path / "run", resume_run=True).finished
     assert metrics(tmp_path / "run") == metrics(tmp_path / "quiet")
     assert_same_theta(tmp_path / "run" / "optimizer", tmp_path / "quiet" / "optimizer")
 

@@ -20,7 +20,7 @@ def covered(draw, truth, seeds, trials=2000):
     return np.mean([not interval.excludes(truth) for interval in found])
 
 
-@pytest.mark.parametrize("seeds", [5, 6, 12, 30])
+@pytest.mark.parametrize("seeds", [2, 3, 4, 5, 6, 12, 30])
 def test_interval_of_normal_differences_covers_as_often_as_it_says(seeds):
     assert covered(lambda rng, n: rng.normal(0.3, 2.0, n), 0.3, seeds) == pytest.approx(0.95, abs=0.02)
 
@@ -41,6 +41,12 @@ def test_pairing_removes_what_seeds_share():
     low, high = mean_interval(ours - theirs)[1:]
     assert high - low < 0.1
     assert mean_interval(ours)[2] - mean_interval(ours)[1] > 1
+
+
+def test_a_ratio_of_four_seeds_or_fewer_has_no_interval():
+    # All resamples of n seeds lie between the least and the greatest, which n normal values cover with 1 - 2^(1-n).
+    curves = np.array([[0.5, 0.7], [0.5, 0.8], [0.5, 0.9], [0.5, 0.75]])
+    assert speedup([10, 100], curves, curves - 0.01, 0)[1:] == (-math.inf, math.inf)
 
 
 def test_one_seed_says_nothing_of_the_spread():

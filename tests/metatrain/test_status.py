@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def _job(folder: Path, state: str) -> Job:
-    return Job("a-1", "a", str(folder), state, "", 0.0)
+    return Job("a-1", "a", str(folder), state, "", 1.0)
 
 
 def test_time_left_leaves_out_compilation_and_is_shown_only_for_a_run_in_progress(folder: Path) -> None:
@@ -91,6 +91,23 @@ def test_a_run_whose_folder_is_elsewhere_is_read_from_its_drivers_log(folder: Pa
     here, elsewhere = snapshot(None, _job(folder, "RUNNING")), snapshot(Jobs(), _job(tmp_path / "none", "RUNNING"))
     assert elsewhere.line() == here.line()
     assert [line["seconds"] for line in elsewhere.metrics] == [line["seconds"] for line in here.metrics]
+
+
+def test_an_earlier_run_at_the_path_of_a_job_is_not_the_job_s(folder: Path) -> None:
+    class Jobs:
+        def get_job_logs(self, _: str) -> str:
+            return "generation 0/6: starting"
+
+    later = dataclasses.replace(_job(folder, "RUNNING"), started=(folder / "metrics.jsonl").stat().st_mtime + 1)
+    waiting = dataclasses.replace(_job(folder, "PENDING"), started=0.0)
+    assert snapshot(Jobs(), later).metrics == snapshot(Jobs(), waiting).metrics == []
+
+
+def test_a_prolonged_run_that_was_stopped_is_not_finished(folder: Path) -> None:
+    (folder / "optimizer").mkdir()  # of its first four generations
+    assert local_snapshot(folder, "a").line().startswith("a: stopped, generation 4/6")
+    (folder / "config.yaml").write_text(dump_config(small_config(outer={"steps": 4})))
+    assert local_snapshot(folder, "a").line().startswith("a: finished, generation 4/4")
 
 
 def _shown(run: Snapshot, now: float) -> str:

@@ -57,8 +57,8 @@ def splits(examples: int = 48) -> dict[str, TensorDataset]:
     return found
 
 
-def tiny(noise: float = 0.1, freeze: bool = False, **options: Any) -> TorchTask:
-    """Points in three classes; the layers below the head can be frozen."""
+def tiny(noise: float = 0.1, freeze: bool = False, unused: bool = False, **options: Any) -> TorchTask:
+    """Points in three classes; the layers below the head can be frozen, and one may be unused."""
     data = splits()
 
     def model(init: int) -> nn.Module:
@@ -66,6 +66,8 @@ def tiny(noise: float = 0.1, freeze: bool = False, **options: Any) -> TorchTask:
         network = Mlp()
         for param in network.body.parameters() if freeze else ():
             param.requires_grad_(False)
+        if unused:
+            network.unused = nn.Linear(3, 2)
         return network
 
     train = Examples(data.pop("train"), noise)

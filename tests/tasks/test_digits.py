@@ -71,6 +71,22 @@ def test_pretrained_inits_know_the_source_and_differ() -> None:
     assert len({kernel.tobytes() for kernel in np.asarray(kernels)}) == len(rows)
 
 
+@pytest.mark.parametrize("counts", [(10, 4), (5, 2), (10, 6), (1, 1)])
+def test_pretraining_has_all_lengths_in_both_pools(counts: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def keep(key: dict, *_: object) -> None:
+        seen.append(key["steps"])
+        raise InterruptedError
+
+    monkeypatch.setattr("tasks.digits.cached_inits", keep)
+    with pytest.raises(InterruptedError):
+        make_task("digits", {"inits": counts[0], "held_out_inits": counts[1], "pretrain_steps": (100, 900)})
+    [steps] = seen
+    assert len(set(steps)) == sum(counts)
+    assert (min(steps), max(steps)) == (100, 900)
+
+
 def test_pretraining_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     first = make_task("digits")
     monkeypatch.setattr("tasks.digits.pretrain", lambda *_: pytest.fail("pretrained a second time"))

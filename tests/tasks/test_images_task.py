@@ -76,6 +76,14 @@ def test_an_init_distribution_is_pretrained_once_with_heads_for_the_target(
 
 
 @pytest.mark.slow  # pretrains
+def test_a_network_whose_head_is_its_last_layer_is_pretrained_too(folder: Path) -> None:
+    task = images(folder, model={"name": "mlp", "hidden": [4]}, init=pretrained(folder))
+    params, _ = jax.jit(task.init)(task.data, jnp.int32(0))
+    other, _ = jax.jit(task.init)(task.data, jnp.int32(1))
+    assert params["layers"][1]["kernel"].shape == (4, 3)  # of the target's three classes; the source has two
+    assert not np.array_equal(params["layers"][0]["kernel"], other["layers"][0]["kernel"])
+
+
 def test_frozen_batch_norm_keeps_the_statistics_of_a_pretraining_in_train_mode(folder: Path) -> None:
     model = {"name": "resnet8", "width": 2}
     init = pretrained(folder, seeds=1, epochs=[1])

@@ -19,7 +19,7 @@ from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import TensorDataset  # noqa: E402
 
 from tasks import TaskError, make_task  # noqa: E402
-from tasks.torch import TorchTask, fetch  # noqa: E402
+from tasks.torch import TorchTask, accuracy, fetch  # noqa: E402
 from tasks.torch_checks import check_training  # noqa: E402
 from tasks.torch_training import Training, deterministic, step_seed  # noqa: E402
 from tasks.user_code import UserFunction  # noqa: E402
@@ -119,6 +119,13 @@ def test_score_is_the_mean_over_all_examples() -> None:
     assert not training.model.training
     assert loss == pytest.approx(nn.functional.cross_entropy(logits, y).item(), rel=1e-5)
     assert accuracy == pytest.approx((logits.argmax(-1) == y).float().mean().item())
+
+
+def test_labels_of_tokens_have_no_accuracy() -> None:
+    """A causal language model shifts them in its loss, and -100 is none."""
+    logits, labels = torch.zeros(2, 5, 7), torch.zeros(2, 5, dtype=torch.int64)
+    assert math.isnan(accuracy({"logits": logits}, {"input_ids": labels, "labels": labels}))
+    assert accuracy({"logits": logits[:, 0]}, {"labels": labels[:, 0]}) == 1
 
 
 def test_a_custom_score_gets_the_split() -> None:

@@ -6,6 +6,7 @@ import torch
 
 import l3rs
 import l3rs.torch
+from l3rs.descriptors import natural_rms
 from l3rs.torch import L3RS, match_layers
 from l3rs.torch.names import flax_layer, unwrapped
 from tests.l3rs.torch.common import NAMES, SHAPES, checkpoint, parameters
@@ -22,6 +23,14 @@ def paths_of(table, params, rename=None, **rules):
         list(table).index(layer.source) if layer.source in table else None for layer in found
     ]
     return [layer.source for layer in found]
+
+
+def test_the_matrices_of_an_adapter_have_the_size_that_they_have_in_jax():
+    """A is [rank, in] in PyTorch, and B [out, rank]: their natural sizes are 1/√in and 1/√rank."""
+    shapes = {"q.A": (4, 32), "q.B": (16, 4), "v.a": (4, 32), "v.b": (16, 4), "w.bias": (16,)}
+    found = [flax_layer(name, shape) for name, shape in shapes.items()]
+    assert [layer.shape for layer in found] == [(32, 4), (4, 16), (32, 4), (4, 16), (16,)]
+    np.testing.assert_allclose(natural_rms(found)[:4], [1 / np.sqrt(32), 1 / 2] * 2, rtol=1e-6)
 
 
 def test_match_by_name():

@@ -171,9 +171,10 @@ def test_bfloat16_parity():
         torch.testing.assert_close(params[name].float(), expected, rtol=2**-7, atol=1e-6)
 
 
-def test_unknown_parameters_have_the_mean_embedding():
+@pytest.mark.parametrize("fields", [{}, {"form": 2, "step": "initial"}], ids=["form 1", "form 2"])
+def test_unknown_parameters_have_the_mean_embedding(fields):
     """Parity with JAX for a network that has a layer more, and one of another shape."""
-    theta, spec = checkpoint({path: shape for path, shape in SHAPES.items() if path != "norm/scale"})
+    theta, spec = checkpoint({path: shape for path, shape in SHAPES.items() if path != "norm/scale"}, **fields)
     spec = dataclasses.replace(
         spec, layers=tuple(l3rs.Layer(x.path, (8, 9) if x.path == "dense/kernel" else x.shape) for x in spec.layers)
     )

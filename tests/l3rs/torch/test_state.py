@@ -102,9 +102,10 @@ def test_state_dict_of_another_optimizer():
             {"directions": ("adam", "weight_decay", "sgd")},
             r"log_norms \(2, 4\).* this optimizer has log_norms \(2, 5\)$",
         ),
+        ({"form": 2, "step": "initial"}, r"this optimizer has memory \(11,\)$"),
         ({"loss_decays": (0.5, 0.9, 0.99)}, "^the state dict has 2 averages of the loss; this optimizer has 3$"),
     ],
-    ids=["directions", "norms", "losses"],
+    ids=["directions", "norms", "form", "losses"],
 )
 def test_state_dict_of_another_form(fields, words):
     """It is refused, and the optimizer continues as if nothing had been loaded."""
