@@ -31,7 +31,7 @@ from l3rs.torch.checks import as_loss, check_devices, check_group, check_params,
 from l3rs.torch.directions import make_directions
 from l3rs.torch.names import TORCH, flax_layer
 from l3rs.torch.passes import host, mean_loss
-from l3rs.torch.state import check_state, keep_precision, numpy_theta, small_state, warn_of_identity
+from l3rs.torch.state import check_state, keep_precision, layer_names, numpy_theta, small_state, warn_of_identity
 
 
 class L3RS(torch.optim.Optimizer):
@@ -204,10 +204,8 @@ class L3RS(torch.optim.Optimizer):
         chosen = [i for i, trains in enumerate(self._trains) if trains or self.spec.form == 1]
         paths = [layers[i] for i in chosen]
         # A layer that the checkpoint does not know has no path there, but its name says what it is.
-        names = [
-            name for group in self.param_groups for name in group.get("param_names", [None] * len(group["params"]))
-        ]
-        described = [flax_layer(layers[i] or names[i], params[i].shape) for i in chosen]
+        names = layer_names(self.param_groups)
+        described = [flax_layer(names[i], params[i].shape) for i in chosen]
         rows = {layer.path: row for row, layer in enumerate(self.spec.layers)}
         matches = [Match(path, x.shape, rows.get(path), "") for path, x in zip(paths, described, strict=True)]
         self._facts = network_facts(self._theta, self.spec, matches, described, self._convention)

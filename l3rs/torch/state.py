@@ -117,7 +117,7 @@ def _check_order(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, 
     Raises:
       L3RSError: a layer has another name. Prefixes of wrappers (DDP, torch.compile) do not count.
     """
-    for i, (theirs, ours) in enumerate(zip(_names(saved), _names(own), strict=False)):
+    for i, (theirs, ours) in enumerate(zip(layer_names(saved), layer_names(own), strict=False)):
         if theirs != ours and None not in (theirs, ours):
             raise L3RSError(
                 f"the state dict has layer {theirs!r} as parameter {i}; this optimizer has {ours!r} there: create it "
@@ -153,7 +153,7 @@ def keep_precision(
                 state[key] = saved.to("cpu", torch.float32)
 
 
-def _names(groups: Sequence[Mapping[str, Any]]) -> list[str | None]:
+def layer_names(groups: Sequence[Mapping[str, Any]]) -> list[str | None]:
     """The layers of all groups; a layer without one by its parameter's name."""
     names = []
     for group in groups:
