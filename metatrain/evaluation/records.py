@@ -44,7 +44,7 @@ class Speedup:
     """How many times L3RS's steps a baseline needs for the accuracy that L3RS has at `horizon`.
 
     The ratio of means over seeds, and its paired 95 % interval. None means infinite: the baseline does not reach
-    that accuracy within the longest horizon.
+    that accuracy within the longest horizon. With fewer than five seeds both ends are None.
     """
 
     setting: str

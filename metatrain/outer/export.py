@@ -79,7 +79,7 @@ def save_optimizer(
     info = {
         "name": config.name,
         "task": form.task,
-        "horizon": config.outer.horizon.model_dump(),
+        "horizon": config.outer.horizon.model_dump(include={"min", "max"}),
         "generations": progress.generation,
         "candidate_steps": progress.candidate_steps,
         "seconds": round(progress.seconds, 1),

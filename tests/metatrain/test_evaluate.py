@@ -202,7 +202,7 @@ def test_speedup_is_the_baselines_steps_over_ours() -> None:
         Record("s", name, horizon, seed, 1.0, value, 0.1, {}, 1.0)
         for name, curve in curves.items()
         for horizon, value in curve.items()
-        for seed in range(3)
+        for seed in range(5)
     ]
     early, late = speedups(RecordTable(records))
     assert (early.steps_ratio, early.low, early.high) == pytest.approx((10, 10, 10))
