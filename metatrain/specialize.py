@@ -317,7 +317,11 @@ def sentence(analysis: Analysis) -> str:
     found = paybacks(analysis)
     if not found or not math.isfinite(found[0].fine_tunings_tuned):
         return f"It was worth it: {losses}."
+    paid = found[0]
+    most, why = "", "is the quickest to its accuracy"
+    if not paid.reached:
+        most, why = "at most ", f"does not reach its accuracy in {steps} steps, as no baseline does"
     return (
-        f"It was worth it: {losses}, and its generations have paid after {found[0].fine_tunings_tuned:,.0f} "
-        f"fine-tunings that would each tune {found[0].baseline}, which is the quickest to its accuracy."
+        f"It was worth it: {losses}, and its generations have paid after {most}{paid.fine_tunings_tuned:,.0f} "
+        f"fine-tunings that would each tune {paid.baseline}, which {why}."
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -90,10 +89,9 @@ def _inits(
     donor = make_model(image_shape=_shape(splits), classes=_count_classes(splits), **form)
     donor_loss = classification_loss(donor)
     inits, count = counts[0], sum(counts)
-    # Interleaved, so that both pools contain short and long pretrainings: a stride without a common factor visits all.
+    # Interleaved, so that both pools contain short and long pretrainings.
     low, high = pretrain_steps
-    stride = next(s for s in itertools.count(7) if math.gcd(s, count) == 1)
-    steps = [low + (high - low) * (i * stride % count) // max(count - 1, 1) for i in range(count)]
+    steps = [low + (high - low) * (i * _stride(count) % count) // max(count - 1, 1) for i in range(count)]
     key = {"digits": init, "model": form, "steps": steps, "batch_size": 64}
     shape = jax.eval_shape(donor.init, jax.random.key(0))
 
@@ -171,3 +169,9 @@ def _digits_splits(name: str) -> dict[str, dict[str, np.ndarray]]:
         split, field = path.split("/")
         splits.setdefault(split, {})[field] = array
     return splits
+
+
+def _stride(count: int) -> int:
+    """A number whose multiples modulo `count` are all numbers below it, if possible not in their order."""
+    coprime = [number for number in (7, *range(9, 9 + count)) if math.gcd(number, count) == 1]
+    return next((number for number in coprime if number % count not in (1, count - 1)), coprime[0])

@@ -99,16 +99,16 @@ def find_torch_baseline(name: str, options: Mapping[str, Any] | None = None) -> 
 
 
 def _tried(name: str, own: Baseline) -> Baseline:
-    """A user's own class, after it took one step."""
-    param = nn.Parameter(torch.ones(2, 2))
-    param.grad = torch.ones(2, 2)
+    """A user's own class, after it was constructed. A step might need the task's device."""
     try:
-        made = own.make([param], lr=own.learning_rate)
-        made.step()
+        made = own.make([nn.Parameter(torch.ones(2, 2))], lr=own.learning_rate)
+        needs = [p.name for p in inspect.signature(made.step).parameters.values() if p.default is p.empty]
     except (Exception, SystemExit) as error:  # whatever the user's class raises
         raise UserError(f"baseline {name} failed: {first_line(error)}") from None
     if not hasattr(made, "param_groups"):
         raise UserError(f"baseline {name} made {type(made).__name__}, which has no param_groups as torch.optim's have")
+    if needs:
+        raise UserError(f"baseline {name} cannot be used: its step needs {', '.join(needs)}")
     return own
 
 

@@ -92,7 +92,7 @@ def run(
     with run_folder(out if out is not None else Path("runs") / config.name) as folder:
         if resume_run and (folder.path / "config.yaml").is_file():
             refuse_links(folder.path, folder.name)
-            return _resume(folder, resolve_start(config), allow_other_version)
+            return _resume(folder, resolve_start(config, _run_config(folder).optimizer), allow_other_version)
         refuse_existing(folder.path, folder.name)
         check_destination(folder.path)
         setup = Setup.build(config.model_copy(update={"code": None}), log or print_line)

@@ -11,7 +11,7 @@ import numpy as np
 import l3rs
 from l3rs.io.checkpoint import read_spec
 from l3rs.layers import Matching
-from l3rs.spec import OFF_AT_ZERO, Direction, Spec, Theta
+from l3rs.spec import OFF_AT_ZERO, Direction, L3RSError, Layer, Spec, Theta
 from l3rs.theta import multiply_steps
 from metatrain.config import Config, OptimizerConfig, UserError, check_section
 from metatrain.inner.network import embeddings, is_torch
@@ -21,11 +21,15 @@ from tasks.base import AnyTask
 _OUTER_DEFAULTS = {"sigma": 0.02, "learning_rate": 0.01}
 
 
-def resolve_start(config: Config) -> Config:
+def resolve_start(config: Config, saved: OptimizerConfig | None = None) -> Config:
     """A configuration in which the form of the checkpoint `optimizer.start` is written out.
 
     Its fields take the place of the defaults of `optimizer`, and `outer.sigma` and `outer.learning_rate` have smaller
     defaults. A configuration without `start`, or that was resolved before, stays as it is.
+
+    Args:
+      config: of a run.
+      saved: what the run that is to be resumed has saved; it stands for a checkpoint that is out of reach.
 
     Raises:
       UserError: `optimizer` has another form than the checkpoint, or a power for one of form 1.
@@ -34,7 +38,14 @@ def resolve_start(config: Config) -> Config:
     optimizer = config.optimizer
     if optimizer.start is None:
         return config
-    spec = read_spec(optimizer.start)
+    try:
+        spec = read_spec(optimizer.start)
+    except L3RSError:
+        if saved is None or saved.start != optimizer.start:
+            raise
+        form = saved.spec_fields()
+        directions = tuple(map(Direction.parse, form.pop("directions")))
+        spec = Spec((Layer("layer", (1,)),), directions, **form)  # the layers do not matter here
     fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec) if field.name != "layers"}
     fields["directions"] = tuple(direction.to_json() for direction in spec.directions)
     if optimizer.start_horizon_power is not None:

@@ -71,7 +71,8 @@ def run_folder(location: str | Path, *, to_write: bool = True, must_exist: bool 
       must_exist: refuse a store that holds no run, before anything is written there.
 
     Raises:
-      UserError: there is no driver for the URL, the store does not answer, or another driver holds the lease.
+      UserError: there is no driver for the URL, or another driver holds the lease.
+      WaitError: the store does not answer.
     """
     if "://" not in str(location):
         yield RunFolder(Path(location), str(location))
@@ -102,8 +103,10 @@ def _copied_folder(store: Store, location: str, check_lease: Callable[[], None])
 
         try:
             store.pull(copy.folder)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        except UserError:
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise WaitError(f"{location} cannot be read: {error}") from None
         yield RunFolder(copy.folder, location, saved)
@@ -129,8 +132,10 @@ class Store:
             raise UserError(f"{url} needs the package {DRIVERS.get(scheme, f'of fsspec for {scheme}://')}") from None
         except ValueError as error:
             raise UserError(f"{url} is not a URL for a run: {error}") from None
+        except PermissionError as error:
+            raise UserError(f"{url} cannot be read: {error}") from None
         except Exception as error:  # the drivers' own exceptions have no common base
-            raise UserError(f"{url} does not answer: {type(error).__name__}: {error}") from None
+            raise WaitError(f"{url} does not answer: {type(error).__name__}: {error}") from None
 
     def is_empty(self) -> bool:
         """Whether the store holds no run."""

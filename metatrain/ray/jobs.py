@@ -52,6 +52,7 @@ class Job:
     status: str  # Ray's: PENDING, RUNNING, STOPPED, SUCCEEDED, FAILED
     message: str
     started: float  # seconds since 1970; 0 if it has not started
+    begun: float  # likewise, of the run's first job
 
 
 def client(address: str, allow_unauthenticated: bool = False, log: Callable[[str], None] = lambda _: None) -> Any:
@@ -200,17 +201,22 @@ def clock_ahead(jobs: Any) -> float | None:
 
 def list_runs(jobs: Any) -> list[Job]:
     """All runs of the cluster, the oldest first."""
+    runs = [each for each in jobs.list_jobs() if each.submission_id and _NAME in (each.metadata or {})]
+    begun: dict[tuple[str, str], float] = {}
+    for each in sorted(runs, key=lambda each: each.start_time or 0):
+        if each.start_time:
+            begun.setdefault((each.metadata[_NAME], each.metadata[_FOLDER]), each.start_time / 1e3)
     found = [
         Job(
-            id=details.submission_id,
-            name=details.metadata[_NAME],
-            folder=details.metadata[_FOLDER],
-            status=str(details.status.value),
-            message=details.message or "",
-            started=(details.start_time or 0) / 1e3,
+            id=each.submission_id,
+            name=each.metadata[_NAME],
+            folder=each.metadata[_FOLDER],
+            status=str(each.status.value),
+            message=each.message or "",
+            started=(each.start_time or 0) / 1e3,
+            begun=begun.get((each.metadata[_NAME], each.metadata[_FOLDER]), 0.0),
         )
-        for details in jobs.list_jobs()
-        if details.submission_id and _NAME in (details.metadata or {})
+        for each in runs
     ]
     return sorted(found, key=lambda job: job.started)
 
@@ -235,7 +241,9 @@ def find(jobs: Any, name: str) -> Job:
 
 
 def _by_id(jobs: Any, job_id: str) -> Job:
-    return next(job for job in list_runs(jobs) if job.id == job_id)
+    if found := [job for job in list_runs(jobs) if job.id == job_id]:
+        return found[0]
+    raise UserError(f"the cluster has no job {job_id} any more")
 
 
 def snapshot(jobs: Any, job: Job) -> Snapshot:
@@ -243,7 +251,7 @@ def snapshot(jobs: Any, job: Job) -> Snapshot:
     state, going = job.status.lower(), job.status == "RUNNING"
     found = folder_snapshot(Path(job.folder), job.name, state, going=going)
     # The cluster's path may be that of an earlier run of this machine.
-    own = found.updated is not None and 0 < job.started <= found.updated
+    own = found.updated is not None and 0 < job.begun <= found.updated
     return found if own else logged_snapshot(jobs.get_job_logs(job.id), job.name, state, going=going)
 
 

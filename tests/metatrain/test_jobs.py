@@ -283,6 +283,8 @@ def test_a_run_that_is_called_as_another_s_job_is_found_by_its_name() -> None:
     for one, two in ((1, 2), (2, 1)):
         both = SimpleNamespace(list_jobs=lambda: [job("exp-1-1", "exp-1", one), job("exp-1", "exp", two)])  # noqa: B023
         assert [find(both, name).id for name in ("exp", "exp-1", "exp-1-1")] == ["exp-1", "exp-1-1", "exp-1-1"]
+    again = SimpleNamespace(list_jobs=lambda: [job("exp-2", "exp", 9000), job("exp-1", "exp", 4000)])
+    assert (find(again, "exp").started, find(again, "exp").begun) == (9.0, 4.0)
 
 
 def test_a_driver_refuses_a_client_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,16 +190,17 @@ def test_the_form_and_smaller_defaults_are_written_out(general: str, tmp_path: P
     assert run(started, tmp_path / "run", resume_run=True).finished  # the same configuration, not a changed one
 
 
-@pytest.mark.parametrize("removed", [False, True])
-def test_resumes_bit_for_bit(general: str, tmp_path: Path, removed: bool) -> None:
+@pytest.mark.parametrize("by", ["run", "run, start removed", "resume, start removed"])
+def test_resumes_bit_for_bit(general: str, tmp_path: Path, by: str) -> None:
     start = shutil.copytree(general, tmp_path / "start")
     sections = {"optimizer": {"hidden": [4], "embedding_dim": 3, "embedding": "table", "start": str(start)}}
     spec = l3rs.info(start)["spec"]
     sections["optimizer"] |= {key: spec[key] for key in ("form", "step") if key in spec}
     run(small_config(**sections), tmp_path / "quiet")
     stopped_at(3, tmp_path / "run", **sections)
-    if removed:
+    if "removed" in by:
         shutil.rmtree(start)
+    if by.startswith("resume"):
         assert resume(tmp_path / "run").finished
     else:
         assert run(small_config(**sections), tmp_path / "run", resume_run=True).finished

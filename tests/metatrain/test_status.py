@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def _job(folder: Path, state: str) -> Job:
-    return Job("a-1", "a", str(folder), state, "", 1.0)
+    return Job("a-1", "a", str(folder), state, "", 1.0, 1.0)
 
 
 def test_time_left_leaves_out_compilation_and_is_shown_only_for_a_run_in_progress(folder: Path) -> None:
@@ -98,9 +98,12 @@ def test_an_earlier_run_at_the_path_of_a_job_is_not_the_job_s(folder: Path) -> N
         def get_job_logs(self, _: str) -> str:
             return "generation 0/6: starting"
 
-    later = dataclasses.replace(_job(folder, "RUNNING"), started=(folder / "metrics.jsonl").stat().st_mtime + 1)
-    waiting = dataclasses.replace(_job(folder, "PENDING"), started=0.0)
+    after = (folder / "metrics.jsonl").stat().st_mtime + 1
+    later = dataclasses.replace(_job(folder, "RUNNING"), started=after, begun=after)
+    waiting = dataclasses.replace(_job(folder, "PENDING"), started=0.0, begun=0.0)
     assert snapshot(Jobs(), later).metrics == snapshot(Jobs(), waiting).metrics == []
+    resumed = dataclasses.replace(_job(folder, "PENDING"), started=after)  # of a run that an earlier job began
+    assert len(snapshot(Jobs(), resumed).metrics) == 4
 
 
 def test_a_prolonged_run_that_was_stopped_is_not_finished(folder: Path) -> None:

@@ -71,7 +71,7 @@ def test_pretrained_inits_know_the_source_and_differ() -> None:
     assert len({kernel.tobytes() for kernel in np.asarray(kernels)}) == len(rows)
 
 
-@pytest.mark.parametrize("counts", [(10, 4), (5, 2), (10, 6), (1, 1)])
+@pytest.mark.parametrize("counts", [(10, 4), (5, 2), (6, 2), (10, 6), (28, 7)])
 def test_pretraining_has_all_lengths_in_both_pools(counts: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
@@ -85,6 +85,9 @@ def test_pretraining_has_all_lengths_in_both_pools(counts: tuple[int, int], monk
     [steps] = seen
     assert len(set(steps)) == sum(counts)
     assert (min(steps), max(steps)) == (100, 900)
+    trained, held_out = steps[: counts[0]], steps[counts[0] :]
+    assert min(trained) < max(held_out)
+    assert min(held_out) < max(trained)
 
 
 def test_pretraining_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
