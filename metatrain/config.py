@@ -113,7 +113,8 @@ class HorizonConfig(Section):
     """Inner steps of a task sample, drawn from min … max.
 
     Attributes:
-      min, max: the shortest and the longest horizon, in steps.
+      min: the shortest horizon, in steps.
+      max: the longest horizon, in steps.
       power: a horizon's probability is as this power of it: -1 is log-uniform; with less, long ones are rare.
     """
 
@@ -422,10 +423,7 @@ def _value_at(value: Any, path: yaml_text.Path) -> Any:
 
 
 def differences(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
-    """{dotted key: (value before, value after)} of the values in which two configurations differ.
-
-    A value that one of them lacks is None there.
-    """
+    """{dotted key: (value before, value after)} of what differs in two configurations; None where one lacks it."""
     left, right = (flat(config.model_dump(mode="python")) for config in (before, after))
     keys = dict.fromkeys([*left, *right])
     return {key: (left.get(key), right.get(key)) for key in keys if left.get(key) != right.get(key)}
