@@ -132,10 +132,10 @@ class Store:
             raise UserError(f"{url} needs the package {DRIVERS.get(scheme, f'of fsspec for {scheme}://')}") from None
         except ValueError as error:
             raise UserError(f"{url} is not a URL for a run: {error}") from None
-        except PermissionError as error:
-            raise UserError(f"{url} cannot be read: {error}") from None
+        except (TimeoutError, ConnectionError) as error:
+            raise WaitError(f"{url} does not answer: {error}") from None
         except Exception as error:  # the drivers' own exceptions have no common base
-            raise WaitError(f"{url} does not answer: {type(error).__name__}: {error}") from None
+            raise UserError(f"{url} cannot be used: {type(error).__name__}: {error}") from None
 
     def is_empty(self) -> bool:
         """Whether the store holds no run."""
