@@ -91,7 +91,8 @@ def _inits(
     inits, count = counts[0], sum(counts)
     # Interleaved, so that both pools contain short and long pretrainings.
     low, high = pretrain_steps
-    steps = [low + (high - low) * (i * _stride(count) % count) // max(count - 1, 1) for i in range(count)]
+    stride = _stride(count)
+    steps = [low + (high - low) * (i * stride % count) // max(count - 1, 1) for i in range(count)]
     key = {"digits": init, "model": form, "steps": steps, "batch_size": 64}
     shape = jax.eval_shape(donor.init, jax.random.key(0))
 

@@ -69,9 +69,7 @@ def _spellings(name: str) -> Iterator[str]:
 def flax_layer(name: str | None, shape: Sequence[int]) -> Layer:
     """The layer of a parameter in Flax's layout: [in, out] and [H, W, in, out]."""
     path = unwrapped(name or "")
-    if is_adapter(path, len(shape)):
-        return Layer(path, tuple(reversed(shape)))
-    match kind(path, len(shape)):
+    match "matrix" if is_adapter(path, len(shape)) else kind(path, len(shape)):
         case "matrix":
             return Layer(path, tuple(reversed(shape)))
         case "conv":

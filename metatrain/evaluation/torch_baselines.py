@@ -77,9 +77,20 @@ def find_torch_baseline(name: str, options: Mapping[str, Any] | None = None) -> 
     found, options = _named(name), dict(options or {})
     if "learning_rate" in options:
         found = found._replace(learning_rate=given_rate(name, options.pop("learning_rate")), tuned=False)
-    own = ":" in name
-    if not options:
-        return _tried(name, found) if own else found
+    if options:
+        found = _bound(name, found, options)
+    if ":" in name:
+        _try(name, found)
+    elif options:
+        try:
+            found.make([nn.Parameter(torch.zeros(1))], lr=0.1)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"baseline {name}: {one_line(error)}") from None
+    return found
+
+
+def _bound(name: str, found: Baseline, options: Mapping[str, Any]) -> Baseline:
+    """A baseline with options of its constructor."""
     try:
         known = [key for key in inspect.signature(found.make).parameters if key not in ("params", "lr")]
     except ValueError as error:  # of some built-in functions
@@ -88,18 +99,11 @@ def find_torch_baseline(name: str, options: Mapping[str, Any] | None = None) -> 
         raise UserError(
             f"baseline {name} has no option {', '.join(unknown)}; allowed are {', '.join(['learning_rate', *known])}"
         )
-    bound = found._replace(make=functools.partial(found.make, **options))
-    if own:
-        return _tried(name, bound)
-    try:
-        bound.make([nn.Parameter(torch.zeros(1))], lr=0.1)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"baseline {name}: {one_line(error)}") from None
-    return bound
+    return found._replace(make=functools.partial(found.make, **options))
 
 
-def _tried(name: str, own: Baseline) -> Baseline:
-    """A user's own class, after it was constructed. A step might need the task's device."""
+def _try(name: str, own: Baseline) -> None:
+    """Construct a user's own class, to see whether it can be used. A step might need the task's device."""
     try:
         made = own.make([nn.Parameter(torch.ones(2, 2))], lr=own.learning_rate)
         needs = [p.name for p in inspect.signature(made.step).parameters.values() if p.default is p.empty]
@@ -109,7 +113,6 @@ def _tried(name: str, own: Baseline) -> Baseline:
         raise UserError(f"baseline {name} made {type(made).__name__}, which has no param_groups as torch.optim's have")
     if needs:
         raise UserError(f"baseline {name} cannot be used: its step needs {', '.join(needs)}")
-    return own
 
 
 def _named(name: str) -> Baseline:

@@ -20,7 +20,7 @@ from l3rs.spec import Theta
 from metatrain.config import Config, UserError, as_written, load_config, portable
 from metatrain.outer.state import Progress, StateStore
 from metatrain.outer.store import RunFolder, run_folder
-from metatrain.outer.strategy import make_strategy
+from metatrain.outer.strategy import make_strategy, state_like
 from metatrain.trust import refuse_links
 
 _FILE = "optimizer.json"
@@ -54,7 +54,7 @@ def export(folder: str | Path, destination: str | Path, results: Mapping[str, An
             raise UserError(f"{opened.name} has no checkpoint yet")
         form = _read_form(opened)
         strategy = make_strategy(config.outer, l3rs.init_meta_params(jax.random.key(0), form.spec))
-        like = jax.eval_shape(strategy.init, jax.random.key(0), l3rs.init_meta_params(jax.random.key(0), form.spec))
+        like = state_like(strategy, form.spec)
         store = StateStore(opened.path / "state", config.checkpoint.keep)
         try:
             progress = store.restore(like, to_resume=False)

@@ -44,7 +44,7 @@ from metatrain.outer.sinks import make_sinks
 from metatrain.outer.start import resolve_start
 from metatrain.outer.state import Progress, StateStore
 from metatrain.outer.store import RunFolder, run_folder
-from metatrain.outer.strategy import mean_ranks
+from metatrain.outer.strategy import mean_ranks, state_like
 from metatrain.report.live import Live
 from metatrain.system import check_destination
 from metatrain.trust import refuse_links, require_trust
@@ -283,7 +283,7 @@ class _Session:
         resources.callback(self.display.close)
         self._store = StateStore(folder.path / "state", config.checkpoint.keep, config.code)
         resources.callback(self._store.close)
-        self.progress = self._store.restore(setup.strategy_like()) or setup.fresh()
+        self.progress = self._store.restore(state_like(setup.strategy, setup.spec)) or setup.fresh()
         generation = self.progress.generation
         self._metrics = Metrics(folder.path, generation, make_sinks(config, folder.path, generation))
         resources.callback(self._metrics.close)

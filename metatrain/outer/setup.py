@@ -8,7 +8,6 @@ import functools
 import math
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 
@@ -94,10 +93,6 @@ class Setup:
         if plan == "torch" and (processes := local_processes(self.tasks, execution.workers, outer.population)) > 1:
             return ProcessEvaluator(self.tasks, self.spec, outer, processes, log)
         return LocalEvaluator(self.tasks, self.spec, self.strategy, outer.population, members, plan)
-
-    def strategy_like(self) -> Any:
-        """A state of the strategy with other values than a run's."""
-        return self.strategy.init(jax.random.key(0), l3rs.init_meta_params(jax.random.key(0), self.spec))
 
     def fresh(self) -> Progress:
         """The state before the first generation, a function of the seed."""

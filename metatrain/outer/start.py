@@ -11,7 +11,7 @@ import numpy as np
 import l3rs
 from l3rs.io.checkpoint import read_spec
 from l3rs.layers import Matching
-from l3rs.spec import OFF_AT_ZERO, Direction, L3RSError, Layer, Spec, Theta
+from l3rs.spec import OFF_AT_ZERO, Direction, L3RSError, Spec, Theta
 from l3rs.theta import multiply_steps
 from metatrain.config import Config, OptimizerConfig, UserError, check_section
 from metatrain.inner.network import embeddings, is_torch
@@ -40,26 +40,24 @@ def resolve_start(config: Config, saved: OptimizerConfig | None = None) -> Confi
         return config
     try:
         spec = read_spec(optimizer.start)
+        fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec) if field.name != "layers"}
+        fields["directions"] = tuple(direction.to_json() for direction in spec.directions)
     except L3RSError:
         if saved is None or saved.start != optimizer.start:
             raise
-        form = saved.spec_fields()
-        directions = tuple(map(Direction.parse, form.pop("directions")))
-        spec = Spec((Layer("layer", (1,)),), directions, **form)  # the layers do not matter here
-    fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec) if field.name != "layers"}
-    fields["directions"] = tuple(direction.to_json() for direction in spec.directions)
+        fields = saved.spec_fields()
     if optimizer.start_horizon_power is not None:
-        if spec.form != 2:
+        if fields["form"] != 2:
             raise UserError(
                 f"optimizer.start_horizon_power is {optimizer.start_horizon_power}, but optimizer.start="
-                f"{optimizer.start} is of form {spec.form}, which has none"
+                f"{optimizer.start} is of form {fields['form']}, which has none"
             )
         fields["horizon_power"] = optimizer.start_horizon_power
     for name in sorted(optimizer.model_fields_set & set(fields)):
         asked, found = getattr(optimizer, name), fields[name]
         if name == "directions":
             asked, found = (tuple(map(Direction.parse, each)) for each in (asked, found))
-        new = spec.form == 2 and name in OFF_AT_ZERO and not found
+        new = fields["form"] == 2 and name in OFF_AT_ZERO and not found
         if new or (name, found, asked) == ("embedding", "descriptor", "table"):
             fields[name] = asked
         elif asked != found:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import l3rs
 from l3rs.modes import usual_promotion
 from l3rs.spec import Theta
 from metatrain.config import OuterConfig
@@ -25,6 +26,12 @@ class Strategy(NamedTuple):
     ask: Callable[[jax.Array, State], Theta]  # (key, state) -> population, leading axis [population]
     tell: Callable[[jax.Array, State, jax.Array], State]  # (key of ask, state, fitness [population]) -> state
     mean: Callable[[State], Theta]  # the distribution's mean, which is deployed
+
+
+def state_like(strategy: Strategy, spec: l3rs.Spec) -> State:
+    """Shapes and types of a strategy's state, for meta-parameters of a form: what restores a saved one."""
+    key = jax.random.key(0)
+    return jax.eval_shape(strategy.init, key, l3rs.init_meta_params(key, spec))
 
 
 def make_strategy(config: OuterConfig, theta: Theta) -> Strategy:

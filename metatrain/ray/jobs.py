@@ -201,24 +201,22 @@ def clock_ahead(jobs: Any) -> float | None:
 
 def list_runs(jobs: Any) -> list[Job]:
     """All runs of the cluster, the oldest first."""
-    runs = [each for each in jobs.list_jobs() if each.submission_id and _NAME in (each.metadata or {})]
-    begun: dict[tuple[str, str], float] = {}
-    for each in sorted(runs, key=lambda each: each.start_time or 0):
-        if each.start_time:
-            begun.setdefault((each.metadata[_NAME], each.metadata[_FOLDER]), each.start_time / 1e3)
     found = [
         Job(
-            id=each.submission_id,
-            name=each.metadata[_NAME],
-            folder=each.metadata[_FOLDER],
-            status=str(each.status.value),
-            message=each.message or "",
-            started=(each.start_time or 0) / 1e3,
-            begun=begun.get((each.metadata[_NAME], each.metadata[_FOLDER]), 0.0),
+            id=details.submission_id,
+            name=details.metadata[_NAME],
+            folder=details.metadata[_FOLDER],
+            status=str(details.status.value),
+            message=details.message or "",
+            started=(details.start_time or 0) / 1e3,
+            begun=0.0,
         )
-        for each in runs
+        for details in jobs.list_jobs()
+        if details.submission_id and _NAME in (details.metadata or {})
     ]
-    return sorted(found, key=lambda job: job.started)
+    found.sort(key=lambda job: job.started)
+    first = {(job.name, job.folder): job.started for job in reversed(found) if job.started}
+    return [dataclasses.replace(job, begun=first.get((job.name, job.folder), 0.0)) for job in found]
 
 
 def find(jobs: Any, name: str) -> Job:

@@ -84,6 +84,7 @@ def test_a_network_whose_head_is_its_last_layer_is_pretrained_too(folder: Path) 
     assert not np.array_equal(params["layers"][0]["kernel"], other["layers"][0]["kernel"])
 
 
+@pytest.mark.slow  # pretrains
 def test_frozen_batch_norm_keeps_the_statistics_of_a_pretraining_in_train_mode(folder: Path) -> None:
     model = {"name": "resnet8", "width": 2}
     init = pretrained(folder, seeds=1, epochs=[1])
