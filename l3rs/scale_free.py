@@ -16,6 +16,11 @@ With a decrease_limit q all Δθ_l are multiplied by min(1, q / M · loss / Σ_l
 fastest average, whichever is larger in magnitude: the deeper a network, the less of the decrease that its gradients
 promise does a long step achieve.
 
+With a leverage_floor f all b_l are longer by max(1, f / M · loss / Σ_l √n_l b'_l ‖g_l‖), at most 10, with the first
+gradients and b'_l the layers' RMS, or the whole natural size of those that began at zero. A network whose moves by
+its own size promise little of its loss, such as a head alone on few or on small inputs, will have to grow, and its
+steps are relative to what it has to become.
+
 step_limit holds where the network sees what it was not meta-trained on: a single step of e⁵ times its base undoes a
 training.
 
@@ -45,6 +50,7 @@ POWER_DECAY = 0.999  # of the mean squared norm of a direction
 _LOG_POWER_DECAY = np.float32(math.log(POWER_DECAY))
 BEGAN_AT_ZERO = 0.03  # a layer whose RMS is less than this share of its natural size began at zero
 ADAPTATION_LIMIT = 5.0  # |A|: a factor of 150
+MOST_GROWTH = np.float32(10.0)  # of b by a leverage_floor
 
 SIGNAL_LOG_LIMIT = -5.0  # natural logs of signals are no lower, then divided by 2
 USUAL_HORIZON = np.float32(100.0)  # the horizon at which step_scale is what it says
@@ -215,8 +221,23 @@ def _size(before: LayerMemory, measured: Statistics, facts: NetworkFacts, spec: 
         case "relative":
             size = now
         case "initial":
+            if spec.leverage_floor:
+                now = now * _growth(xp.where(at_zero, facts.natural_rms, rms), measured, facts, spec, xp)
             size = xp.where(first, now, before.size)
     return size, xp.where(first, at_zero.astype(xp.float32), before.from_zero)
+
+
+def _growth(usual: Any, measured: Statistics, facts: NetworkFacts, spec: Spec, xp: Any) -> Any:
+    """By how much every b is longer for the `leverage_floor`, float32 [] in [1, MOST_GROWTH].
+
+    Args:
+      usual: RMS of the layers, float32 [L].
+      measured, facts, spec, xp: as for `decide`.
+    """
+    promised = (measured.root_n * usual * measured.gradient_norm).sum()
+    least = np.float32(spec.leverage_floor / facts.n_matrices) * xp.abs(measured.loss)
+    ratio = xp.minimum(least * core.inverse(promised, xp), MOST_GROWTH)
+    return xp.where((ratio > 1) & xp.isfinite(measured.loss), ratio, np.float32(1))
 
 
 def _signal(mix: Any, signals: Any, spec: Spec, kinds: _Kinds, xp: Any) -> Any:

@@ -17,6 +17,7 @@ STEP_LOG_LIMIT = 10.0
 
 _LAYER_GAIN_LIMIT = 100.0
 _MOST_DECREASE_LIMIT = 100.0  # with as many matrices, all of the loss
+_MOST_LEVERAGE_FLOOR = 100.0
 
 
 class L3RSError(ValueError):
@@ -91,6 +92,9 @@ class Spec:
       decrease_limit: shorten the steps of all layers alike, so that by the gradients they lower the loss by at most
         decrease_limit / M times the first or the present loss, whichever is larger in magnitude; M is the number of
         matrices that train. 0 for no limit. Needs sgd among the directions.
+      leverage_floor: make all that λ is relative to larger, at most 10 times, where moving every layer by its own size
+        promises, by the first gradients, to lower the loss by less than leverage_floor / M times the loss. 0 for
+        never. Needs step initial.
       signal: shorten a step as its gradient loses signal; without it only a gradient of zero stops it.
       adaptation: how far a layer's log λ may move in a step for good; 0 for not at all.
       layer_gain: multiply a layer's λ by exp(layer_gain · c), with c learned for each row of the embedding, as a column
@@ -121,6 +125,7 @@ class Spec:
     adaptation: float = 0.0
     layer_gain: float = 0.0
     decrease_limit: float = 0.0
+    leverage_floor: float = 0.0
 
     def __post_init__(self) -> None:
         _check_sequences(self)
@@ -183,7 +188,8 @@ def _fields_of_type(wanted: type) -> tuple[str, ...]:
 
 _NAMES = [field.name for field in dataclasses.fields(Spec)]
 _FORM_2 = tuple(_NAMES[_NAMES.index("form") :])  # fields that form 1 does not store
-OFF_AT_ZERO = ("layer_gain", "decrease_limit")  # of form 2; not stored where they are off, as before there were any
+# Of form 2; not stored where they are off, as before there were any.
+OFF_AT_ZERO = ("layer_gain", "decrease_limit", "leverage_floor")
 _NUMBERS, _SWITCHES = _fields_of_type(float), _fields_of_type(bool)
 
 
@@ -263,6 +269,7 @@ def _check_ranges(spec: Spec) -> None:
         ("horizon_power", 1),
         ("layer_gain", _LAYER_GAIN_LIMIT),
         ("decrease_limit", _MOST_DECREASE_LIMIT),
+        ("leverage_floor", _MOST_LEVERAGE_FLOOR),
     ):
         if not 0 <= getattr(spec, name) <= most:
             raise L3RSError(f"spec.{name} is {getattr(spec, name)}; it must lie in [0, {most:g}]")
@@ -271,3 +278,7 @@ def _check_ranges(spec: Spec) -> None:
             raise L3RSError(f"spec.{name} is {getattr(spec, name)}; it is of form 2, and form 1 has none")
     if spec.decrease_limit and "sgd" not in [direction.name for direction in spec.directions]:
         raise L3RSError(f"spec.decrease_limit is {spec.decrease_limit}; it needs sgd among spec.directions")
+    if spec.leverage_floor and spec.step != "initial":
+        raise L3RSError(
+            f"spec.leverage_floor is {spec.leverage_floor}; it needs spec.step 'initial', not {spec.step!r}"
+        )

@@ -21,6 +21,7 @@ from l3rs.descriptors import ROLE_NAMES
 from l3rs.directions import direction_options
 from l3rs.io.files import read_regular
 from l3rs.io.manifest import check_spec_limits
+from l3rs.spec import OFF_AT_ZERO
 from metatrain import yaml_text
 from metatrain.config_errors import one_sentence
 from metatrain.config_fields import Count, Few, Flag, Name, Positive, Section, SpecFields, Text
@@ -94,7 +95,8 @@ class OptimizerConfig(SpecFields):
             except (L3RSError, TypeError, OverflowError) as error:
                 raise ValueError(f"directions: {error}") from None
         if self.start is not None and "form" not in self.model_fields_set:
-            fields["form"] = 2 if self.layer_gain or self.decrease_limit else self.form  # the start's is not read yet
+            of_form_2 = any(getattr(self, name) for name in OFF_AT_ZERO)  # the start's own is not read yet
+            fields.update({"form": 2, "step": "initial"} if of_form_2 else {})
         try:
             Spec((Layer("layer", (1,)),), directions, **fields)
         except L3RSError as error:

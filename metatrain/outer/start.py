@@ -82,8 +82,8 @@ def start_theta(begin: OptimizerConfig, spec: Spec, task: AnyTask) -> Theta:
 
     Args:
       begin: its `start` is the checkpoint, with factors of its steps.
-      spec: the run's spec; its embedding is the checkpoint's, or "table"; its `layer_gain` and `decrease_limit` may be
-        new, and its `horizon_power` another: then its steps begin as the checkpoint's at a horizon of 100 steps alone.
+      spec: the run's spec; its embedding is the checkpoint's, or "table"; what is off in the checkpoint at zero may be
+        on, and its `horizon_power` another: then its steps begin as the checkpoint's at a horizon of 100 steps alone.
       task: whose layers `spec` holds.
 
     Raises:

@@ -344,6 +344,7 @@ FORM_2 = {
     "adaptation": 0.1,
     "layer_gain": 5.0,
     "decrease_limit": 0.3,
+    "leverage_floor": 6.0,
 }
 
 
@@ -401,6 +402,7 @@ def test_from_json_names_fields():
         ({"natural_size": 0.0}, "spec.natural_size is 0.0; it must be > 0"),
         ({"adaptation": 1.5}, "spec.adaptation is 1.5; it must lie in [0, 1]"),
         ({"decrease_limit": 101.0}, "spec.decrease_limit is 101.0; it must lie in [0, 100]"),
+        ({"leverage_floor": 101.0}, "spec.leverage_floor is 101.0; it must lie in [0, 100]"),
         (
             {"directions": (Direction("first_moment"), Direction("adam"))},
             "spec.directions: first_moment reads Adam's average; put adam before it",

@@ -59,10 +59,10 @@ def assert_trees_close(a, b, rtol):
 LOSSES = [2.0 / (1 + t) for t in range(12)]
 
 
-@pytest.mark.parametrize("step", ["initial", "relative"])
-def test_rescaling_a_tensor_rescales_its_steps(step):
+@pytest.mark.parametrize("fields", [{}, {"step": "relative"}, {"leverage_floor": 100.0}], ids=str)
+def test_rescaling_a_tensor_rescales_its_steps(fields):
     """θ = c φ with a c for each tensor: φ has c times the gradient, so its steps must be those of θ over c."""
-    tx = optimizer(step=step)
+    tx = optimizer(**fields)
     params, grads = tree(1), [tree(10 + t) for t in range(12)]
     scales = jax.tree.unflatten(jax.tree.structure(params), [2.0**k for k in (3, -4, 1, -2, 5, -6)])
     updates, _, _ = run(tx, params, grads, LOSSES)
@@ -251,6 +251,46 @@ def test_a_limit_of_the_decrease_needs_the_gradient_and_form_2():
         l3rs.Spec.create(tree(0), ("adam",), form=2, **fields)
     with pytest.raises(L3RSError, match="form 1 has none"):
         l3rs.Spec.create(tree(0), decrease_limit=0.1)
+
+
+def first_update(floor, params, gradient, loss):
+    """Of an optimizer whose network says 0: every λ is its base."""
+    fields = {"form": 2, "step": "initial", "embedding": "descriptor", "leverage_floor": floor}
+    spec = l3rs.Spec.create(tree(0), DIRECTIONS, **fields)
+    theta = jax.tree.map(jnp.zeros_like, l3rs.init_meta_params(jax.random.key(0), spec))
+    return norms(run(l3rs.learned_optimizer(theta, spec, 30), params, [gradient], [loss])[0][0])
+
+
+def test_what_can_hardly_change_the_loss_takes_longer_steps():
+    """All b are longer by floor / M · loss / Σ ‖θ‖ ‖g‖, at most 10 times; M is 2, and a layer of zeros counts as what
+    it usually is."""
+    params, gradient = tree(1), tree(2)
+    params["head"]["bias"] = jnp.zeros(4)
+    sizes = norms(params)
+    (bias,) = np.flatnonzero(sizes == 0)
+    sizes[bias] = 2.0 * natural_rms(l3rs.Spec.create(params).layers)[bias]  # √4 parameters
+    own = float((sizes * norms(gradient)).sum())
+    plain = first_update(0.0, params, gradient, 1.0)
+    assert (plain > 0).all()
+    for floor, loss, growth in [(1.0, 1.9 * own, 1.0), (3.0, 2 * own, 3.0), (1.5, -4 * own, 3.0), (9.0, 9 * own, 10.0)]:
+        found = first_update(floor, params, gradient, loss)
+        np.testing.assert_allclose(found, growth * plain, rtol=1e-5, err_msg=f"{floor}, {loss / own:.2g} × its own")
+
+
+def test_a_floor_of_the_leverage_needs_a_loss_and_a_gradient():
+    params, gradient = tree(1), tree(2)
+    plain = first_update(0.0, params, gradient, 1.0)
+    for loss in (0.0, np.nan, np.inf):
+        np.testing.assert_array_equal(first_update(9.0, params, gradient, loss), plain, err_msg=str(loss))
+    nothing = jax.tree.map(jnp.zeros_like, gradient)
+    np.testing.assert_array_equal(first_update(9.0, params, nothing, 1.0), 0 * plain)
+
+
+def test_a_floor_of_the_leverage_is_of_form_2_and_of_the_initial_size():
+    with pytest.raises(L3RSError, match="form 1 has none"):
+        l3rs.Spec.create(tree(0), leverage_floor=6.0)
+    with pytest.raises(L3RSError, match=r"leverage_floor is 6.0; it needs spec.step 'initial', not 'relative'"):
+        l3rs.Spec.create(tree(0), form=2, step="relative", leverage_floor=6.0)
 
 
 def test_a_form_2_spec_saved_without_a_limit_keeps_its_steps():

@@ -14,6 +14,7 @@ import pytest
 
 import l3rs
 from l3rs.descriptors import roles
+from l3rs.spec import OFF_AT_ZERO
 from metatrain.config import OptimizerConfig, UserError, load_config
 from metatrain.inner.rollout import inner_steps, learned
 from metatrain.outer.loop import resume, run
@@ -84,7 +85,7 @@ def test_a_start_may_have_another_power_of_the_horizon(general: str) -> None:
         Setup.build(small_bare(optimizer={"start": general, "horizon_power": 0.3}))
 
 
-@pytest.mark.parametrize("field", ["decrease_limit", "layer_gain"])
+@pytest.mark.parametrize("field", OFF_AT_ZERO)
 def test_what_only_form_2_has_may_be_new_in_a_start_of_form_2(general: str, field: str) -> None:
     asked = {"start": general, field: 0.3}
     if l3rs.restore(general)[1].form == 1:

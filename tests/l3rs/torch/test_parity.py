@@ -86,8 +86,18 @@ def assert_parity(
             {"form": 2, "step": "relative", "step_scale": 0.02, "adaptation": 0.01, "layer_gain": 4.0},
         ),
         (("adam", "sgd"), {"form": 2, "step": "initial", "step_scale": 0.02, "decrease_limit": 1e-3}),
+        (("adam", "sgd"), {"form": 2, "step": "initial", "step_scale": 0.003, "leverage_floor": 100.0}),
     ],
-    ids=["adam sgd", "relative", "all", "eps_root", "form 2", "form 2, relative", "form 2, limited decrease"],
+    ids=[
+        "adam sgd",
+        "relative",
+        "all",
+        "eps_root",
+        "form 2",
+        "form 2, relative",
+        "form 2, limited decrease",
+        "form 2, leverage",
+    ],
 )
 def test_parity(directions, fields):
     assert_parity(directions, **fields)
