@@ -21,6 +21,11 @@ gradients and b'_l the layers' RMS, or the whole natural size of those that bega
 its own size promise little of its loss, such as a head alone on few or on small inputs, will have to grow, and its
 steps are relative to what it has to become.
 
+With a decay_share r, μ of weight decay is smaller in all layers alike where Σ_l λ_l μ_l ⟨g_l, unit(θ_l)⟩ < 0 and undoes
+more than r times what the other directions promise together, Σ_l λ_l Σ_p μ_p ⟨g_l, unit(d_p)⟩; the lost weight shortens
+λ. Where old weights are of no use any more decay agrees with the gradient, or hardly matters to it; where they are what
+the network knows it does not.
+
 step_limit holds where the network sees what it was not meta-trained on: a single step of e⁵ times its base undoes a
 training.
 
@@ -173,7 +178,11 @@ def decide(
     base = base * (xp.sqrt(ratio) if spec.horizon_power == 0.5 else ratio**spec.horizon_power)  # √ to the last bit
     log_factor = log_step + adaptation if facts.log_factor is None else log_step + adaptation + facts.log_factor
     step_norm = base * xp.exp(log_factor) * _signal(mix, signals, spec, kinds, xp)
-    coefficients = core.mixture_coefficients(mix, step_norm, cosines, scale, xp)
+    used = mix
+    if spec.decay_share:
+        used = _with_less_decay(mix, step_norm, cosines[:, :, kinds.gradient], measured, spec, kinds, xp)
+        step_norm = step_norm * used.sum(1)
+    coefficients = core.mixture_coefficients(used, step_norm, cosines, scale, xp)
     if spec.decrease_limit:
         promised = (coefficients * measured.gram[:, :, kinds.gradient]).sum()
         share = _allowed_share(promised, memory, spec, facts, xp)
@@ -247,6 +256,23 @@ def _signal(mix: Any, signals: Any, spec: Spec, kinds: _Kinds, xp: Any) -> Any:
     if not spec.signal:  # for comparison: all or nothing
         return (carried > 0).astype(xp.float32)
     return carried * core.inverse(share.sum(1), xp)
+
+
+def _with_less_decay(
+    mix: Any, step_norm: Any, along: Any, measured: Statistics, spec: Spec, kinds: _Kinds, xp: Any
+) -> Any:
+    """μ with a smaller weight of weight decay where `decay_share` asks for it, float32 [L, P]; see `decide`.
+
+    Args:
+      mix, step_norm: μ and λ.
+      along: cosines of the directions and the gradient, float32 [L, P].
+      measured, spec, kinds, xp: as elsewhere.
+    """
+    decrease = (step_norm * measured.gradient_norm)[:, None] * mix * along
+    achieved, undone = (decrease * kinds.is_driven).sum(), -(decrease * (1 - kinds.is_driven)).sum()
+    most = np.float32(spec.decay_share) * xp.maximum(achieved, 0)
+    share = xp.where(undone > most, most * core.inverse(undone, xp), np.float32(1))
+    return mix * (kinds.is_driven + share * (1 - kinds.is_driven))
 
 
 def _allowed_share(promised: Any, memory: Memory, spec: Spec, facts: NetworkFacts, xp: Any) -> Any:

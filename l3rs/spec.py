@@ -95,6 +95,9 @@ class Spec:
       leverage_floor: make all that λ is relative to larger, at most 10 times, where moving every layer by its own size
         promises, by the first gradients, to lower the loss by less than leverage_floor / M times the loss. 0 for
         never. Needs step initial.
+      decay_share: give weight decay less weight, in all layers alike, where by the gradients it undoes more than this
+        share of the decrease that the other directions achieve; in [0, 1], 0 for no limit. Needs sgd and weight_decay
+        among the directions.
       signal: shorten a step as its gradient loses signal; without it only a gradient of zero stops it.
       adaptation: how far a layer's log λ may move in a step for good; 0 for not at all.
       layer_gain: multiply a layer's λ by exp(layer_gain · c), with c learned for each row of the embedding, as a column
@@ -126,6 +129,7 @@ class Spec:
     layer_gain: float = 0.0
     decrease_limit: float = 0.0
     leverage_floor: float = 0.0
+    decay_share: float = 0.0
 
     def __post_init__(self) -> None:
         _check_sequences(self)
@@ -189,7 +193,7 @@ def _fields_of_type(wanted: type) -> tuple[str, ...]:
 _NAMES = [field.name for field in dataclasses.fields(Spec)]
 _FORM_2 = tuple(_NAMES[_NAMES.index("form") :])  # fields that form 1 does not store
 # Of form 2; not stored where they are off, as before there were any.
-OFF_AT_ZERO = ("layer_gain", "decrease_limit", "leverage_floor")
+OFF_AT_ZERO = ("layer_gain", "decrease_limit", "leverage_floor", "decay_share")
 _NUMBERS, _SWITCHES = _fields_of_type(float), _fields_of_type(bool)
 
 
@@ -270,14 +274,18 @@ def _check_ranges(spec: Spec) -> None:
         ("layer_gain", _LAYER_GAIN_LIMIT),
         ("decrease_limit", _MOST_DECREASE_LIMIT),
         ("leverage_floor", _MOST_LEVERAGE_FLOOR),
+        ("decay_share", 1),
     ):
         if not 0 <= getattr(spec, name) <= most:
             raise L3RSError(f"spec.{name} is {getattr(spec, name)}; it must lie in [0, {most:g}]")
     for name in OFF_AT_ZERO:
         if spec.form == 1 and getattr(spec, name):
             raise L3RSError(f"spec.{name} is {getattr(spec, name)}; it is of form 2, and form 1 has none")
-    if spec.decrease_limit and "sgd" not in [direction.name for direction in spec.directions]:
-        raise L3RSError(f"spec.decrease_limit is {spec.decrease_limit}; it needs sgd among spec.directions")
+    names = [direction.name for direction in spec.directions]
+    for name, needed in (("decrease_limit", ["sgd"]), ("decay_share", ["sgd", "weight_decay"])):
+        if getattr(spec, name) and not set(needed) <= set(names):
+            value = getattr(spec, name)
+            raise L3RSError(f"spec.{name} is {value}; it needs {' and '.join(needed)} among spec.directions")
     if spec.leverage_floor and spec.step != "initial":
         raise L3RSError(
             f"spec.leverage_floor is {spec.leverage_floor}; it needs spec.step 'initial', not {spec.step!r}"

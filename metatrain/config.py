@@ -94,11 +94,11 @@ class OptimizerConfig(SpecFields):
                 direction_options(direction)
             except (L3RSError, TypeError, OverflowError) as error:
                 raise ValueError(f"directions: {error}") from None
-        if self.start is not None and "form" not in self.model_fields_set:
-            of_form_2 = any(getattr(self, name) for name in OFF_AT_ZERO)  # the start's own is not read yet
-            fields.update({"form": 2, "step": "initial"} if of_form_2 else {})
+        if self.start is not None and any(getattr(self, name) for name in OFF_AT_ZERO):  # it is not read yet
+            likely = {"form": 2, "step": "initial", "directions": (*directions, Direction("weight_decay"))}
+            fields |= {name: value for name, value in likely.items() if name not in self.model_fields_set}
         try:
-            Spec((Layer("layer", (1,)),), directions, **fields)
+            Spec((Layer("layer", (1,)),), **{"directions": directions, **fields})
         except L3RSError as error:
             raise ValueError(str(error).replace("spec.", "")) from None
         for name in sorted(_START_FIELDS) if self.start is None else ():

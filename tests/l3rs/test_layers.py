@@ -334,6 +334,7 @@ UNUSUAL = {
     "absolute_time": True,
 }
 FORM_2 = {
+    "directions": ("sgd", "weight_decay"),
     "form": 2,
     "step": "initial",
     "step_limit": 1.5,
@@ -345,6 +346,7 @@ FORM_2 = {
     "layer_gain": 5.0,
     "decrease_limit": 0.3,
     "leverage_floor": 6.0,
+    "decay_share": 0.5,
 }
 
 
@@ -402,6 +404,7 @@ def test_from_json_names_fields():
         ({"natural_size": 0.0}, "spec.natural_size is 0.0; it must be > 0"),
         ({"adaptation": 1.5}, "spec.adaptation is 1.5; it must lie in [0, 1]"),
         ({"decrease_limit": 101.0}, "spec.decrease_limit is 101.0; it must lie in [0, 100]"),
+        ({"decay_share": 1.5}, "spec.decay_share is 1.5; it must lie in [0, 1]"),
         ({"leverage_floor": 101.0}, "spec.leverage_floor is 101.0; it must lie in [0, 100]"),
         (
             {"directions": (Direction("first_moment"), Direction("adam"))},

@@ -59,7 +59,7 @@ def assert_trees_close(a, b, rtol):
 LOSSES = [2.0 / (1 + t) for t in range(12)]
 
 
-@pytest.mark.parametrize("fields", [{}, {"step": "relative"}, {"leverage_floor": 100.0}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"step": "relative"}, {"leverage_floor": 100.0}, {"decay_share": 0.1}], ids=str)
 def test_rescaling_a_tensor_rescales_its_steps(fields):
     """θ = c φ with a c for each tensor: φ has c times the gradient, so its steps must be those of θ over c."""
     tx = optimizer(**fields)
@@ -291,6 +291,36 @@ def test_a_floor_of_the_leverage_is_of_form_2_and_of_the_initial_size():
         l3rs.Spec.create(tree(0), leverage_floor=6.0)
     with pytest.raises(L3RSError, match=r"leverage_floor is 6.0; it needs spec.step 'initial', not 'relative'"):
         l3rs.Spec.create(tree(0), form=2, step="relative", leverage_floor=6.0)
+
+
+@pytest.mark.parametrize("mix_bias", [2.0, -2.0])
+def test_weight_decay_undoes_no_more_than_its_share(mix_bias):
+    """With g = -θ, λ m goes along -g and λ (1 - m) along g, with m of the gradient: of a share r all but r m of the
+    second is lost. Where decay agrees with the gradient, or undoes less, nothing changes."""
+    params = tree(1)
+    fields = {"form": 2, "step": "initial", "embedding": "descriptor", "mix_bias": mix_bias}
+    spec = l3rs.Spec.create(params, ("sgd", "weight_decay"), **fields)
+    theta = jax.tree.map(jnp.zeros_like, l3rs.init_meta_params(jax.random.key(0), spec))
+    m = float(1 / (1 + np.exp(-2 * mix_bias)))
+
+    def step(share, sign):
+        tx = l3rs.learned_optimizer(theta, dataclasses.replace(spec, decay_share=share), 30)
+        return run(tx, params, [jax.tree.map(lambda x: sign * x, params)], [1.0])[0][0]
+
+    share = 0.5 * min(1.0, (1 - m) / m)
+    length = norms(step(0.0, 1.0))  # λ
+    limited = jax.tree.map(lambda own, x: float(jnp.vdot(own, x) / jnp.linalg.norm(x)), step(share, -1.0), params)
+    np.testing.assert_allclose(jax.tree.leaves(limited), length * m * (1 + share), rtol=1e-4)
+    jax.tree.map(np.testing.assert_array_equal, step(share, 1.0), step(0.0, 1.0))
+    if mix_bias > 0:
+        jax.tree.map(np.testing.assert_array_equal, step(4 * share, -1.0), step(0.0, -1.0))
+
+
+def test_a_share_of_weight_decay_needs_the_gradient_and_weight_decay():
+    fields = {"form": 2, "step": "initial", "decay_share": 0.5}
+    for directions in (("adam", "sgd"), ("adam", "weight_decay")):
+        with pytest.raises(L3RSError, match=r"decay_share is 0.5; it needs sgd and weight_decay among spec.directions"):
+            l3rs.Spec.create(tree(0), directions, **fields)
 
 
 def test_a_form_2_spec_saved_without_a_limit_keeps_its_steps():

@@ -31,7 +31,8 @@ _SAMPLE = TaskSample(jnp.int32(3), jax.random.key_data(jax.random.key(4)))
 def general(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A checkpoint with descriptors of another network, whose output layer is not near zero."""
     fields = {"form": 2, "step": "initial"} if request.param == 2 else {}
-    spec = l3rs.Spec.create({"w": np.ones((3, 2))}, embedding="descriptor", hidden=(4,), embedding_dim=3, **fields)
+    fields |= {"embedding": "descriptor", "hidden": (4,), "embedding_dim": 3}
+    spec = l3rs.Spec.create({"w": np.ones((3, 2))}, ("adam", "sgd", "weight_decay"), **fields)
     theta = jax.tree.map(lambda x: x + 0.1, l3rs.init_meta_params(jax.random.key(1), spec))
     return str(l3rs.save(tmp_path_factory.mktemp("general") / "general", theta, spec, {}))
 

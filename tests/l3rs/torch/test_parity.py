@@ -87,6 +87,10 @@ def assert_parity(
         ),
         (("adam", "sgd"), {"form": 2, "step": "initial", "step_scale": 0.02, "decrease_limit": 1e-3}),
         (("adam", "sgd"), {"form": 2, "step": "initial", "step_scale": 0.003, "leverage_floor": 100.0}),
+        (
+            ("sgd", "adam", "weight_decay"),
+            {"form": 2, "step": "initial", "step_scale": 0.02, "mix_bias": -1.0, "decay_share": 0.1},
+        ),
     ],
     ids=[
         "adam sgd",
@@ -97,6 +101,7 @@ def assert_parity(
         "form 2, relative",
         "form 2, limited decrease",
         "form 2, leverage",
+        "form 2, less decay",
     ],
 )
 def test_parity(directions, fields):
