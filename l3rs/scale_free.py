@@ -16,10 +16,10 @@ With a decrease_limit q all Δθ_l are multiplied by min(1, q / M · loss / Σ_l
 fastest average, whichever is larger in magnitude: the deeper a network, the less of the decrease that its gradients
 promise does a long step achieve.
 
-With a leverage_floor f all b_l are longer by max(1, f / M · loss / Σ_l √n_l b'_l ‖g_l‖), at most 10, with the first
-gradients and b'_l the layers' RMS, or the whole natural size of those that began at zero. A network whose moves by
-its own size promise little of its loss, such as a head alone on few or on small inputs, will have to grow, and its
-steps are relative to what it has to become.
+With a leverage_floor f, where a single matrix trains, all b_l are longer by max(1, f · loss / Σ_l √n_l b'_l ‖g_l‖), at
+most 10, with the first gradients and b'_l the layers' RMS, or the whole natural size of those that began at zero. If a
+head alone promises little of its loss by moves of its own size, as on few or on small inputs, it will have to grow, and
+its steps are relative to what it has to become.
 
 With a decay_share r, μ of weight decay is smaller in all layers alike where Σ_l λ_l μ_l ⟨g_l, unit(θ_l)⟩ < 0 and undoes
 more than r times what the other directions promise together, Σ_l λ_l Σ_p μ_p ⟨g_l, unit(d_p)⟩; the lost weight shortens
@@ -230,21 +230,21 @@ def _size(before: LayerMemory, measured: Statistics, facts: NetworkFacts, spec: 
         case "relative":
             size = now
         case "initial":
-            if spec.leverage_floor:
-                now = now * _growth(xp.where(at_zero, facts.natural_rms, rms), measured, facts, spec, xp)
+            if spec.leverage_floor and facts.n_matrices == 1:
+                now = now * _growth(xp.where(at_zero, facts.natural_rms, rms), measured, spec, xp)
             size = xp.where(first, now, before.size)
     return size, xp.where(first, at_zero.astype(xp.float32), before.from_zero)
 
 
-def _growth(usual: Any, measured: Statistics, facts: NetworkFacts, spec: Spec, xp: Any) -> Any:
+def _growth(usual: Any, measured: Statistics, spec: Spec, xp: Any) -> Any:
     """By how much every b is longer for the `leverage_floor`, float32 [] in [1, MOST_GROWTH].
 
     Args:
       usual: RMS of the layers, float32 [L].
-      measured, facts, spec, xp: as for `decide`.
+      measured, spec, xp: as for `decide`.
     """
     promised = (measured.root_n * usual * measured.gradient_norm).sum()
-    least = np.float32(spec.leverage_floor / facts.n_matrices) * xp.abs(measured.loss)
+    least = np.float32(spec.leverage_floor) * xp.abs(measured.loss)
     ratio = xp.minimum(least * core.inverse(promised, xp), MOST_GROWTH)
     return xp.where((ratio > 1) & xp.isfinite(measured.loss), ratio, np.float32(1))
 

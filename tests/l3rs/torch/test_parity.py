@@ -86,7 +86,16 @@ def assert_parity(
             {"form": 2, "step": "relative", "step_scale": 0.02, "adaptation": 0.01, "layer_gain": 4.0},
         ),
         (("adam", "sgd"), {"form": 2, "step": "initial", "step_scale": 0.02, "decrease_limit": 1e-3}),
-        (("adam", "sgd"), {"form": 2, "step": "initial", "step_scale": 0.003, "leverage_floor": 100.0}),
+        (
+            ("adam", "sgd"),
+            {
+                "form": 2,
+                "step": "initial",
+                "step_scale": 0.003,
+                "leverage_floor": 100.0,
+                "paths": ("dense/kernel", "conv/bias"),
+            },
+        ),
         (
             ("sgd", "adam", "weight_decay"),
             {"form": 2, "step": "initial", "step_scale": 0.02, "mix_bias": -1.0, "decay_share": 0.1},
