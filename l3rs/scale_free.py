@@ -243,10 +243,15 @@ def _growth(usual: Any, measured: Statistics, spec: Spec, xp: Any) -> Any:
       usual: RMS of the layers, float32 [L].
       measured, spec, xp: as for `decide`.
     """
-    promised = (measured.root_n * usual * measured.gradient_norm).sum()
+    promised = _own_promises(usual, measured).sum()
     least = np.float32(spec.leverage_floor) * xp.abs(measured.loss)
     ratio = xp.minimum(least * core.inverse(promised, xp), MOST_GROWTH)
     return xp.where((ratio > 1) & xp.isfinite(measured.loss), ratio, np.float32(1))
+
+
+def _own_promises(size: Any, measured: Statistics) -> Any:
+    """By how much a move by its own size, an RMS, lowers the loss by each layer's gradient at most, float32 [L]."""
+    return measured.root_n * size * measured.gradient_norm
 
 
 def _signal(mix: Any, signals: Any, spec: Spec, kinds: _Kinds, xp: Any) -> Any:
@@ -322,7 +327,7 @@ def _layer_features(
     logs = core.clip(core.safe_log(logs, xp), -core.RATIO_LIMIT, core.RATIO_LIMIT, xp)
     rows, columns = kinds.pairs
     loss = xp.abs(core.fast_loss(memory.loss, spec.loss_decays, xp))
-    promised = measured.root_n * layers.size * measured.gradient_norm * core.inverse(loss, xp)
+    promised = _own_promises(layers.size, measured) * core.inverse(loss, xp)
     leverage = core.clip(core.safe_log(promised, xp), -LEVERAGE_LOG_LIMIT, LEVERAGE_LOG_LIMIT, xp)[:, None] / 3
     found = [changes, seen, logs, cosines[:, rows, columns], layers.from_zero[:, None], leverage]
     if spec.adaptation > 0:

@@ -256,12 +256,16 @@ def _check_form(spec: Spec) -> None:
         raise L3RSError(f"spec.embedding is {spec.embedding!r}; allowed are 'table' and 'descriptor'")
     if type(spec.form) is not int or spec.form not in (1, 2):
         raise L3RSError(f"spec.form is {spec.form!r}; allowed are 1 and 2")
+    _check_ranges(spec)
+    for name in OFF_AT_ZERO:
+        if spec.form == 1 and getattr(spec, name):
+            raise L3RSError(f"spec.{name} is {getattr(spec, name)}; it is of form 2, and form 1 has none")
     steps = ("rms", "relative", "initial") if spec.form == 2 else ("rms", "relative")
     if spec.step not in steps:
         raise L3RSError(f"spec.step is {spec.step!r}; allowed in form {spec.form} are {', '.join(map(repr, steps))}")
     if spec.form == 2 and spec.absolute_time:
         raise L3RSError("spec.absolute_time is true; form 2 always reads log T and log t instead")
-    _check_ranges(spec)
+    _check_needs(spec)
 
 
 def _check_ranges(spec: Spec) -> None:
@@ -278,9 +282,10 @@ def _check_ranges(spec: Spec) -> None:
     ):
         if not 0 <= getattr(spec, name) <= most:
             raise L3RSError(f"spec.{name} is {getattr(spec, name)}; it must lie in [0, {most:g}]")
-    for name in OFF_AT_ZERO:
-        if spec.form == 1 and getattr(spec, name):
-            raise L3RSError(f"spec.{name} is {getattr(spec, name)}; it is of form 2, and form 1 has none")
+
+
+def _check_needs(spec: Spec) -> None:
+    """What a field needs of others."""
     names = [direction.name for direction in spec.directions]
     for name, needed in (("decrease_limit", ["sgd"]), ("decay_share", ["sgd", "weight_decay"])):
         if getattr(spec, name) and not set(needed) <= set(names):

@@ -88,17 +88,17 @@ class OptimizerConfig(SpecFields):
             check_spec_limits({key: list(v) if isinstance(v, tuple) else v for key, v in fields.items()}, "")
         except L3RSError as error:
             raise ValueError(str(error).replace(": spec.", "")) from None
-        directions = tuple(Direction.parse(direction) for direction in fields.pop("directions"))
-        for direction in directions:
+        fields["directions"] = tuple(Direction.parse(direction) for direction in self.directions)
+        for direction in fields["directions"]:
             try:
                 direction_options(direction)
             except (L3RSError, TypeError, OverflowError) as error:
                 raise ValueError(f"directions: {error}") from None
         if self.start is not None and any(getattr(self, name) for name in OFF_AT_ZERO):  # it is not read yet
-            likely = {"form": 2, "step": "initial", "directions": (*directions, Direction("weight_decay"))}
+            likely = {"form": 2, "step": "initial", "directions": (*fields["directions"], Direction("weight_decay"))}
             fields |= {name: value for name, value in likely.items() if name not in self.model_fields_set}
         try:
-            Spec((Layer("layer", (1,)),), **{"directions": directions, **fields})
+            Spec((Layer("layer", (1,)),), **fields)
         except L3RSError as error:
             raise ValueError(str(error).replace("spec.", "")) from None
         for name in sorted(_START_FIELDS) if self.start is None else ():

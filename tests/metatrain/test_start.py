@@ -96,6 +96,12 @@ def test_what_only_form_2_has_may_be_new_in_a_start_of_form_2(general: str, fiel
     assert getattr(Setup.build(small_bare(optimizer=asked)).spec, field) == 0.3
 
 
+@pytest.mark.parametrize("field", OFF_AT_ZERO)
+def test_what_only_form_2_has_with_form_1_is_one_sentence(general: str, field: str) -> None:
+    with pytest.raises(UserError, match=f"{field} is 0.3; it is of form 2, and form 1 has none"):
+        small_bare(optimizer={"start": general, "form": 1, field: 0.3})
+
+
 def test_what_the_form_of_a_start_cannot_have_is_one_sentence(tmp_path: Path) -> None:
     spec = l3rs.Spec.create({"w": np.ones(3)}, ("adam",), form=2, step="initial", embedding="descriptor")
     start = l3rs.save(tmp_path / "own", l3rs.init_meta_params(jax.random.key(0), spec), spec, {})
