@@ -244,6 +244,14 @@ def n_matrices(layers: Sequence[Layer]) -> int:
     return max(sum(_scale_free_kind(layer) == "matrix" for layer in layers), 1)
 
 
+def is_head(layers: Sequence[Layer]) -> bool:
+    """Whether one matrix trains, and nothing else but its bias, if it has one."""
+    ordered = sorted(layers, key=lambda layer: _scale_free_kind(layer) != "matrix")
+    if [_scale_free_kind(layer) for layer in ordered] not in (["matrix"], ["matrix", "bias"]):
+        return False
+    return all(bias.size == ordered[0].shape[-1] for bias in ordered[1:])
+
+
 def _scale_free_kind(layer: Layer) -> str:
     rank = len(layer.shape)
     if is_adapter(layer.path, rank):

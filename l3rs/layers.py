@@ -18,6 +18,7 @@ from l3rs.descriptors import (
     depth_order,
     descriptors,
     is_bias,
+    is_head,
     n_matrices,
     natural_rms,
     scale_free_descriptors,
@@ -212,11 +213,12 @@ class NetworkFacts(NamedTuple):
     log_factor: Any  # float32 [L], of its λ, see `Spec.layer_gain`; None without one
     natural_rms: np.ndarray  # float32 [L], see `descriptors.natural_rms`
     n_matrices: int
+    is_head: bool  # see `descriptors.is_head`
 
     def of(self, rows: np.ndarray) -> NetworkFacts:
-        """Of some of the layers; the number of matrices stays that of the network."""
+        """Of some of the layers; what is said of the network stays."""
         log_factor = None if self.log_factor is None else self.log_factor[rows]
-        return NetworkFacts(self.embedding[rows], log_factor, self.natural_rms[rows], self.n_matrices)
+        return self._replace(embedding=self.embedding[rows], log_factor=log_factor, natural_rms=self.natural_rms[rows])
 
 
 def network_facts(
@@ -232,7 +234,7 @@ def network_facts(
       convention: of the network's framework.
     """
     rows = embedding_rows(theta, spec, matches, layers, convention)
-    facts = NetworkFacts(rows, None, natural_rms(layers), n_matrices(layers))
+    facts = NetworkFacts(rows, None, natural_rms(layers), n_matrices(layers), is_head(layers))
     if not spec.layer_gain:
         return facts
     log_factor = (np.float32(spec.layer_gain) * rows[:, -1]).clip(-STEP_LOG_LIMIT, STEP_LOG_LIMIT)

@@ -156,7 +156,8 @@ def learned_optimizer(
                 shrinking = decays[i] * decision.step_norm[i] / measured.root_n[i] * param.astype(jnp.float32)
                 update = update - jnp.where(measured.moves[i], shrinking, 0.0)
             new_updates.append(update.astype(param.dtype))
-        _warn_of_first_steps(memory, measured, decision, params)
+        if not scale_free.has_floor(spec, facts):  # whose first steps are long on purpose
+            _warn_of_first_steps(memory, measured, decision, params)
         new_state = L3RSState(
             count=memory.step,
             loss=memory.loss,

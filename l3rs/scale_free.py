@@ -16,15 +16,17 @@ With a decrease_limit q all Δθ_l are multiplied by min(1, q / M · loss / Σ_l
 fastest average, whichever is larger in magnitude: the deeper a network, the less of the decrease that its gradients
 promise does a long step achieve.
 
-With a leverage_floor f, where a single matrix trains, all b_l are longer by max(1, f · loss / Σ_l √n_l b'_l ‖g_l‖), at
-most 10, with the first gradients and b'_l the layers' RMS, or the whole natural size of those that began at zero. If a
-head alone promises little of its loss by moves of its own size, as on few or on small inputs, it will have to grow, and
-its steps are relative to what it has to become.
+With a leverage_floor f, where a matrix trains alone or with its bias, their b_l are longer by max(1, f · loss /
+Σ_l √n_l b'_l ‖g_l‖), at most 10, with b'_l the layers' RMS, or the whole natural size of those that began at zero. If
+such a head promises little of its loss by moves of its own size, as on few or on small inputs, it will have to grow,
+and its steps are relative to what it has to become. This is decided with the loss and the gradients of a layer's first
+step, for good: without a finite loss or any gradient then, b_l stays as it is.
 
 With a decay_share r, μ of weight decay is smaller in all layers alike where Σ_l λ_l μ_l ⟨g_l, unit(θ_l)⟩ < 0 and undoes
 more than r times what the other directions promise together, Σ_l λ_l Σ_p μ_p ⟨g_l, unit(d_p)⟩; the lost weight shortens
-λ. Where old weights are of no use any more decay agrees with the gradient, or hardly matters to it; where they are what
-the network knows it does not.
+λ. Both sums are of the terms of the mixture before it becomes a unit vector, which multiplies all terms of a layer
+alike: with one layer the share holds exactly, over several nearly. Where old weights are of no use any more decay
+agrees with the gradient, or hardly matters to it; where they are what the network knows it does not.
 
 step_limit holds where the network sees what it was not meta-trained on: a single step of e⁵ times its base undoes a
 training.
@@ -230,10 +232,15 @@ def _size(before: LayerMemory, measured: Statistics, facts: NetworkFacts, spec: 
         case "relative":
             size = now
         case "initial":
-            if spec.leverage_floor and facts.n_matrices == 1:
+            if has_floor(spec, facts):
                 now = now * _growth(xp.where(at_zero, facts.natural_rms, rms), measured, spec, xp)
             size = xp.where(first, now, before.size)
     return size, xp.where(first, at_zero.astype(xp.float32), before.from_zero)
+
+
+def has_floor(spec: Spec, facts: NetworkFacts) -> bool:
+    """Whether the `leverage_floor` may lengthen the steps of a network."""
+    return spec.leverage_floor > 0 and facts.is_head
 
 
 def _growth(usual: Any, measured: Statistics, spec: Spec, xp: Any) -> Any:

@@ -92,12 +92,12 @@ class Spec:
       decrease_limit: shorten the steps of all layers alike, so that by the gradients they lower the loss by at most
         decrease_limit / M times the first or the present loss, whichever is larger in magnitude; M is the number of
         matrices that train. 0 for no limit. Needs sgd among the directions.
-      leverage_floor: where a single matrix trains, make all that λ is relative to larger, at most 10 times, if moving
-        every layer by its own size promises, by the first gradients, to lower the loss by less than leverage_floor
-        times the loss. 0 for never. Needs step initial.
-      decay_share: give weight decay less weight, in all layers alike, where by the gradients it undoes more than this
-        share of the decrease that the other directions achieve; in [0, 1], 0 for no limit. Needs sgd and weight_decay
-        among the directions.
+      leverage_floor: where a matrix trains alone or with its bias, make what λ is relative to larger, at most 10
+        times, if moving both by their own size promises, by the gradients of their first step, to lower the loss by
+        less than leverage_floor times the loss. 0 for never. Needs step initial.
+      decay_share: give weight decay less weight, in all layers alike, where by the gradients its terms of the mixtures
+        undo more than this share of the decrease that the terms of the other directions promise; in [0, 1], 0 for no
+        limit. Needs sgd and weight_decay among the directions.
       signal: shorten a step as its gradient loses signal; without it only a gradient of zero stops it.
       adaptation: how far a layer's log λ may move in a step for good; 0 for not at all.
       layer_gain: multiply a layer's λ by exp(layer_gain · c), with c learned for each row of the embedding, as a column

@@ -24,6 +24,7 @@ from l3rs.decide import decide
 from l3rs.guard import Guard, GuardState, init_guard, make_guard, report
 from l3rs.io.checkpoint import DEFAULT, chosen_horizon, restore
 from l3rs.layers import Convention, Match, MatchBy, Matching, OnUnknown, match_network, network_facts
+from l3rs.scale_free import has_floor
 from l3rs.spec import L3RSError, Spec, Theta
 from l3rs.theta import check_theta, digest
 from l3rs.torch.active import ActiveLayers
@@ -368,6 +369,8 @@ class L3RS(torch.optim.Optimizer):
 
     def _warn_of_first_steps(self, layers: ActiveLayers, step_norm: np.ndarray, measured: core.Statistics) -> None:
         if self._warned_of_first_steps or measured.steps.max() > first_steps.N_STEPS:
+            return
+        if has_floor(self.spec, layers.facts):  # its first steps are long on purpose
             return
         is_matrix = np.array([param.dim() > 1 for param in layers.params])
         found = first_steps.too_long(step_norm, measured.parameter_norm, is_matrix)

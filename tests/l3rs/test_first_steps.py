@@ -5,6 +5,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import l3rs
 from l3rs.first_steps import too_long
@@ -30,3 +31,18 @@ def test_eager_updates_warn():
         assert any("more than half their norm" in str(each.message) for each in found) is warned
     with warnings.catch_warnings(action="error"):
         jax.jit(tx.update)(params, tx.init(params), params, value=1.0)  # its values are not known when it is traced
+
+
+@pytest.mark.parametrize("floor", [0.0, 90.0])
+def test_a_head_that_a_floor_lengthens_does_not_warn(floor):
+    """Its first step is about its norm without the floor, and ten times that with it."""
+    kernel = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    params = {"head": {"kernel": jnp.asarray(kernel)}}
+    fields = {"form": 2, "step": "initial", "embedding": "descriptor", "leverage_floor": floor, "step_scale": 1.0}
+    spec = l3rs.Spec.create(params, ("adam", "sgd"), **fields)
+    theta = l3rs.init_meta_params(jax.random.key(0), spec)
+    tx = l3rs.learned_optimizer(theta, spec, 10)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        tx.update(params, tx.init(params), params, value=1.0)
+    assert bool(found) is (floor == 0)

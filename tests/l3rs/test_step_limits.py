@@ -83,10 +83,32 @@ def test_what_can_hardly_change_the_loss_takes_longer_steps():
         np.testing.assert_allclose(found, growth * plain, rtol=1e-5, err_msg=f"{floor}, {loss / own:.2g} × its own")
 
 
-def test_a_floor_of_the_leverage_is_for_a_single_matrix():
-    for params, gradient in ((tree(1), tree(2)), ({"head": tree(1)["head"]}, {"head": tree(2)["head"]})):
-        equal = first_update(90.0, params, gradient, 100.0) == first_update(0.0, params, gradient, 100.0)
-        assert equal.all() if len(params) > 1 else not equal.any()
+@pytest.mark.parametrize(
+    ("shapes", "grows"),
+    [
+        ({"head": {"kernel": (6, 4), "bias": (4,)}}, True),
+        ({"head": {"kernel": (6, 4)}}, True),
+        ({"conv": {"kernel": (3, 3, 2, 4)}}, True),
+        ({"first": {"kernel": (6, 4)}, "head": {"kernel": (6, 4), "bias": (4,)}}, False),
+        ({"head": {"kernel": (6, 4), "bias": (4,)}, "norm": {"scale": (4,)}}, False),
+        ({"kernel": (6, 4), "bias": (4,)}, True),
+        ({"head": {"kernel": (6, 4)}, "body": {"bias": (5,)}}, False),
+        ({"head": {"kernel": (6, 4), "bias": (4,)}, "body": {"bias": (4,)}}, False),
+        ({"embed": {"embedding": (6, 4)}, "head": {"kernel": (6, 4), "bias": (4,)}}, False),
+        ({"embed": {"embedding": (6, 4)}}, False),
+        ({"norm": {"scale": (4,), "bias": (4,)}}, False),
+        ({"head": {"bias": (4,)}}, False),
+    ],
+)
+def test_a_floor_of_the_leverage_is_for_a_matrix_with_or_without_its_bias(shapes, grows):
+    rng = np.random.default_rng(1)
+
+    def normal(shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    params, gradient = (jax.tree.map(normal, shapes, is_leaf=lambda x: isinstance(x, tuple)) for _ in range(2))
+    equal = first_update(90.0, params, gradient, 100.0) == first_update(0.0, params, gradient, 100.0)
+    assert not equal.any() if grows else equal.all()
 
 
 def test_a_floor_of_the_leverage_needs_a_loss_and_a_gradient():

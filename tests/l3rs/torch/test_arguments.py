@@ -177,6 +177,19 @@ def test_a_learning_rate_for_adam_warns_once():
             L3RS(params.items(), checkpoint(), 10, lr=lr)
 
 
+def test_universal_does_not_warn_of_a_new_head():
+    """Its steps are long on purpose: it has few inputs, and small ones."""
+    torch.manual_seed(0)
+    head, x = torch.nn.Linear(40, 10), 0.01 * torch.randn(64, 40)
+    y = (x @ torch.randn(40, 10)).argmax(1)
+    opt, before = l3rs.torch.L3RS(head.named_parameters(), total_steps=30), head.weight.detach().clone()
+    with warnings.catch_warnings(action="error"):
+        loss = torch.nn.functional.cross_entropy(head(x), y)
+        loss.backward()
+        opt.step(loss=loss.detach())
+    assert (head.weight - before).norm() > before.norm()
+
+
 def test_first_steps_that_are_too_long():
     """One warning, in the first steps only."""
     params = parameters()
