@@ -22,11 +22,11 @@ such a head promises little of its loss by moves of its own size, as on few or o
 and its steps are relative to what it has to become. This is decided with the loss and the gradients of a layer's first
 step, for good: without a finite loss or any gradient then, b_l stays as it is.
 
-With a decay_share r, μ of weight decay is smaller in all layers alike where Σ_l λ_l μ_l ⟨g_l, unit(θ_l)⟩ < 0 and undoes
-more than r times what the other directions promise together, Σ_l λ_l Σ_p μ_p ⟨g_l, unit(d_p)⟩; the lost weight shortens
-λ. Both sums are of the terms of the mixture before it becomes a unit vector, which multiplies all terms of a layer
-alike: with one layer the share holds exactly, over several nearly. Where old weights are of no use any more decay
-agrees with the gradient, or hardly matters to it; where they are what the network knows it does not.
+With a decay_share r, for such a head, μ of weight decay is smaller in both layers alike where Σ_l λ_l μ_l ⟨g_l,
+unit(θ_l)⟩ < 0 and undoes more than r times what the other directions promise together, Σ_l λ_l Σ_p μ_p ⟨g_l,
+unit(d_p)⟩; the lost weight shortens λ. The terms are those of the mixtures before they become unit vectors, which
+multiplies all terms of a layer alike: for a kernel without a bias the share holds exactly. Where old weights are of no
+use any more decay agrees with the gradient, or hardly matters to it; where they are what the head knows it does not.
 
 step_limit holds where the network sees what it was not meta-trained on: a single step of e⁵ times its base undoes a
 training.
@@ -181,7 +181,7 @@ def decide(
     log_factor = log_step + adaptation if facts.log_factor is None else log_step + adaptation + facts.log_factor
     step_norm = base * xp.exp(log_factor) * _signal(mix, signals, spec, kinds, xp)
     used = mix
-    if spec.decay_share:
+    if spec.decay_share and facts.is_head:
         used = _with_less_decay(mix, step_norm, cosines[:, :, kinds.gradient], measured, spec, kinds, xp)
         step_norm = step_norm * used.sum(1)
     coefficients = core.mixture_coefficients(used, step_norm, cosines, scale, xp)

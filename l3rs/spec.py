@@ -95,9 +95,9 @@ class Spec:
       leverage_floor: where a matrix trains alone or with its bias, make what λ is relative to larger, at most 10
         times, if moving both by their own size promises, by the gradients of their first step, to lower the loss by
         less than leverage_floor times the loss. 0 for never. Needs step initial.
-      decay_share: give weight decay less weight, in all layers alike, where by the gradients its terms of the mixtures
-        undo more than this share of the decrease that the terms of the other directions promise; in [0, 1], 0 for no
-        limit. Needs sgd and weight_decay among the directions.
+      decay_share: there, too, give weight decay less weight where by the gradients its terms of the mixtures undo more
+        than this share of the decrease that the terms of the other directions promise; in [0, 1], 0 for no limit.
+        Needs sgd and weight_decay among the directions.
       signal: shorten a step as its gradient loses signal; without it only a gradient of zero stops it.
       adaptation: how far a layer's log λ may move in a step for good; 0 for not at all.
       layer_gain: multiply a layer's λ by exp(layer_gain · c), with c learned for each row of the embedding, as a column

@@ -31,12 +31,21 @@ def assert_trees_close(a, b, rtol):
 LOSSES = [2.0 / (1 + t) for t in range(12)]
 
 
-@pytest.mark.parametrize("fields", [{}, {"step": "relative"}, {"decay_share": 0.1}], ids=str)
-def test_rescaling_a_tensor_rescales_its_steps(fields):
+@pytest.mark.parametrize(
+    ("modules", "fields"),
+    [
+        (("stem", "norm", "head"), {}),
+        (("stem", "norm", "head"), {"step": "relative"}),
+        (("head",), {"decay_share": 0.1, "leverage_floor": 30.0}),
+    ],
+    ids=str,
+)
+def test_rescaling_a_tensor_rescales_its_steps(modules, fields):
     """θ = c φ with a c for each tensor: φ has c times the gradient, so its steps must be those of θ over c."""
     tx = optimizer(**fields)
-    params, grads = tree(1), [tree(10 + t) for t in range(12)]
-    scales = jax.tree.unflatten(jax.tree.structure(params), [2.0**k for k in (3, -4, 1, -2, 5, -6)])
+    params, *grads = ({name: tree(seed)[name] for name in modules} for seed in (1, *range(10, 22)))
+    powers = (3, -4, 1, -2, 5, -6)[: len(jax.tree.leaves(params))]
+    scales = jax.tree.unflatten(jax.tree.structure(params), [2.0**k for k in powers])
     updates, _, _ = run(tx, params, grads, LOSSES)
     other, _, _ = run(
         tx,

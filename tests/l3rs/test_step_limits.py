@@ -130,14 +130,14 @@ def test_a_floor_of_the_leverage_is_of_form_2_and_of_the_initial_size():
 @pytest.mark.parametrize("mix_bias", [2.0, -2.0])
 def test_weight_decay_undoes_no_more_than_its_share(mix_bias):
     """With g = -θ, λ m goes along -g and λ (1 - m) along g, with m of the gradient: of a share r all but r m of the
-    second is lost. Where decay agrees with the gradient, or undoes less, nothing changes."""
-    params = tree(1)
+    second is lost. Where decay agrees with the gradient, or undoes less, nothing changes; nor in a whole network."""
+    params = {"head": tree(1)["head"]}
     fields = {"form": 2, "step": "initial", "embedding": "descriptor", "mix_bias": mix_bias}
     spec = l3rs.Spec.create(params, ("sgd", "weight_decay"), **fields)
     theta = jax.tree.map(jnp.zeros_like, l3rs.init_meta_params(jax.random.key(0), spec))
     m = float(1 / (1 + np.exp(-2 * mix_bias)))
 
-    def step(share, sign):
+    def step(share, sign, params=params):
         tx = l3rs.learned_optimizer(theta, dataclasses.replace(spec, decay_share=share), 30)
         return run(tx, params, [jax.tree.map(lambda x: sign * x, params)], [1.0])[0][0]
 
@@ -148,6 +148,7 @@ def test_weight_decay_undoes_no_more_than_its_share(mix_bias):
     jax.tree.map(np.testing.assert_array_equal, step(share, 1.0), step(0.0, 1.0))
     if mix_bias > 0:
         jax.tree.map(np.testing.assert_array_equal, step(4 * share, -1.0), step(0.0, -1.0))
+    jax.tree.map(np.testing.assert_array_equal, step(share, -1.0, tree(1)), step(0.0, -1.0, tree(1)))
 
 
 def test_a_share_of_weight_decay_needs_the_gradient_and_weight_decay():
