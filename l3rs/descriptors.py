@@ -246,10 +246,9 @@ def n_matrices(layers: Sequence[Layer]) -> int:
 
 def is_head(layers: Sequence[Layer]) -> bool:
     """Whether one matrix trains, and nothing else but its bias, if it has one."""
-    ordered = sorted(layers, key=lambda layer: _scale_free_kind(layer) != "matrix")
-    if [_scale_free_kind(layer) for layer in ordered] not in (["matrix"], ["matrix", "bias"]):
-        return False
-    return all(bias.size == ordered[0].shape[-1] for bias in ordered[1:])
+    kinds = sorted(_scale_free_kind(layer) for layer in layers)
+    parents = {re.sub(r"[^/.]*$", "", layer.path) for layer in layers}  # none of a layer whose name is one word
+    return kinds in (["matrix"], ["bias", "matrix"]) and len(parents) == 1
 
 
 def _scale_free_kind(layer: Layer) -> str:

@@ -8,18 +8,18 @@ N_STEPS = 3  # that are watched
 TOO_LONG = 0.5  # ‖Δθ‖ / ‖θ‖ of a matrix; a usual first step is 0.002 to 0.1
 
 
-def too_long(step_norm: np.ndarray, parameter_norm: np.ndarray, is_matrix: np.ndarray) -> str | None:
+def too_long(step_norm: np.ndarray, usual_norm: np.ndarray, is_matrix: np.ndarray) -> str | None:
     """What to warn of, if a step moves most matrices by more than half their norm.
 
     Biases and layers that are zero are not counted: they have to move far.
 
     Args:
       step_norm: float [L], the norm of each layer's step.
-      parameter_norm: float [L], the norm of each layer.
+      usual_norm: float [L], the norm of each layer, see `scale_free.expected_norm`.
       is_matrix: bool [L], whether a layer has two dimensions or more.
     """
-    counted = is_matrix & (parameter_norm > 0)
-    ratios = step_norm[counted] / parameter_norm[counted]
+    counted = is_matrix & (usual_norm > 0)
+    ratios = step_norm[counted] / usual_norm[counted]
     if not ratios.size or not np.median(ratios) > TOO_LONG:
         return None
     return (

@@ -62,7 +62,8 @@ def learned_optimizer(
     gradient counts as zero in the moments; a non-finite loss does not enter the loss features.
 
     An update that is called outside of `jax.jit` warns if one of the first steps changes most layers by more than half
-    their norm. Compiled code cannot warn: compare `state.step_norm` with the norms of the params.
+    their norm, or the norm that a `leverage_floor` expects of a head. Compiled code cannot warn: compare
+    `state.step_norm` with the norms of the params.
 
     Args:
       theta: meta-parameters, from `init_meta_params`, a meta-training run or a checkpoint.
@@ -156,8 +157,7 @@ def learned_optimizer(
                 shrinking = decays[i] * decision.step_norm[i] / measured.root_n[i] * param.astype(jnp.float32)
                 update = update - jnp.where(measured.moves[i], shrinking, 0.0)
             new_updates.append(update.astype(param.dtype))
-        if not scale_free.has_floor(spec, facts):  # whose first steps are long on purpose
-            _warn_of_first_steps(memory, measured, decision, params)
+        _warn_of_first_steps(memory, scale_free.expected_norm(spec, facts, memory, measured, jnp), decision, params)
         new_state = L3RSState(
             count=memory.step,
             loss=memory.loss,
@@ -275,14 +275,14 @@ def _decays(weight_decay: float | jax.Array, mask: Mask | None, params: optax.Pa
 
 
 def _warn_of_first_steps(
-    memory: core.Memory, measured: core.Statistics, decision: core.Decision, params: optax.Params
+    memory: core.Memory, usual_norm: jax.Array, decision: core.Decision, params: optax.Params
 ) -> None:
     """Warn of steps that are too long. Outside of compiled code only: its values are not known here."""
-    norms = (memory.step, decision.step_norm, measured.parameter_norm)
+    norms = (memory.step, decision.step_norm, usual_norm)
     if any(isinstance(x, jax.core.Tracer) for x in norms) or int(memory.step) > first_steps.N_STEPS:
         return
     is_matrix = np.array([leaf.ndim > 1 for leaf in jax.tree.leaves(params)])
-    found = first_steps.too_long(np.asarray(decision.step_norm), np.asarray(measured.parameter_norm), is_matrix)
+    found = first_steps.too_long(np.asarray(decision.step_norm), np.asarray(usual_norm), is_matrix)
     if found is not None:
         warnings.warn(found, stacklevel=4)
 

@@ -243,6 +243,18 @@ def has_floor(spec: Spec, facts: NetworkFacts) -> bool:
     return spec.leverage_floor > 0 and facts.is_head
 
 
+def expected_norm(spec: Spec, facts: NetworkFacts, memory: Memory, measured: Statistics, xp: Any) -> Any:
+    """The norm of each layer, float32 [L], or what a head with a `leverage_floor` is expected to have, if it is more.
+
+    Args:
+      memory: after the step.
+      spec, facts, measured, xp: as for `decide`.
+    """
+    if not has_floor(spec, facts) or memory.layers is None:
+        return measured.parameter_norm
+    return xp.maximum(measured.parameter_norm, measured.root_n * memory.layers.size)
+
+
 def _growth(usual: Any, measured: Statistics, spec: Spec, xp: Any) -> Any:
     """By how much every b is longer for the `leverage_floor`, float32 [] in [1, MOST_GROWTH].
 

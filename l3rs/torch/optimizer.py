@@ -24,7 +24,7 @@ from l3rs.decide import decide
 from l3rs.guard import Guard, GuardState, init_guard, make_guard, report
 from l3rs.io.checkpoint import DEFAULT, chosen_horizon, restore
 from l3rs.layers import Convention, Match, MatchBy, Matching, OnUnknown, match_network, network_facts
-from l3rs.scale_free import has_floor
+from l3rs.scale_free import expected_norm
 from l3rs.spec import L3RSError, Spec, Theta
 from l3rs.theta import check_theta, digest
 from l3rs.torch.active import ActiveLayers
@@ -358,7 +358,9 @@ class L3RS(torch.optim.Optimizer):
         self._remember(memory)
         layers.small.write(memory, decision)
         lr, weight_decay = self._per_layer("lr", "weight_decay")
-        self._warn_of_first_steps(layers, lr * decision.step_norm, measured)
+        if not self._warned_of_first_steps and measured.steps.max() <= first_steps.N_STEPS:
+            usual_norm = expected_norm(self.spec, layers.facts, memory, measured, np)
+            self._warn_of_first_steps(layers, lr * decision.step_norm, usual_norm)
         return -lr[:, None] * decision.coefficients, -lr * weight_decay * decision.step_norm / measured.root_n
 
     def _per_layer(self, *options: str) -> list[np.ndarray]:
@@ -367,13 +369,9 @@ class L3RS(torch.optim.Optimizer):
         values = [np.array([float(group[option]) for group in self.param_groups], np.float32) for option in options]
         return [np.repeat(each, counts) for each in values]
 
-    def _warn_of_first_steps(self, layers: ActiveLayers, step_norm: np.ndarray, measured: core.Statistics) -> None:
-        if self._warned_of_first_steps or measured.steps.max() > first_steps.N_STEPS:
-            return
-        if has_floor(self.spec, layers.facts):  # its first steps are long on purpose
-            return
+    def _warn_of_first_steps(self, layers: ActiveLayers, step_norm: np.ndarray, usual_norm: np.ndarray) -> None:
         is_matrix = np.array([param.dim() > 1 for param in layers.params])
-        found = first_steps.too_long(step_norm, measured.parameter_norm, is_matrix)
+        found = first_steps.too_long(step_norm, usual_norm, is_matrix)
         if found is not None:
             self._warned_of_first_steps = True
             warnings.warn(found, stacklevel=2)

@@ -33,16 +33,15 @@ def test_eager_updates_warn():
         jax.jit(tx.update)(params, tx.init(params), params, value=1.0)  # its values are not known when it is traced
 
 
-@pytest.mark.parametrize("floor", [0.0, 90.0])
-def test_a_head_that_a_floor_lengthens_does_not_warn(floor):
-    """Its first step is about its norm without the floor, and ten times that with it."""
-    kernel = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
-    params = {"head": {"kernel": jnp.asarray(kernel)}}
-    fields = {"form": 2, "step": "initial", "embedding": "descriptor", "leverage_floor": floor, "step_scale": 1.0}
+@pytest.mark.parametrize(("scale", "warned"), [(0.1, False), (0.4, True)])
+def test_a_step_of_a_head_is_held_against_what_the_floor_expects_of_it(scale, warned):
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
+    params = {"head": {"kernel": kernel}}
+    fields = {"form": 2, "step": "initial", "embedding": "descriptor", "leverage_floor": 90.0, "step_scale": scale}
     spec = l3rs.Spec.create(params, ("adam", "sgd"), **fields)
-    theta = l3rs.init_meta_params(jax.random.key(0), spec)
-    tx = l3rs.learned_optimizer(theta, spec, 10)
+    tx = l3rs.learned_optimizer(l3rs.init_meta_params(jax.random.key(0), spec), spec, 10)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        tx.update(params, tx.init(params), params, value=1.0)
-    assert bool(found) is (floor == 0)
+        update, _ = tx.update(params, tx.init(params), params, value=1.0)
+    assert jnp.linalg.norm(update["head"]["kernel"]) > jnp.linalg.norm(kernel)
+    assert any("more than half their norm" in str(each.message) for each in found) is warned

@@ -92,7 +92,9 @@ def test_what_can_hardly_change_the_loss_takes_longer_steps():
         ({"first": {"kernel": (6, 4)}, "head": {"kernel": (6, 4), "bias": (4,)}}, False),
         ({"head": {"kernel": (6, 4), "bias": (4,)}, "norm": {"scale": (4,)}}, False),
         ({"kernel": (6, 4), "bias": (4,)}, True),
-        ({"head": {"kernel": (6, 4)}, "body": {"bias": (5,)}}, False),
+        ({"weight": (4, 6), "bias": (4,)}, True),  # as in Equinox
+        ({"query": {"kernel": (6, 2, 3), "bias": (2, 3)}}, True),  # of Flax's attention
+        ({"head": {"kernel": (6, 4)}, "body": {"bias": (4,)}}, False),
         ({"head": {"kernel": (6, 4), "bias": (4,)}, "body": {"bias": (4,)}}, False),
         ({"embed": {"embedding": (6, 4)}, "head": {"kernel": (6, 4), "bias": (4,)}}, False),
         ({"embed": {"embedding": (6, 4)}}, False),

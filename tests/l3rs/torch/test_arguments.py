@@ -178,16 +178,23 @@ def test_a_learning_rate_for_adam_warns_once():
 
 
 def test_universal_does_not_warn_of_a_new_head():
-    """Its steps are long on purpose: it has few inputs, and small ones."""
+    """Its steps are long on purpose, with few inputs and small ones; a hundred times as long they are too long."""
     torch.manual_seed(0)
-    head, x = torch.nn.Linear(40, 10), 0.01 * torch.randn(64, 40)
+    x = 0.01 * torch.randn(64, 40)
     y = (x @ torch.randn(40, 10)).argmax(1)
-    opt, before = l3rs.torch.L3RS(head.named_parameters(), total_steps=30), head.weight.detach().clone()
-    with warnings.catch_warnings(action="error"):
+
+    def change(lr):
+        head = torch.nn.Linear(40, 10)
+        opt, before = L3RS(head.named_parameters(), total_steps=100, lr=lr), head.weight.detach().clone()
         loss = torch.nn.functional.cross_entropy(head(x), y)
         loss.backward()
         opt.step(loss=loss.detach())
-    assert (head.weight - before).norm() > before.norm()
+        return float((head.weight.detach() - before).norm() / before.norm())
+
+    with warnings.catch_warnings(action="error"):
+        assert change(1.0) > 1
+    with pytest.warns(UserWarning, match="more than half their norm"):
+        change(100.0)
 
 
 def test_first_steps_that_are_too_long():
