@@ -358,9 +358,7 @@ class L3RS(torch.optim.Optimizer):
         self._remember(memory)
         layers.small.write(memory, decision)
         lr, weight_decay = self._per_layer("lr", "weight_decay")
-        if not self._warned_of_first_steps and measured.steps.max() <= first_steps.N_STEPS:
-            usual_norm = expected_norm(self.spec, layers.facts, memory, measured, np)
-            self._warn_of_first_steps(layers, lr * decision.step_norm, usual_norm)
+        self._warn_of_first_steps(layers, lr * decision.step_norm, memory, measured)
         return -lr[:, None] * decision.coefficients, -lr * weight_decay * decision.step_norm / measured.root_n
 
     def _per_layer(self, *options: str) -> list[np.ndarray]:
@@ -369,7 +367,12 @@ class L3RS(torch.optim.Optimizer):
         values = [np.array([float(group[option]) for group in self.param_groups], np.float32) for option in options]
         return [np.repeat(each, counts) for each in values]
 
-    def _warn_of_first_steps(self, layers: ActiveLayers, step_norm: np.ndarray, usual_norm: np.ndarray) -> None:
+    def _warn_of_first_steps(
+        self, layers: ActiveLayers, step_norm: np.ndarray, memory: core.Memory, measured: core.Statistics
+    ) -> None:
+        if self._warned_of_first_steps or measured.steps.max() > first_steps.N_STEPS:
+            return
+        usual_norm = expected_norm(self.spec, layers.facts, memory, measured, np)
         is_matrix = np.array([param.dim() > 1 for param in layers.params])
         found = first_steps.too_long(step_norm, usual_norm, is_matrix)
         if found is not None:
