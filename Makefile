@@ -22,13 +22,14 @@ demo: $(READY)
 	$(BIN)/metatrain run configs/demo.yaml --out runs/demo
 	$(BIN)/metatrain evaluate runs/demo/optimizer configs/demo.yaml --horizons 10,30,100 --out runs/demo/evaluation
 
-# In several processes: few tests use more than one core.
+# In several processes: few tests use more than one core. What they compile is small and runs seldom: to optimize it
+# takes longer than it saves. `make test-slow` compiles as users do.
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
+	XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
-# One after another: many start clusters and kill processes, and wait for what happens.
+# In two: those that start clusters, which kill processes and wait for what happens, and beside them the others.
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 # With the lowest versions that pyproject.toml allows, in an environment of its own: what people install and import.
 LOWEST := .venv-lowest

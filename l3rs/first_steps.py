@@ -11,11 +11,11 @@ TOO_LONG = 0.5  # ‖Δθ‖ / ‖θ‖ of a matrix; a usual first step is 0.002
 def too_long(step_norm: np.ndarray, usual_norm: np.ndarray, is_matrix: np.ndarray) -> str | None:
     """What to warn of, if a step moves most matrices by more than half their norm.
 
-    Biases and layers that are zero are not counted: they have to move far.
+    Biases and layers without a usual norm are not counted: they have to move far.
 
     Args:
       step_norm: float [L], the norm of each layer's step.
-      usual_norm: float [L], the norm of each layer, see `scale_free.expected_norm`.
+      usual_norm: float [L], see `scale_free.expected_norm`; of a layer of zeros it is 0, but for a head with a floor.
       is_matrix: bool [L], whether a layer has two dimensions or more.
     """
     counted = is_matrix & (usual_norm > 0)

@@ -157,7 +157,7 @@ def learned_optimizer(
                 shrinking = decays[i] * decision.step_norm[i] / measured.root_n[i] * param.astype(jnp.float32)
                 update = update - jnp.where(measured.moves[i], shrinking, 0.0)
             new_updates.append(update.astype(param.dtype))
-        _warn_of_first_steps(memory, scale_free.expected_norm(spec, facts, memory, measured, jnp), decision, params)
+        _warn_of_first_steps(spec, facts, memory, measured, decision, params)
         new_state = L3RSState(
             count=memory.step,
             loss=memory.loss,
@@ -275,12 +275,18 @@ def _decays(weight_decay: float | jax.Array, mask: Mask | None, params: optax.Pa
 
 
 def _warn_of_first_steps(
-    memory: core.Memory, usual_norm: jax.Array, decision: core.Decision, params: optax.Params
+    spec: Spec,
+    facts: NetworkFacts,
+    memory: core.Memory,
+    measured: core.Statistics,
+    decision: core.Decision,
+    params: optax.Params,
 ) -> None:
     """Warn of steps that are too long. Outside of compiled code only: its values are not known here."""
-    norms = (memory.step, decision.step_norm, usual_norm)
-    if any(isinstance(x, jax.core.Tracer) for x in norms) or int(memory.step) > first_steps.N_STEPS:
+    values = (memory.step, decision.step_norm, measured.parameter_norm)
+    if any(isinstance(x, jax.core.Tracer) for x in values) or int(memory.step) > first_steps.N_STEPS:
         return
+    usual_norm = scale_free.expected_norm(spec, facts, memory, measured, jnp)
     is_matrix = np.array([leaf.ndim > 1 for leaf in jax.tree.leaves(params)])
     found = first_steps.too_long(np.asarray(decision.step_norm), np.asarray(usual_norm), is_matrix)
     if found is not None:

@@ -18,6 +18,7 @@ BENCHMARKS = (
     "training_torch",
     "iomt",
     "driver",
+    "live_page",
     "cluster",
 )
 

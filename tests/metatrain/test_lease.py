@@ -62,7 +62,7 @@ def test_a_lease_without_a_heartbeat_expires() -> None:
     began = time.monotonic()
     with lease(store, "a") as check:
         check()
-        assert 0.5 < time.monotonic() - began < 5
+        assert time.monotonic() - began > 0.5
 
 
 @pytest.mark.parametrize(
