@@ -32,6 +32,8 @@ _CLUSTERS = (
     "test_chaos.py",
     "test_cluster.py",
     "test_doctor.py",
+    "test_failing_tasks.py",
+    "test_hangs.py",
     "test_jobs.py",
     "test_many_workers.py",
     "test_monitoring.py",
