@@ -62,7 +62,7 @@ def test_a_lease_without_a_heartbeat_expires() -> None:
     began = time.monotonic()
     with lease(store, "a") as check:
         check()
-        assert time.monotonic() - began > 0.5
+        assert 0.5 < time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize(
@@ -126,6 +126,8 @@ def test_two_drivers_of_one_run_in_a_store() -> None:
 
 
 def test_a_driver_that_lost_its_lease_writes_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A heartbeat that looked before the other driver wrote, and writes after it, would take the lease back.
+    monkeypatch.setattr(module, "HEARTBEAT_SECONDS", 60.0)
     store = fsspec.filesystem("memory")
     generation, pushed = trainer._generation, []
 
