@@ -6,6 +6,10 @@ BIN := $(VENV)/bin
 EXTRAS ?= dev
 comma := ,
 READY := $(VENV)/.ready-$(subst $(comma),-,$(EXTRAS))
+PYTEST := $(BIN)/python -m pytest --dist loadscope --no-loadscope-reorder
+# In several processes: few tests use more than one core. What they compile is small and runs seldom: to optimize it
+# takes longer than it saves. The slow tests compile as users do.
+FAST_TESTS := XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(PYTEST) --numprocesses auto --maxprocesses 4
 
 .PHONY: setup demo test test-slow test-lowest lint docs coverage release-check bench clean
 
@@ -22,14 +26,12 @@ demo: $(READY)
 	$(BIN)/metatrain run configs/demo.yaml --out runs/demo
 	$(BIN)/metatrain evaluate runs/demo/optimizer configs/demo.yaml --horizons 10,30,100 --out runs/demo/evaluation
 
-# In several processes: few tests use more than one core. What they compile is small and runs seldom: to optimize it
-# takes longer than it saves. `make test-slow` compiles as users do.
 test: $(READY)
-	XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
+	$(FAST_TESTS)
 
 # In two: those that start clusters, which kill processes and wait for what happens, and beside them the others.
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadscope --no-loadscope-reorder
+	$(PYTEST) -m slow --numprocesses 2
 
 # With the lowest versions that pyproject.toml allows, in an environment of its own: what people install and import.
 LOWEST := .venv-lowest
@@ -58,8 +60,7 @@ docs: $(READY)
 # What share of the lines of l3rs, tasks and metatrain the fast tests run, also in processes that they start.
 coverage:
 	$(MAKE) setup EXTRAS=$(EXTRAS),release
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder \
-		--cov --cov-report=term --cov-report=html:build/coverage
+	$(FAST_TESTS) --cov --cov-report=term --cov-report=html:build/coverage
 
 # Builds the last commit, installs it with every Python that is here, and uses it; `make release-check ARGS=--help`.
 release-check:

@@ -14,7 +14,7 @@ import l3rs
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = {version: ROOT / f"tests/l3rs/golden/v{version}/checkpoint" for version in (1, 2)}
-MAX_SECONDS, MAX_MEGABYTES = 30, 300  # what believes a stated size takes far more; a busy machine does not
+MAX_SECONDS, MAX_MEGABYTES = 5, 300
 
 # A case changes a copy of the golden checkpoint of format 1 or 2.
 CASES = {}

@@ -53,10 +53,10 @@ def test_a_run_survives_everything(tmp_path: Path) -> None:
         def murder() -> None:
             done = -1  # generations at the last murder: on a slow machine no worker would live to answer
             while not over.wait(4.0):
-                if count_lines(folder) != done and (victims := worker_processes()):
+                if (now := count_lines(folder)) != done and (victims := worker_processes()):
                     os.kill(rng.choice(victims).pid, signal.SIGKILL)
                     deaths["workers"] += 1
-                    done = count_lines(folder)
+                    done = now
 
         murderer = threading.Thread(target=murder)
         murderer.start()

@@ -142,7 +142,7 @@ def test_an_export_trusts_no_stated_size(run: Path, tmp_path: Path, name: str) -
     assert "\n" not in str(error.value)
     assert str(run) in str(error.value)
     assert len(str(error.value)) < 1000
-    assert time.monotonic() - start < 300  # most of it is JAX's compilation
+    assert time.monotonic() - start < 30  # most of it is JAX's compilation
     assert not (tmp_path / "exported").exists()
 
 
