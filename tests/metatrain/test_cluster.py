@@ -183,10 +183,9 @@ def test_a_stopped_worker_is_overtaken_and_a_killed_one_replaced() -> None:
         np.testing.assert_array_equal(remote.evaluate(state, generation(0)), expected[0])
         stopped, _ = at_work(remote, state, 2)
         stopped.suspend()
-        began = time.monotonic()
         np.testing.assert_array_equal(remote.evaluate(state, generation(1)), expected[1])
-        assert time.monotonic() - began < 25  # less than the patience with a hung worker
         assert remote.report()["duplicated"] >= 1
+        assert not any("no answer for" in sentence for sentence in said)  # nobody waited until it counted as hung
         np.testing.assert_array_equal(remote.evaluate(state, generation(2)), expected[2])
         stopped.resume()
         killed = next(process for process in worker_processes() if process.pid != stopped.pid)

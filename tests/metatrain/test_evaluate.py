@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -234,6 +235,24 @@ def test_costs_are_measured(results: Results) -> None:
     assert math.isnan(Analysis(results).seconds_a_step("another network", "l3rs"))
     (adam,) = [cost for cost in results.costs if cost.optimizer == "adam/constant"]
     assert adam.state_floats_a_parameter == pytest.approx(2, abs=0.5)  # and two counters, of five parameters
+
+
+def test_the_controller_is_part_of_what_a_step_of_iomt_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole run of its length is timed: the controller takes longer with every stage."""
+    timed: list[int] = []
+
+    def time_steps(run: Callable[[int], object], steps: int, _: int) -> tuple[float, float]:
+        run(steps)
+        timed.append(steps)
+        return 1e-3 * steps, 0.0
+
+    monkeypatch.setattr("metatrain.evaluation.costs.time_steps", time_steps)
+    entries = [{"name": name, "learning_rate": 0.1} for name in ("adam", "iomt")]
+    found = evaluate(
+        "-", small_config(evaluation={"baselines": entries}), horizons=(40,), schedules=["constant"], seeds=1
+    )
+    assert timed[1] == 40 != timed[0]
+    assert [cost.seconds_a_step for cost in found.costs] == [1e-3 * steps for steps in timed]
 
 
 def test_an_optimizer_for_another_model_is_left_out_and_reported(optimizer: Path) -> None:

@@ -18,6 +18,7 @@ from metatrain.inner.plan import (
     choose_plan,
     members_per_call,
     members_that_fit,
+    plan_seconds,
     scratch_bytes,
     time_steps,
 )
@@ -85,14 +86,40 @@ def test_evaluators_agree_and_stepwise_does_not_depend_on_devices() -> None:
     np.testing.assert_allclose(fitness["stepwise", 1], fitness["fused", 1], rtol=1e-5)
 
 
-@pytest.mark.slow
-def test_convolutions_on_a_cpu_are_run_stepwise_and_matrices_fused(convolutional: Task) -> None:
-    assert jax.default_backend() == "cpu"
-    # 10 times slower inside a loop: noise cannot reverse that.
-    assert choose_plan([convolutional], l3rs.Spec.create(convolutional.params_shape())) == "stepwise"
-    assert choose_plan([regression()], l3rs.Spec.create(regression().params_shape())) == "fused"
+def measured(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, tuple[float, float]]) -> list[str]:
+    """Replace the measurement by these (fused, stepwise) seconds of a task; returns the names of those measured."""
+    names: list[str] = []
+
+    def look_up(task: Task, _: l3rs.Spec) -> dict[Plan, float]:
+        names.append(task.name)
+        return dict(zip(("fused", "stepwise"), seconds[task.name], strict=True))
+
+    monkeypatch.setattr("metatrain.inner.plan._seconds_per_step", look_up)
+    return names
+
+
+def test_the_faster_plan_is_chosen_and_matrices_are_fused_unmeasured(
+    convolutional: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = measured(monkeypatch, {"regression": (1.0, 2.0), "convolutional": (9.0, 1.0)})
     any_network = l3rs.Spec.create(convolutional.params_shape(), embedding="descriptor")
+    assert choose_plan([regression()], any_network) == "fused"
+    assert names == []
+    assert choose_plan([convolutional], any_network) == "stepwise"
     assert choose_plan([regression(), convolutional], any_network) == "stepwise"  # all variants count
+    assert names == ["convolutional", "regression", "convolutional"]
+    measured(monkeypatch, {"regression": (1.0, 9.0), "convolutional": (2.0, 1.0)})
+    assert choose_plan([convolutional], any_network) == "stepwise"
+    measured(monkeypatch, {"regression": (1.0, 9.0), "convolutional": (1.0, 2.0)})
+    assert choose_plan([convolutional], any_network) == "fused"
+
+
+@pytest.mark.slow  # compiles both plans
+def test_both_plans_of_convolutions_are_measured(convolutional: Task) -> None:
+    # Which is faster depends on what else runs; `python -m tests.benchmarks stepwise` says by how much.
+    found = plan_seconds([convolutional], l3rs.Spec.create(convolutional.params_shape()))
+    assert set(found) == {"fused", "stepwise"}
+    assert all(0 < seconds < np.inf for seconds in found.values())
 
 
 def test_a_forced_plan_is_used_and_recorded(tmp_path) -> None:
@@ -206,9 +233,13 @@ def test_how_candidates_are_grouped_does_not_depend_on_devices_or_workers(execut
     assert groups == {4}
 
 
-def test_the_time_of_a_step_is_positive_whatever_the_noise() -> None:
-    def run(count: int) -> None:  # a step takes 0.1 ms, and the shortest call happens to be delayed
-        time.sleep(0.02 if count == 1 else count * 1e-4)
+def test_the_time_of_a_step_is_positive_whatever_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
 
+    def run(count: int) -> None:  # a step takes 0.1 ms, and the shortest call happens to be delayed
+        nonlocal now
+        now += 0.05 if count == 1 else count * 1e-4
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
     a_step, _ = time_steps(run, steps=50, rounds=2)
-    assert 0 < a_step < 1e-3
+    assert a_step == pytest.approx((0.0801 - 0.05) / 800)  # 50 and 200 steps are no longer than one
