@@ -170,7 +170,7 @@ def test_ctrl_c_ends_an_evaluation_of_a_pytorch_task_and_its_processes(tmp_path:
     from tests.metatrain.torch_tasks import TINY
 
     file, out = tmp_path / "config.yaml", tmp_path / "out"
-    slow = small_config(task={"name": TINY}, execution={"workers": 2}, evaluation={**HOW, "horizons": [20_000]})
+    slow = small_config(task={"name": TINY}, execution={"workers": 2}, evaluation={**HOW, "horizons": [1_000]})
     file.write_text(dump_config(slow))
     process = started(
         [sys.executable, "-m", "metatrain.cli", "evaluate", "-", str(file), "--out", str(out)], tmp_path / "log"
