@@ -65,7 +65,7 @@ def test_a_run_gives_the_numbers_of_one_without(mode: str, plan: str, quiet: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES, indirect=True)
 def test_an_evaluation_works(mode: str, quiet: Path) -> None:
-    # What a step costs is no fact without compilation, and hundreds of steps are timed for it.
+    # Without compilation the costs of a step say nothing, and hundreds of steps are timed for them.
     results = evaluate(quiet / "optimizer", small_config(evaluation={**JUDGED, "costs": mode != "jax_disable_jit"}))
     assert all(np.isfinite(record.loss) for record in results.records)
 

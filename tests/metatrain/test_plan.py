@@ -110,6 +110,7 @@ def test_the_faster_plan_is_chosen_and_matrices_are_fused_unmeasured(
     assert names == ["convolutional", "regression", "convolutional"]
     measured(monkeypatch, {"regression": (1.0, 9.0), "convolutional": (2.0, 1.0)})
     assert choose_plan([convolutional], any_network) == "stepwise"
+    assert choose_plan([regression(), convolutional], any_network) == "fused"  # by their mean
     measured(monkeypatch, {"regression": (1.0, 9.0), "convolutional": (1.0, 2.0)})
     assert choose_plan([convolutional], any_network) == "fused"
 
