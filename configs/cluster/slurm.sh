@@ -4,8 +4,8 @@
 #   sbatch configs/cluster/slurm.sh configs/resnet8-imagenet25.yaml
 #
 # When submitted again or requeued, it continues from the newest checkpoint. It is requeued by Slurm when a node fails or
-# the job is preempted, and by itself when the driver dies or the time limit comes, ten times in all. It needs a file system that all
-# nodes share (the folder it is submitted from), and an environment with l3rs[metatrain] in .venv.
+# the job is preempted, and by itself when the driver dies or the time limit comes, ten times in all. It needs a file
+# system that all nodes share (the folder it is submitted from), and an environment with l3rs[metatrain] in .venv.
 #SBATCH --job-name=l3rs
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -47,13 +47,15 @@ if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
     ray start --address="$head_ip:$port" --num-cpus="$SLURM_CPUS_PER_TASK" --block &
 fi
 
+# A signal that comes before there is a driver is passed on as soon as there is one.
+driver="" requeue="" cancelled=""
+trap 'signalled=1 cancelled=1; [ -z "$driver" ] || kill -TERM "$driver"' TERM
+trap 'signalled=1 requeue=1; [ -z "$driver" ] || kill -TERM "$driver"' USR1
 python -m metatrain.cli run "$config" "$@" \
   execution.backend=ray execution.address="$head_ip:$port" execution.workers=auto execution.autoscaling=true \
   --out "runs/$name" --resume &
-driver=$!
-requeue="" cancelled=""
-trap 'signalled=1 cancelled=1; kill -TERM "$driver"' TERM
-trap 'signalled=1 requeue=1; kill -TERM "$driver"' USR1
+early=$requeue$cancelled driver=$! # one command: a trap runs before it or after it
+[ -z "$early" ] || kill -TERM "$driver"
 while true; do # a signal ends `wait`, not the driver
   signalled="" code=0
   wait "$driver" || code=$?
