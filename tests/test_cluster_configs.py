@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from metatrain.config import load_config
+from tests.metatrain.common import PATIENCE
 
 CLUSTER = Path(__file__).parents[1] / "configs" / "cluster"
 ROOT = CLUSTER.parents[1]
@@ -173,7 +174,7 @@ def test_a_slurm_job_is_requeued_at_its_time_limit_and_not_when_cancelled(
         "while true; do /bin/sleep 0.1; done"
     )
     environment, calls = _slurm_environment(tmp_path, driver), tmp_path / "calls"
-    assert subprocess.run(_SLURM, check=False, cwd=tmp_path, env=environment, timeout=60).returncode == 0
+    assert subprocess.run(_SLURM, check=False, cwd=tmp_path, env=environment, timeout=PATIENCE).returncode == 0
     assert "\nsaved\n" in calls.read_text()
     assert ("scontrol requeue 123456" in calls.read_text()) == requeued
 
@@ -185,7 +186,7 @@ def test_the_slurm_script_starts_one_head_the_others_and_the_driver(tmp_path: Pa
     port = 20000 + 123456 % 20000
     head = f"ray start --head --node-ip-address=10.0.0.1 --port={port} --num-cpus=16"
     others = f"--nodes=2 --ntasks=2 --exclude=a --no-kill ray start --address=10.0.0.1:{port}"
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     said = ""
     while not (head in said and others in said) and time.monotonic() < deadline:  # the script does not wait for these
         said = (tmp_path / "calls").read_text()

@@ -27,7 +27,7 @@ from metatrain.ray.health import Health
 from metatrain.ray.pool import Pool
 from metatrain.ray.worker import Answer, Job, Worker, versions
 from tasks import make_task
-from tests.metatrain.common import REGRESSION, assert_same_theta, metrics, small_config
+from tests.metatrain.common import PATIENCE, REGRESSION, assert_same_theta, metrics, small_config
 from tests.metatrain.nodes import local_ray, worker_processes
 from tests.metatrain.test_population import generation
 from tests.metatrain.test_trainer import count_lines
@@ -164,7 +164,7 @@ def answers(remote: RayEvaluator) -> list[int]:
 def at_work(remote: RayEvaluator, state: object, workers: int) -> list[psutil.Process]:
     """The processes of `workers` workers, once each has answered: some start while others already compute, and those of
     an earlier test may still be stopping."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while True:
         remote.evaluate(state, generation(0))
         found = worker_processes()
@@ -210,7 +210,7 @@ def test_a_worker_that_hangs_for_ever_is_replaced(monkeypatch: pytest.MonkeyPatc
         only.suspend()
         np.testing.assert_array_equal(remote.evaluate(state, generation(1)), local.evaluate(state, generation(1)))
         assert any("no answer for" in sentence for sentence in said)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         while only.is_running() and only.status() != psutil.STATUS_ZOMBIE:
             assert time.monotonic() < deadline, "the hung process is still there"
             time.sleep(0.2)

@@ -12,7 +12,7 @@ import pytest
 
 from metatrain.outer.loop import run
 from metatrain.ray.metrics import RUN_FIGURES
-from tests.metatrain.common import small_config
+from tests.metatrain.common import PATIENCE, small_config
 from tests.metatrain.nodes import local_ray
 
 DASHBOARD = Path(__file__).parents[2] / "configs" / "cluster" / "grafana-dashboard.json"
@@ -60,7 +60,7 @@ def test_a_node_exports_what_the_dashboard_asks_for(tmp_path: Path) -> None:
         task = {"name": small_config().task.name, "seconds": 0.3}
         outer = {"steps": 8, "population": 4}
         run(small_config(task=task, outer=outer, execution={"backend": "ray", "workers": 1}), tmp_path / "run")
-        deadline, missing = time.monotonic() + 60, {"?"}
+        deadline, missing = time.monotonic() + PATIENCE, {"?"}
         while missing and time.monotonic() < deadline:
             time.sleep(1.0)
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:

@@ -16,7 +16,7 @@ import pytest
 from metatrain.config import dump_config
 from metatrain.outer.loop import run
 from metatrain.ray import retry
-from tests.metatrain.common import assert_same_theta, small_config
+from tests.metatrain.common import PATIENCE, assert_same_theta, small_config
 from tests.metatrain.nodes import cluster_command, listening, ray_nodes
 
 ROOT = Path(__file__).parents[2]
@@ -65,16 +65,16 @@ def test_only_what_another_start_may_change_is_started_again(
 def test_a_request_to_stop_is_no_reason_to_start_again(tmp_path: Path) -> None:
     """As when Ray stops a job: the driver and this process both get SIGTERM."""
     log = tmp_path / "starts"
-    script = f"print('start', file=open({str(log)!r}, 'a'), flush=True); import time; time.sleep(60)"
+    script = f"print('start', file=open({str(log)!r}, 'a'), flush=True); import time; time.sleep(600)"
     command = [sys.executable, "-m", "metatrain.ray.retry", "5", sys.executable, "-c", script]
     process = subprocess.Popen(command, cwd=ROOT)
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
             time.sleep(0.05)
         for each in [process, *psutil.Process(process.pid).children()]:
             os.kill(each.pid, signal.SIGTERM)
-        assert process.wait(10) == 128 + signal.SIGTERM
+        assert process.wait(PATIENCE) == 128 + signal.SIGTERM
     finally:
         process.kill()
     assert log.read_text() == "start\n"
@@ -82,7 +82,7 @@ def test_a_request_to_stop_is_no_reason_to_start_again(tmp_path: Path) -> None:
 
 def _driver(folder: Path) -> psutil.Process:
     """The process of the run's driver; not the shell or the process that restarts it."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         for process in psutil.process_iter():
             try:
