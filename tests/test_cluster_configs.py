@@ -174,7 +174,7 @@ def test_a_slurm_job_is_requeued_at_its_time_limit_and_not_when_cancelled(
         "while true; do /bin/sleep 0.1; done"
     )
     environment, calls = _slurm_environment(tmp_path, driver), tmp_path / "calls"
-    assert subprocess.run(_SLURM, check=False, cwd=tmp_path, env=environment, timeout=PATIENCE).returncode == 0
+    assert subprocess.run(_SLURM, check=False, cwd=tmp_path, env=environment, timeout=60).returncode == 0
     assert "\nsaved\n" in calls.read_text()
     assert ("scontrol requeue 123456" in calls.read_text()) == requeued
 

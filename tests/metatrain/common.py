@@ -13,7 +13,7 @@ import l3rs
 from metatrain.config import Config, check_config
 
 REGRESSION = "tests.metatrain.quadratic:regression"
-PATIENCE = 300.0  # seconds for what only has to happen, on a machine that has other work
+PATIENCE = 300.0  # seconds to wait for a process, on a machine that has other work
 
 
 def small_config(**sections: Any) -> Config:

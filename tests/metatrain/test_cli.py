@@ -242,7 +242,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(config: Path, tmp_path: Path, numbe
     )
     wait_for_metrics(folder, process)
     process.send_signal(number)
-    out, err = process.communicate(timeout=PATIENCE)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert f"resume with: metatrain resume {folder}" in out
     assert "Traceback" not in err

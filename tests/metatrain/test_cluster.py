@@ -210,7 +210,7 @@ def test_a_worker_that_hangs_for_ever_is_replaced(monkeypatch: pytest.MonkeyPatc
         only.suspend()
         np.testing.assert_array_equal(remote.evaluate(state, generation(1)), local.evaluate(state, generation(1)))
         assert any("no answer for" in sentence for sentence in said)
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + 30
         while only.is_running() and only.status() != psutil.STATUS_ZOMBIE:
             assert time.monotonic() < deadline, "the hung process is still there"
             time.sleep(0.2)

@@ -20,7 +20,7 @@ from metatrain.log_lines import read_generation_line
 from metatrain.outer.loop import run
 from metatrain.ray.connection import is_loopback, require_token, split_address
 from metatrain.ray.jobs import CLIENT, check_client, client, find, submit_job
-from tests.metatrain.common import assert_same_theta, small_config
+from tests.metatrain.common import PATIENCE, assert_same_theta, small_config
 from tests.metatrain.nodes import cluster_command, free_port, ray_nodes
 from tests.metatrain.test_trainer import count_lines
 
@@ -57,7 +57,7 @@ def test_submit_status_logs_stop_resume(tmp_path: Path) -> None:
         code, out, err = metatrain("submit", config, "--out", folder)
         assert code == 0, err
         assert f"job small-1, run directory {folder}" in out
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + PATIENCE
         while count_lines(folder) < 3:  # the time that is left is said from then on
             assert time.monotonic() < deadline, metatrain("logs", "small")[1]
             time.sleep(0.05)

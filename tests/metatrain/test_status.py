@@ -23,7 +23,7 @@ from metatrain.outer.status import Snapshot, folder_snapshot, local_snapshot
 from metatrain.ray.jobs import Job, snapshot
 from metatrain.waiting import noticed
 from metatrain.watch import screen, sparkline, watch
-from tests.metatrain.common import PATIENCE, small_config
+from tests.metatrain.common import small_config
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_watch_in_a_terminal_ends_with_ctrl_c_and_exit_code_0(folder: Path) -> N
         env = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
         process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True)
         os.close(theirs)
-        limit = threading.Timer(PATIENCE, process.kill)  # ends the reading, too
+        limit = threading.Timer(120, process.kill)  # ends the reading, too
         limit.start()
         shown = b""
         while b"Ctrl-C" not in shown:
@@ -172,7 +172,7 @@ def test_watch_in_a_terminal_ends_with_ctrl_c_and_exit_code_0(folder: Path) -> N
         with contextlib.suppress(OSError):  # the error when the other side is closed
             while os.read(ours, 4096):  # a terminal that nobody reads blocks its writer
                 pass
-        assert process.wait(PATIENCE) == 0
+        assert process.wait(60) == 0
         limit.cancel()
         os.close(ours)
     assert b"4/6" in shown

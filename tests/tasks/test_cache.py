@@ -16,8 +16,8 @@ import pytest
 
 from tasks.base import TaskError
 from tasks.data.cache import cache_dir, cached
+from tests.metatrain.common import PATIENCE
 
-_SECONDS = 300  # for a process on a machine that has other work
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -35,7 +35,7 @@ def start(script, *arguments):
 
 
 def wait_for(file, process):
-    deadline = time.monotonic() + _SECONDS
+    deadline = time.monotonic() + PATIENCE
     while not file.exists():
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
@@ -116,7 +116,7 @@ def test_two_processes_build_one_entry(tmp_path, cache):
     for i, process in enumerate(processes):
         wait_for(tmp_path / f"ready-{i}", process)
     (tmp_path / "go").touch()
-    outputs = [process.communicate(timeout=_SECONDS) for process in processes]
+    outputs = [process.communicate(timeout=PATIENCE) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert outputs[0][0] == outputs[1][0]
     assert (tmp_path / "builds").read_text() == "x"
@@ -279,7 +279,7 @@ def test_two_processes_without_locks(tmp_path, cache, how):
     for i, process in enumerate(processes):
         wait_for(tmp_path / f"ready-{i}", process)
     (tmp_path / "go").touch()
-    outputs = [process.communicate(timeout=_SECONDS) for process in processes]
+    outputs = [process.communicate(timeout=PATIENCE) for process in processes]
     assert [output.strip() for output, _ in outputs] == ["499500"] * 2, outputs
     assert len(entries(cache)) == 1
     assert not scratch(cache)
@@ -300,7 +300,7 @@ except TaskError as error:
 
 
 def test_a_full_disk_is_one_sentence(cache):
-    output, errors = start(FULL).communicate(timeout=_SECONDS)
+    output, errors = start(FULL).communicate(timeout=PATIENCE)
     assert str(cache) in output, errors
     assert "$L3RS_CACHE" in output
     assert output.count("\n") == 1
